@@ -1,0 +1,85 @@
+"""`gpt2` 程序的入口：按第一个词找到子命令，只导入那一个模块。
+
+每个子命令是一个模块，有三样东西：英文的 SUMMARY 与 EXAMPLES，一个带类型的数据类 Args，
+一个 run(args)。模块本身不导入 torch（在 run 里才导入），所以 --help 立刻有回答。
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+COMMANDS = {
+    "prepare": "turn text files, folders or jsonl into token shards",
+    "train": "train a model, with exact resume",
+    "generate": "continue prompts with a trained model",
+    "verify": "check a configuration: causality, cache, padding, counts, save and load",
+}
+
+
+class Command(Protocol):
+    """子命令模块的形状。"""
+
+    SUMMARY: str
+    EXAMPLES: str
+    Args: type
+
+    @staticmethod
+    def run(args: Any) -> int | None: ...
+
+
+def main(argv: list[str] | None = None) -> int:
+    """返回退出码：0 成功，1 检查未过，2 用法或输入有错，130 被中断。"""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "run `gpt2 --help` for the list"
+        print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
+        return 2
+    command = cast(Command, import_module(f"app.cli.{name}"))
+    try:
+        return command.run(_parse(name, command, rest)) or 0
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        if os.environ.get("GPT2_TRACEBACK"):
+            raise
+        text = str(error) or type(error).__name__
+        print(f"error: {text}\n(set GPT2_TRACEBACK=1 for the stack trace)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(name: str, command: Command, argv: list[str]) -> Any:
+    """有 parse 的模块（训练：YAML 之上再覆盖）自己解析，其余按 Args 解析。"""
+    parse = getattr(command, "parse", None)
+    if parse is not None:
+        return parse(argv)
+    import tyro
+
+    return tyro.cli(
+        command.Args,
+        prog=f"gpt2 {name}",
+        args=argv,
+        description=f"{command.SUMMARY}\n\nexamples:\n{command.EXAMPLES}",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: gpt2 COMMAND [OPTIONS]", "", "commands:", *lines, "", "gpt2 COMMAND --help"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("GPT2_TRACEBACK"):
             raise
         text = str(error) or type(error).__name__
-        print(f"error: {text}\n(set GPT2_TRACEBACK=1 for the stack trace)", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -77,7 +77,14 @@ def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
-        ["usage: gpt2 COMMAND [OPTIONS]", "", "commands:", *lines, "", "gpt2 COMMAND --help"]
+        [
+            "usage: gpt2 COMMAND [OPTIONS]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "gpt2 COMMAND --help   (GPT2_TRACEBACK=1 shows stack traces)",
+        ]
     )
 
 

@@ -1,0 +1,43 @@
+"""多头因果自注意力（Vaswani et al. 2017, 第 3.2.2 节），键值头可少于查询头（GQA）。
+
+B 批、T 记号数、C 宽度、H 查询头数、G 键值头数、D 头宽 = C / H。
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .attend import attend, attention_weights
+from .config import GPT2Config
+from .context import Context
+from .linear import Linear
+from .norm import EPS
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.backend, self.dropout_p = config.attention_backend, config.dropout
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.c_attn = Linear(config.n_embed, width, bias=config.bias)
+        self.c_proj = Linear(config.n_embed, config.n_embed, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        # Henry et al. 2020, arXiv:2010.04245；各头共用一组尺度。
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)。"""
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if ctx.step is not None:
+            k, v = ctx.step.write(self.layer, k, v)
+        if self.layer in ctx.want_maps:
+            ctx.maps[self.layer] = attention_weights(q, k, ctx.plan)
+        dropout = self.dropout_p if self.training else 0.0
+        y = attend(q, k, v, ctx.plan, dropout=dropout, backend=self.backend)  # (B, H, T, D)
+        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))

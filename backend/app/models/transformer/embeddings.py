@@ -1,0 +1,35 @@
+"""记号嵌入加学得的位置嵌入（GPT-2）。
+
+B 批、T 记号数、C 宽度、V 词表。
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .config import GPT2Config
+from .positions import Positions
+
+
+class Embedding(nn.Embedding):
+    """初始化统一在 init.py，构造时不做。"""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.n_embed)
+        learned = config.position == "learned"
+        self.wpe = Embedding(config.context_size, config.n_embed) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, positions: Positions) -> Tensor:
+        """(B, T) -> (B, T, C)。"""
+        x = self.wte(input_ids)
+        if self.wpe is not None:
+            # 填充的位置是 -1：借用第 0 行，反正没有记号看得见它。
+            x = x + self.wpe(positions.pos.clamp(min=0))
+        return self.dropout(x)

@@ -1,0 +1,70 @@
+"""全部初始化都在这里；meta 设备上什么也不做。
+
+GPT-2 的标准差 0.02 是对宽度 768 定的：宽度更小时同一个数会让信号随层数消失，
+所以小于 768 时乘 sqrt(768 / 宽度)，使每层的增益与 GPT-2 small 相同。
+残差分支的出口再除以 sqrt(2N)（Radford et al. 2019, 第 2.3 节；N 层有 2N 个分支）。
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .block import Block
+from .config import GPT2Config
+from .embeddings import Embedding
+from .linear import Linear
+
+if TYPE_CHECKING:
+    from .model import GPT2Model
+
+_REFERENCE_WIDTH = 768
+
+
+def base_std(config: GPT2Config) -> float:
+    return 0.02 * max(1.0, math.sqrt(_REFERENCE_WIDTH / config.n_embed))
+
+
+def residual_std(config: GPT2Config) -> float:
+    return base_std(config) / math.sqrt(2 * config.n_layer)
+
+
+def deepnorm_gain(n_layer: int) -> float:
+    """只有解码器时 v、out、fc1、fc2 的 Xavier 增益（arXiv:2203.00555, 图 2）。"""
+    return (8 * n_layer) ** -0.25
+
+
+@torch.no_grad()
+def initialize(model: GPT2Model) -> None:
+    """按配置写好每个参数。随机数按模块的固定顺序取，所以同一个种子给出同一个模型。"""
+    config, std = model.config, base_std(model.config)
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.reset_parameters()
+        elif isinstance(module, (Linear, Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            raise TypeError(f"{type(module).__name__} would keep torch's own initialisation")
+    for block in model.h.values():
+        assert isinstance(block, Block)
+        if config.norm in ("deepnorm", "keel"):
+            xavier(block, 1.0 if config.norm == "keel" else deepnorm_gain(config.n_layer))
+        else:
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
+                nn.init.normal_(projection.weight, std=residual_std(config))
+
+
+def xavier(block: Block, gain: float) -> None:
+    """q、k 增益 1，v 与其余投影增益 gain；按各自的 (out, in) 而不是合并矩阵的形状算。"""
+    attn = block.attn
+    width = attn.kv_heads * attn.head_dim
+    q, k, v = attn.c_attn.weight.split([attn.heads * attn.head_dim, width, width])
+    for weight, g in ((q, 1.0), (k, 1.0), (v, gain)):
+        nn.init.xavier_normal_(weight, g)
+    for module in (attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+        nn.init.xavier_normal_(module.weight, gain)

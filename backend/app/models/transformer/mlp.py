@@ -1,0 +1,49 @@
+"""前馈层。默认是 GPT-2 的 GELU，tanh 近似式（gelu_new）；用 erf 式跑 tanh 式的权重会悄悄出偏差。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Activation, GPT2Config
+from .linear import Linear
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def relu2(x: Tensor) -> Tensor:
+    """ReLU²（So et al. 2021, Primer, arXiv:2109.08668）。"""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2h) -> (..., h)：前一半过 SiLU 作门（Shazeer 2020, arXiv:2002.05202）。"""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": gelu_tanh,
+    "gelu": F.gelu,
+    "relu2": relu2,
+    "swiglu": swiglu,
+    "silu": F.silu,
+}
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        gates = 2 if config.activation == "swiglu" else 1
+        self.c_fc = Linear(config.n_embed, gates * config.mlp_hidden, bias=config.bias)
+        self.c_proj = Linear(config.mlp_hidden, config.n_embed, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)。"""
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))

@@ -1,0 +1,67 @@
+"""每个记号的坐标：行内位置与文档号。填充、打包、缓存都只是坐标，不是掩码。
+
+B 批、T 本次记号数；pos 与 segment 的批维可以是 1（各行相同）。
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Positions:
+    """坐标。
+
+    Attributes:
+        pos: (B|1, T) int64，行内位置；-1 = 填充。
+        segment: (B|1, T) int64，文档号；None = 每行只有一个文档。
+        start: 静态事实：不为 None 时各行都是 start, start+1, …，无填充、无打包。
+            有它才能不看张量的值就选最快的路径。
+    """
+
+    pos: Tensor
+    segment: Tensor | None = None
+    start: int | None = None
+
+    @property
+    def length(self) -> int:
+        return self.pos.shape[1]
+
+    @classmethod
+    def plain(cls, start: int, length: int, device: torch.device) -> Positions:
+        pos = torch.arange(start, start + length, device=device)[None]
+        return cls(pos, start=start)
+
+    @classmethod
+    def padded(cls, mask: Tensor, past: Tensor | int = 0) -> Positions:
+        """mask (B, T)：1 记号、0 填充，填充在哪一侧都可以；past (B, 1)：各行已有的长度。"""
+        real = mask != 0
+        pos = real.long().cumsum(1) - 1 + past
+        return cls(pos.masked_fill(~real, PADDING))
+
+    @classmethod
+    def packed(
+        cls, segment: Tensor, mask: Tensor | None = None, last: tuple[Tensor, Tensor] | None = None
+    ) -> Positions:
+        """打包的文档：每个文档的位置从 0 重新开始。
+
+        segment (B, T)：沿行不减的文档号；last：缓存里各行最后一个记号的 (pos, segment)，
+        各为 (B, 1)，同一文档跨块时接着数。
+        """
+        real = torch.ones_like(segment, dtype=torch.bool) if mask is None else mask != 0
+        floor = torch.iinfo(torch.int64).min
+        before = torch.full_like(segment[:, :1], floor) if last is None else last[1]
+        # 填充沿用它之前的文档号，于是不会被当成文档的边界。
+        filled = torch.cat([before, segment.masked_fill(~real, floor)], 1).cummax(1).values
+        starts = filled[:, 1:] != filled[:, :-1]
+        count = real.long().cumsum(1) - 1
+        # 最近一个文档开头处的计数；开头之前（接着缓存里的文档）则从 last 的位置往后数。
+        carried = torch.zeros_like(count[:, :1]) if last is None else -(last[0] + 1)
+        base = torch.where(starts, count, floor).cummax(1).values
+        base = torch.where(base == floor, carried, base)
+        return cls((count - base).masked_fill(~real, PADDING), segment=segment)

@@ -22,7 +22,6 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 MODEL_FILES = ("config.json", "model.safetensors")
 
-Writer = Callable[[Path], object]
 Tell = Callable[[str], object]
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -60,8 +59,8 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
     return sorted((step, entry) for step, entry in found if step is not None)
 
 
-def write_checkpoint(run: Path, step: int, files: Mapping[str, Writer]) -> Path:
-    """原子地写一个检查点；每个 writer 收到要写的文件路径。
+def write_checkpoint(run: Path, step: int, fill: Callable[[Path], object]) -> Path:
+    """原子地写一个检查点；fill 收到一个空文件夹，把文件直接写在里面。
 
     Returns:
         写好的文件夹。返回之后，断电也不会失去它。
@@ -77,9 +76,8 @@ def write_checkpoint(run: Path, step: int, files: Mapping[str, Writer]) -> Path:
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     try:
-        for name, write in files.items():
-            write(temporary / name)
-        _write_manifest(temporary, step, sorted(files))
+        fill(temporary)
+        _write_manifest(temporary, step)
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,12 +86,11 @@ def write_checkpoint(run: Path, step: int, files: Mapping[str, Writer]) -> Path:
     return target
 
 
-def _write_manifest(folder: Path, step: int, names: list[str]) -> None:
+def _write_manifest(folder: Path, step: int) -> None:
     entries = {}
-    for name in names:
-        path = folder / name
+    for path in sorted(folder.iterdir()):
         _sync_file(path)
-        entries[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": entries}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _sync_file(folder / MANIFEST)

@@ -20,18 +20,15 @@ from app.training import checkpoint as ck
 BACKEND = Path(__file__).parents[2]
 
 
-def payload(step: int, size: int = 4096) -> dict[str, ck.Writer]:
-    data = random.Random(step).randbytes(size)
-    return {
-        "model.safetensors": lambda path: path.write_bytes(data),
-        "state.json": lambda path: path.write_text(json.dumps({"step": step})),
-        "optim.safetensors": lambda path: path.write_bytes(data[::-1]),
-    }
-
-
 def save(run: Path, *steps: int, size: int = 4096) -> None:
+    def fill(folder: Path) -> None:
+        data = random.Random(step).randbytes(size)
+        (folder / "model.safetensors").write_bytes(data)
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+        (folder / "optim.safetensors").write_bytes(data[::-1])
+
     for step in steps:
-        ck.write_checkpoint(run, step, payload(step, size))
+        ck.write_checkpoint(run, step, fill)
 
 
 def newest(run: Path) -> int | None:
@@ -55,10 +52,12 @@ from app.training.checkpoint import write_checkpoint, list_steps, prune
 run = Path(sys.argv[1])
 data = bytes(range(256)) * 4096 * 4
 step = max([step for step, _ in list_steps(run)], default=0)
+def fill(folder):
+    for name in ("a.bin", "b.bin", "c.bin"):
+        (folder / name).write_bytes(data)
 while True:
     step += 1
-    files = {n: (lambda p: p.write_bytes(data)) for n in ("a.bin", "b.bin", "c.bin")}
-    write_checkpoint(run, step, files)
+    write_checkpoint(run, step, fill)
     print(step, flush=True)
     prune(run, 2)
 """

@@ -1,0 +1,218 @@
+"""训练配置：冻结的数据类，不依赖 torch；每个错误点名值与改法。
+
+一步 = 一次优化器更新 = batch_size 条序列，每条 model.context_size 个词元。
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from typing_extensions import Doc
+
+from app.models.transformer.config import GPT2Config, nearest
+
+Precision = Literal["auto", "float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """读哪个数据集。"""
+
+    folder: Annotated[str, Doc("dataset folder written by `gpt2 prepare`")] = "data/stdlib"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW（Loshchilov & Hutter 2019, arXiv:1711.05101）与梯度裁剪。"""
+
+    lr: Annotated[float, Doc("peak learning rate")] = 1e-3
+    betas: Annotated[tuple[float, float], Doc("AdamW's two decay rates")] = (0.9, 0.95)
+    eps: Annotated[float, Doc("AdamW's epsilon")] = 1e-8
+    weight_decay: Annotated[float, Doc("decay of matrices; norms and biases have none")] = 0.1
+    grad_clip: Annotated[float, Doc("largest gradient norm; 0 = no clipping")] = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _between(self, "lr", 0.0, 100.0, open_low=True)
+        _between(self, "eps", 0.0, 1.0, open_low=True)
+        _between(self, "weight_decay", 0.0, 100.0)
+        _between(self, "grad_clip", 0.0, math.inf)
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must each be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """线性预热，然后余弦降到 min_lr_ratio·lr。"""
+
+    warmup_steps: Annotated[int, Doc("steps of linear warm-up")] = 100
+    min_lr_ratio: Annotated[float, Doc("final learning rate as a part of the peak")] = 0.1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _between(self, "warmup_steps", 0, math.inf)
+        _between(self, "min_lr_ratio", 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """一次训练的全部设置；同一份配置与数据给出同一串权重。
+
+    Raises:
+        ValueError: 值越界或互相矛盾。
+    """
+
+    model: Annotated[GPT2Config, Doc("shape of the model")] = field(default_factory=GPT2Config)
+    data: Annotated[DataConfig, Doc("what it reads")] = field(default_factory=DataConfig)
+    optim: Annotated[OptimConfig, Doc("AdamW and clipping")] = field(default_factory=OptimConfig)
+    schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
+        default_factory=ScheduleConfig
+    )
+    out: Annotated[str, Doc("run folder: checkpoints, metrics and plot")] = "runs/train"
+    resume: Annotated[
+        str, Doc("none, auto (newest valid checkpoint in the run folder), or a checkpoint folder")
+    ] = "none"
+    steps: Annotated[int, Doc("optimizer steps")] = 1000
+    batch_size: Annotated[int, Doc("sequences per optimizer step")] = 32
+    micro_batch: Annotated[
+        int | None, Doc("sequences at once; smaller needs less memory, same result. None = all")
+    ] = None
+    seed: Annotated[int, Doc("seed of weights, dropout and batches")] = 0
+    device: Annotated[str, Doc("auto, cpu, cuda, cuda:1, mps")] = "auto"
+    precision: Annotated[
+        Precision, Doc("auto = bfloat16 where the hardware computes in it, else float32")
+    ] = "auto"
+    compile: Annotated[Switch, Doc("torch.compile per block; auto = where it pays and works")] = (
+        "auto"
+    )
+    eval_every: Annotated[int, Doc("steps between validations; 0 = only at the end")] = 250
+    eval_batches: Annotated[
+        int, Doc("validation batches, evenly spread over the split; 0 = the whole split")
+    ] = 20
+    sample_every: Annotated[int, Doc("steps between samples; 0 = only at the end")] = 500
+    sample_prompt: Annotated[str, Doc("text that samples continue; empty = a line break")] = ""
+    sample_tokens: Annotated[int, Doc("tokens per sample; 0 = no samples")] = 120
+    save_every: Annotated[int, Doc("steps between checkpoints; 0 = only at the end")] = 500
+    keep_last: Annotated[int, Doc("newest checkpoints kept; the best one is kept besides")] = 2
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("steps", "batch_size", "keep_last"):
+            _between(self, name, 1, 1 << 40)
+        for name in ("eval_every", "eval_batches", "sample_every", "sample_tokens", "save_every"):
+            _between(self, name, 0, 1 << 40)
+        _between(self, "seed", 0, (1 << 63) - 1)
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} must be between 1 and "
+                f"batch_size={self.batch_size}, or None for the whole batch"
+            )
+        if self.schedule.warmup_steps >= self.steps and self.schedule.warmup_steps > 0:
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} is not below "
+                f"steps={self.steps}: use fewer warm-up steps or more steps"
+            )
+        for name in ("out", "resume", "device"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give a value or leave it out")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.model.context_size
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["optim"]["betas"] = list(self.optim.betas)
+        return data | {"model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TrainConfig:
+        """从 YAML 或 JSON 读出的字典恢复。
+
+        Raises:
+            ValueError: 未知的键（给出最近的名字）或坏值。
+        """
+        return _build(cls, data, "")
+
+
+def _build(kind: type[T], data: Any, where: str) -> T:
+    """按字段类型构造；YAML 1.1 把 `1e-3` 读成文字，浮点字段在此转换。"""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where or 'the run file'} must be a mapping, got {data!r}")
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in data.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            if kind is GPT2Config and key == "schema_version":
+                values[key] = value
+                continue
+            raise ValueError(f"unknown option {name!r}{nearest(str(key), list(hints))}")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value, name)
+        elif hints[key] is float and isinstance(value, str):
+            values[key] = _number(value, name)
+        elif get_origin(hints[key]) is tuple and isinstance(value, list):
+            values[key] = tuple(_number(v, name) if isinstance(v, str) else v for v in value)
+        else:
+            values[key] = value
+    return kind.from_dict(values) if kind is GPT2Config else kind(**values)  # type: ignore[attr-defined]
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a number") from None
+
+
+def check_types(config: Any) -> None:
+    """数据类自己不查类型；int 可作 float，bool 不可作 int。"""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        choices = get_args(kind) or (kind,)
+        if get_origin(kind) is tuple:
+            if len(value) != len(choices):
+                raise ValueError(f"{name}={value!r} must have {len(choices)} values")
+            fixed = tuple(float(v) if type(v) is int else v for v in value)
+            object.__setattr__(config, name, fixed)
+            pairs = list(zip(fixed, choices, strict=True))
+        elif get_origin(kind) is Literal:
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {list(choices)}")
+            continue
+        elif float in choices and type(value) is int:
+            object.__setattr__(config, name, float(value))
+            continue
+        else:
+            pairs = [(value, choices)]
+        for item, wanted in pairs:
+            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+            if type(item) not in wanted:
+                names = " or ".join("None" if t is type(None) else t.__name__ for t in wanted)
+                raise ValueError(
+                    f"{name}={value!r} has type {type(item).__name__}, expected {names}"
+                )
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{name}={value!r} must be a finite number")
+
+
+def _between(config: Any, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high or (open_low and value == low):
+        bound = f"above {low}" if open_low else f"at least {low}"
+        raise ValueError(
+            f"{name}={value} must be {bound}" + (f" and at most {high}" if high < 1e12 else "")
+        )

@@ -1,0 +1,90 @@
+"""一个训练文件夹同时只许一个训练进程。
+
+锁由内核持有（进程一死就放开），文件里的 pid 与主机名只为说明是谁；
+两个进程抢同一把陈旧的锁，也只有一个得到。
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from .checkpoint import Tell
+
+LOCK = "trainer.lock"
+
+
+class RunLocked(ValueError):
+    """另一个进程正在训练这个文件夹。"""
+
+
+@contextmanager
+def run_lock(run: Path, tell: Tell = print) -> Iterator[None]:
+    """持有 run 的锁。
+
+    Raises:
+        RunLocked: 锁被占，信息里有占用者的 pid 与主机名。
+    """
+    path, host = run / LOCK, socket.gethostname()
+    with path.open("a+", encoding="utf-8") as file:
+        owner = _owner(path)
+        if not _try_lock(file):
+            raise RunLocked(f"{run} is being trained by {_name(owner)}: stop it or use another out")
+        if owner is not None:
+            # 别的主机上的进程，本机的内核未必看得见它的锁。
+            if owner.get("host") != host:
+                raise RunLocked(
+                    f"{path} was left by {_name(owner)}: if that process is gone, "
+                    f"delete {path} and start again"
+                )
+            tell(f"took over the lock of {_name(owner)}, which has ended without releasing it")
+        _write(file, json.dumps({"pid": os.getpid(), "host": host}))
+        try:
+            yield
+        finally:
+            _write(file, "")
+
+
+def _owner(path: Path) -> dict[str, object] | None:
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not text:
+        return None
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        owner = None
+    # 写到一半被杀会留下残文：当作本机的死进程。
+    return owner if isinstance(owner, dict) else {"pid": "unknown", "host": socket.gethostname()}
+
+
+def _name(owner: dict[str, object] | None) -> str:
+    return f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            # 锁住远处的一个字节：Windows 上被锁的字节不可读，而内容要给别人看。
+            file.seek(1 << 30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

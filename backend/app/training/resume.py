@@ -1,0 +1,120 @@
+"""从哪里接着训练，以及配置变了还能不能接。"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointError, Tell, find_latest, list_steps, step_of, verify_checkpoint
+from .config import TrainConfig
+
+RUN_FILE = "run.yaml"
+# 不影响训练出的权重的设置；变了不必提。
+_SILENT = {
+    "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
+    "sample_tokens", "save_every", "keep_last", "data.folder",
+}  # fmt: skip
+# 模型里可以变的：不改变权重的形状与含义。
+_MODEL_FREE = {"model.dropout", "model.attention_backend"}
+
+
+def find_start(config: TrainConfig, tell: Tell) -> Path | None:
+    """要续的检查点；None = 从头开始。
+
+    Raises:
+        ValueError: 训练文件夹已有东西而没有要求续训，或要续的检查点不可用。绝不覆盖。
+    """
+    run = Path(config.out)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"out={config.out} is a file: give a folder")
+    if config.resume == "none":
+        if run.is_dir() and any(run.iterdir()):
+            raise ValueError(
+                f"out={config.out} already exists and is never overwritten: use --resume auto to "
+                "go on with it, or another --out"
+            )
+        return None
+    if config.resume == "auto":
+        return _newest(run, tell)
+    return _named(Path(config.resume), run, tell)
+
+
+def _newest(run: Path, tell: Tell) -> Path | None:
+    folder, skipped = find_latest(run)
+    for item in skipped:
+        tell(f"skipped {item.path.name}: {item.reason}")
+    if folder is None and skipped:
+        raise CheckpointError(
+            f"{run} has no valid checkpoint, only the damaged ones named above: "
+            "repair them or use another --out"
+        )
+    if folder is None:
+        ours = not run.is_dir() or not any(run.iterdir()) or (run / RUN_FILE).is_file()
+        if not ours:
+            raise ValueError(f"out={run} holds other files and no run: use another --out")
+        tell(f"nothing to resume in {run}: starting from the beginning")
+    return folder
+
+
+def _named(path: Path, run: Path, tell: Tell) -> Path:
+    folder: Path | None = path
+    if path.is_dir() and step_of(path) is None:
+        folder, skipped = find_latest(path)
+        for item in skipped:
+            tell(f"skipped {item.path.name}: {item.reason}")
+    if folder is None:
+        raise CheckpointError(f"resume={path} holds no valid checkpoint")
+    verify_checkpoint(folder)
+    if folder.parent.resolve() == run.resolve():
+        newest = list_steps(run)[-1][1]
+        if newest.name != folder.name:
+            raise ValueError(
+                f"resume={path} but {run} already holds {newest.name}: use --resume auto, or "
+                "another --out to branch off"
+            )
+    elif run.is_dir() and any(run.iterdir()):
+        raise ValueError(f"out={run} already exists: to branch off from {path} use a new --out")
+    return folder
+
+
+def check_compatible(state: Mapping[str, Any], config: TrainConfig, data: str, tell: Tell) -> None:
+    """比较保存时与现在的配置和数据。
+
+    Raises:
+        ValueError: 模型的形状或数据变了，点名两个值。其余的变化只警告。
+    """
+    if state["data"] != data:
+        raise ValueError(
+            f"the checkpoint was trained on data {state['data'][:12]} but data.folder="
+            f"{config.data.folder} holds {data[:12]}: resume with the same data"
+        )
+    before, now = dict(_flat(state["config"])), dict(_flat(config.to_dict()))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new or name in _SILENT:
+            continue
+        if name.startswith("model.") and name not in _MODEL_FREE:
+            raise ValueError(
+                f"{name}={new!r} but the checkpoint has {old!r}: the weights do not fit; "
+                f"set it back to {old!r} or start a new run with another --out"
+            )
+        tell(f"warning: {name} changed from {old!r} to {new!r}: no exact continuation")
+
+
+def check_same_machine(state: Mapping[str, Any], now: Mapping[str, Any], tell: Tell) -> None:
+    """线程数与版本不同，结果的末位就会不同；只提醒。"""
+    for name, value in now.items():
+        if state.get(name) != value:
+            tell(
+                f"note: {name} was {state.get(name)!r}, now {value!r}: "
+                "results may differ in the last bits"
+            )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,115 @@
+"""取样器：一个批次是 (seed, step) 的纯函数，续训只需要一个整数。
+
+一轮里每个窗口恰好一次，次序由带密钥的伪随机置换给出：Feistel 网络加循环行走（cycle
+walking，Black & Rogaway 2002），内存 O(1)，第十亿步与第一步一样快。每轮另有随机起点，
+使窗口的边界轮轮不同。
+
+形状：B 批大小，T 上下文长度。
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 8
+# 半块至少 3 位：再小，轮函数太少，置换不够均匀（测试里有卡方检验）。
+_MIN_HALF_BITS = 3
+_OFFSET_TAG, _ROUND_TAG = 1, 2
+
+
+class _Readable(Protocol):
+    @property
+    def n_tokens(self) -> int: ...
+
+    def read(self, start: int, length: int) -> np.ndarray: ...
+
+
+class Sampler:
+    """把 n_tokens 个词元分成长 context 的窗口（各多看一个词元作目标）。
+
+    每轮 n_windows 个窗口；词元数不是整倍数时，多出的词元随每轮的起点轮换。
+
+    Raises:
+        ValueError: 数据不足 context + 1 个词元，或参数不是正数。
+    """
+
+    def __init__(self, n_tokens: int, context: int, batch_size: int, seed: int) -> None:
+        if context < 1 or batch_size < 1:
+            raise ValueError(f"context={context} and batch_size={batch_size} must be at least 1")
+        if n_tokens < context + 1:
+            raise ValueError(
+                f"the data has {n_tokens} tokens, but context={context} needs at least "
+                f"{context + 1}: use more text or a context of at most {max(n_tokens - 1, 1)}"
+            )
+        self.n_tokens, self.context, self.batch_size = n_tokens, context, batch_size
+        # 留出不到两个窗口的余量给每轮的随机起点；只有一个窗口时全部余量都给它。
+        self.n_windows = max(1, (n_tokens - context) // context)
+        self._slack = n_tokens - 1 - self.n_windows * context
+        self._half_bits = max(_MIN_HALF_BITS, -(-(self.n_windows - 1).bit_length() // 2))
+        self._key = _mix(np.array([seed & _MASK], dtype=np.uint64))
+
+    def epoch(self, step: int) -> float:
+        """到 step 为止读过数据的遍数。"""
+        return step * self.batch_size / self.n_windows
+
+    def offsets(self, step: int) -> np.ndarray:
+        """第 step 批各行窗口的起点：(B,) int64。"""
+        if step < 0:
+            raise ValueError(f"step={step} must not be negative")
+        first = step * self.batch_size
+        samples = np.arange(first, first + self.batch_size, dtype=np.uint64)
+        epochs, places = np.divmod(samples, np.uint64(self.n_windows))
+        moved = self._hash(epochs, _OFFSET_TAG) % np.uint64(self._slack + 1)
+        windows = self._permute(places, epochs)
+        return (moved + windows * np.uint64(self.context)).astype(np.int64)
+
+    def batch(
+        self, dataset: _Readable, step: int, rows: slice = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(输入, 目标)，各 (B, T) int64，目标是输入左移一位；rows 取其中几行。
+
+        任何行的划分（微批、多卡）读到的都是同一批词元。
+        """
+        if dataset.n_tokens != self.n_tokens:
+            raise ValueError(
+                f"the dataset has {dataset.n_tokens} tokens, "
+                f"but the sampler was made for {self.n_tokens}"
+            )
+        starts = self.offsets(step)[rows]
+        length = self.context + 1
+        tokens = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in enumerate(starts):
+            tokens[row] = dataset.read(int(start), length)
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+    def _hash(self, values: np.ndarray, tag: int) -> np.ndarray:
+        return _mix(_mix(values ^ self._key) + np.uint64(tag))
+
+    def _permute(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """[0, n_windows) 上的置换，每轮一把钥匙；落在界外的再走一次，直到界内。"""
+        result = places.copy()
+        pending = np.arange(len(result))
+        while len(pending):
+            result[pending] = self._feistel(result[pending], epochs[pending])
+            pending = pending[result[pending] >= self.n_windows]
+        return result
+
+    def _feistel(self, values: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        bits = np.uint64(self._half_bits)
+        mask = np.uint64((1 << self._half_bits) - 1)
+        left, right = values >> bits, values & mask
+        for number in range(_ROUNDS):
+            key = self._hash(epochs, _ROUND_TAG + number)
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        return (left << bits) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64 的终混（Steele et al. 2014）；uint64 的溢出是本意。"""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -30,6 +30,9 @@ class KVCache:
         self._uniform: int | None = 0
         # 以下三项只在步调不一致之后有意义。_high 是最长一行的上界，让切片不必等设备。
         self._high = 0
+        # 这个槽号之前都写过有限的数。空槽虽被遮住，垃圾里的 NaN 乘以权重 0 仍是 NaN，
+        # 所以读到之前要清零；一开始就清零整个缓存则白写几百 MB。
+        self._clean = 0
         self._lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self._pos = torch.full((rows, max_len + 1), PADDING, device=device)
         self._segment: Tensor | None = None
@@ -60,8 +63,7 @@ class KVCache:
         shape = (batch_size, config.kv_heads, max_len + 1, config.head_dim)
 
         def one_per_layer() -> list[Tensor]:
-            # 不用 empty：空槽虽被遮住，垃圾里的 NaN 乘以权重 0 仍是 NaN。
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
 
         return cls(one_per_layer(), one_per_layer(), max_len)
 
@@ -121,6 +123,7 @@ class KVCache:
             # 上界可能因填充而虚高；在抱怨之前（以及在读值不花钱的 CPU 上）取真值。
             high = int(lengths.max())
         self._check_room(high)
+        self._clear_up_to(high)
         slots = slots.masked_fill(~real, self.max_len)
         self._pos.scatter_(1, slots, pos)
         if positions.segment is not None:
@@ -161,7 +164,7 @@ class KVCache:
         if low < 0 or top >= self.batch_size:
             raise ValueError(f"rows from {low} to {top} are outside batch_size={self.batch_size}")
         rows = rows.to(self._lengths.device)
-        used = self._high if self._uniform is None else self._uniform
+        used = self._clean if self._uniform is None else self._uniform
         self.keys = [_gather_rows(layer, rows, used) for layer in self.keys]
         self.values = [_gather_rows(layer, rows, used) for layer in self.values]
         self._lengths, self._pos = self._lengths[rows], self._pos[rows]
@@ -174,8 +177,15 @@ class KVCache:
         n = self._uniform
         self._pos[:, :n] = torch.arange(n, device=self._pos.device)
         self._lengths = torch.full_like(self._lengths, n)
-        self._high, self._uniform = n, None
+        self._high = self._clean = n
+        self._uniform = None
         self._segment = None
+
+    def _clear_up_to(self, high: int) -> None:
+        if high > self._clean:
+            for layer in (*self.keys, *self.values):
+                layer[:, :, self._clean : high] = 0
+            self._clean = high
 
     def _check_room(self, end: int) -> None:
         if end > self.max_len:
@@ -187,7 +197,7 @@ class KVCache:
 
 def _gather_rows(layer: Tensor, rows: Tensor, used: int) -> Tensor:
     """只搬用过的槽：长缓存里搬空槽是白费带宽。"""
-    out = layer.new_zeros((rows.numel(), *layer.shape[1:]))
+    out = layer.new_empty((rows.numel(), *layer.shape[1:]))
     out[:, :, :used] = layer[:, :, :used][rows]
     return out
 

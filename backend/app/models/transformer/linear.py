@@ -49,7 +49,8 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
 def _few_row_product(x: Tensor, weight: Tensor) -> Tensor:
     """(R, in) 与 (out, in) -> (R, out)。"""
     if x.shape[0] > 1:
-        return torch.mm(weight, x.t()).t()
+        # 末维不连续会让后面的 SDPA 落到慢的数学路径上。
+        return torch.mm(weight, x.t()).t().contiguous()
     out = weight.shape[0] - weight.shape[0] % _GROUPS
     blocks = weight[:out].view(_GROUPS, out // _GROUPS, -1)
     y = torch.bmm(blocks, x.t().expand(_GROUPS, -1, -1)).view(1, out)

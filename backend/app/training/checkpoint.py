@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from app.data.files import sha256_file, sync_folder, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -82,7 +83,7 @@ def write_checkpoint(run: Path, step: int, fill: Callable[[Path], object]) -> Pa
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(run)
+    sync_folder(run)
     return target
 
 
@@ -90,11 +91,11 @@ def _write_manifest(folder: Path, step: int) -> None:
     entries = {}
     for path in sorted(folder.iterdir()):
         _sync_file(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": entries}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     _sync_file(folder / MANIFEST)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _set_aside(target: Path) -> None:
@@ -126,8 +127,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         # 点开头的文件（.DS_Store 之类）从不被加载，不算混入。
         if entry.name not in files and entry.name != MANIFEST and entry.name[0] != ".":
             raise CheckpointError(f"{entry} is not listed in {MANIFEST}: remove it")
-    for name, entry in files.items():
-        _verify_file(folder / name, entry)
+    for name, facts in files.items():
+        _verify_file(folder / name, facts)
     return manifest
 
 
@@ -157,12 +158,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+def _verify_file(path: Path, facts: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-    if (size := path.stat().st_size) != entry["bytes"]:
-        raise CheckpointError(f"{path} has {size} bytes, {MANIFEST} says {entry['bytes']}")
-    if _sha256(path) != entry["sha256"]:
+    if (size := path.stat().st_size) != facts["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes, {MANIFEST} says {facts['bytes']}")
+    if sha256_file(path) != facts["sha256"]:
         raise CheckpointError(f"{path} does not match its sha256: the file is damaged")
 
 
@@ -181,11 +182,7 @@ def find_latest(run: Path) -> tuple[Path | None, list[Skipped]]:
 
 def mark_best(run: Path, step: int, loss: float) -> None:
     """记下验证损失最低的检查点（只记名字，不复制）。"""
-    temporary = run / f".tmp-{BEST}-{os.getpid()}"
-    temporary.write_text(json.dumps({"step": step, "loss": loss}) + "\n", encoding="utf-8")
-    _sync_file(temporary)
-    os.replace(temporary, run / BEST)
-    _sync_folder(run)
+    write_atomic(run / BEST, (json.dumps({"step": step, "loss": loss}) + "\n").encode())
 
 
 def read_best(run: Path) -> tuple[int, float] | None:
@@ -265,24 +262,8 @@ def _resolve_best(run: Path) -> Path:
     return folder
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    """让改名本身落盘；Windows 打不开文件夹，也不需要。"""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +32,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """追加写。写不下去（盘满）时警告一次，训练照常。
 
-    行的 kind 是 "train"（完成第 step 步）或 "eval"（在第 step 步之前验证）。
+    行的 kind："train" 完成了第 step 步；"skipped" 那一步没有更新；"eval" 做完 step 步后的验证。
+    JSON 没有 NaN，非有限数写成 null。
     """
 
     def __init__(self, path: Path, resume_step: int, tell: Tell) -> None:
@@ -42,13 +45,20 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._guard(lambda: self._file.write(json.dumps(row) + "\n"))
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._guard(lambda: self._file.write(json.dumps(clean) + "\n"))
 
     def sync(self) -> None:
         """保存检查点之前调用：检查点之前的行必须在盘上。"""
-        self._guard(lambda: (self._file.flush(), os.fsync(self._file.fileno())))
+        self._guard(self._flush)
 
-    def _guard(self, action: Any) -> None:
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _guard(self, action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
@@ -70,4 +80,4 @@ class Metrics:
 
 def _before(row: dict[str, Any], step: int) -> bool:
     """检查点 step 之后还会重做的：第 step 步之前的验证，和此后的一切。"""
-    return row["step"] <= step if row.get("kind") == "train" else row["step"] < step
+    return row["step"] < step if row.get("kind") == "eval" else row["step"] <= step

@@ -19,21 +19,34 @@ _SILENT = {
 _MODEL_FREE = {"model.dropout", "model.attention_backend"}
 
 
-def find_start(config: TrainConfig, tell: Tell) -> Path | None:
-    """要续的检查点；None = 从头开始。
+def check_out(config: TrainConfig) -> None:
+    """在训练文件夹里写下任何东西之前调用：别人的文件绝不动。
 
     Raises:
-        ValueError: 训练文件夹已有东西而没有要求续训，或要续的检查点不可用。绝不覆盖。
+        ValueError: 那里已有东西而没有要求续训，或那不是一个训练文件夹。
     """
     run = Path(config.out)
     if run.exists() and not run.is_dir():
         raise ValueError(f"out={config.out} is a file: give a folder")
+    if not run.is_dir() or not any(run.iterdir()):
+        return
     if config.resume == "none":
-        if run.is_dir() and any(run.iterdir()):
-            raise ValueError(
-                f"out={config.out} already exists and is never overwritten: use --resume auto to "
-                "go on with it, or another --out"
-            )
+        raise ValueError(
+            f"out={config.out} already exists and is never overwritten: use --resume auto to "
+            "go on with it, or another --out"
+        )
+    if not ((run / RUN_FILE).is_file() or list_steps(run)):
+        raise ValueError(f"out={run} holds other files and no run: use another --out")
+
+
+def find_start(config: TrainConfig, tell: Tell) -> Path | None:
+    """要续的检查点；None = 从头开始。
+
+    Raises:
+        ValueError: 要续的检查点不可用，或会盖住别的训练。
+    """
+    run = Path(config.out)
+    if config.resume == "none":
         return None
     if config.resume == "auto":
         return _newest(run, tell)
@@ -50,9 +63,6 @@ def _newest(run: Path, tell: Tell) -> Path | None:
             "repair them or use another --out"
         )
     if folder is None:
-        ours = not run.is_dir() or not any(run.iterdir()) or (run / RUN_FILE).is_file()
-        if not ours:
-            raise ValueError(f"out={run} holds other files and no run: use another --out")
         tell(f"nothing to resume in {run}: starting from the beginning")
     return folder
 
@@ -73,7 +83,7 @@ def _named(path: Path, run: Path, tell: Tell) -> Path:
                 f"resume={path} but {run} already holds {newest.name}: use --resume auto, or "
                 "another --out to branch off"
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif list_steps(run):
         raise ValueError(f"out={run} already exists: to branch off from {path} use a new --out")
     return folder
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -127,3 +127,23 @@ def _why_not(mode: str, device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "Triton is not installed"
     return f"not used on {device.type}" if mode == "auto" else None
+
+
+@contextlib.contextmanager
+def memory_error(rows: int, config: TrainConfig) -> Iterator[None]:
+    """内存不够时说清尺寸与改法。
+
+    Raises:
+        MemoryError: 代替各设备各样的报错。
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        fix = f"use --micro-batch {max(1, rows // 2)}" if rows > 1 else "use a smaller model"
+        raise MemoryError(
+            f"out of memory with {rows} sequences of {config.model.context_size} tokens at once: "
+            f"{fix} (the result stays the same)"
+        ) from error

@@ -1,0 +1,204 @@
+"""从一份配置到一次完整的训练：打开数据、占住文件夹、组装、复原、训练、画图。"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from app.data.files import write_atomic
+from app.data.shards import TokenDataset
+from app.models.transformer import GPT2Model
+
+from .checkpoint import Tell, step_folder, sweep
+from .config import TrainConfig
+from .lock import run_lock
+from .metrics import METRICS, Metrics
+from .plot import plot_losses
+from .progress import Progress
+from .resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
+from .runtime import Runtime, choose_runtime
+from .samples import encode_prompt
+from .signals import StopSignal
+from .state import read_state, restore, versions
+from .trainer import Trainer
+from .validation import Validation
+
+
+@dataclass(frozen=True)
+class Data:
+    """训练集、验证集（可无）与它们的分词器。"""
+
+    train: TokenDataset
+    val: TokenDataset | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """训练怎样结束。stopped 是使它停下的信号名；checkpoint 是最后保存的状态。"""
+
+    stopped: str | None
+    step: int
+    best: tuple[int, float] | None
+    skipped: int
+    seconds: float
+    plot: Path | None
+    checkpoint: Path
+    run_file: Path
+
+
+Plan = list[tuple[str, str, str]]
+
+
+def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell = print) -> Result:
+    """按 config 训练到底，或到收到停止信号为止。
+
+    Raises:
+        ValueError: 配置、数据、训练文件夹或检查点不可用；那时什么也没有写。
+        TrainingDiverged: 连续多步非有限。
+        OSError: 最后的检查点写不下去。
+    """
+    data = open_data(config, tell)
+    check_out(config)
+    runtime = choose_runtime(config)
+    run = Path(config.out)
+    run.mkdir(parents=True, exist_ok=True)
+    with run_lock(run, tell):
+        sweep(run)
+        trainer = _assemble(config, runtime, data, tell)
+        write_atomic(run / RUN_FILE, _as_yaml(config))
+        compiled = trainer.compile(tell)
+        show_plan(describe(trainer, compiled))
+        return _run(trainer)
+
+
+def open_data(config: TrainConfig, tell: Tell) -> Data:
+    """
+    Raises:
+        ValueError: 没有数据集，数据短于上下文，或词表大于模型的。
+    """
+    folder = Path(config.data.folder)
+    train = TokenDataset.open(folder / "train")
+    if train.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the data in {folder} has a vocabulary of {train.vocab_size} but "
+            f"model.vocab_size={config.model.vocab_size}: use model.vocab_size={train.vocab_size} "
+            "or more"
+        )
+    if not (folder / "val").is_dir():
+        tell(f"note: {folder} has no validation part: no validation loss will be measured")
+        return Data(train, None)
+    return Data(train, TokenDataset.open(folder / "val"))
+
+
+def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> Trainer:
+    start = find_start(config, tell)
+    state = None if start is None else read_state(start)
+    if state is not None:
+        check_compatible(state, config, data.train.fingerprint, tell)
+        now = {
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "device": str(runtime.device),
+            "precision": str(runtime.dtype),
+        }
+        check_same_machine(state, now, tell)
+    _seed_everything(config.seed)
+    model = GPT2Model(config.model).to(runtime.device)
+    tokenizer = data.train.tokenizer()
+    encode_prompt(tokenizer, config.sample_prompt)
+    validation = None
+    if data.val is not None:
+        windows = config.eval_batches * config.batch_size
+        rows = config.micro_batch or config.batch_size
+        validation = Validation(data.val, config.model.context_size, windows, rows)
+    trainer = Trainer(config, runtime, model, data.train, validation, tokenizer)
+    if start is not None and state is not None:
+        restore(start, model, trainer.optimizer, state)
+        trainer.restore_counters(state, own=start.parent.resolve() == Path(config.out).resolve())
+        trainer.restore_best(tell)
+        tell(f"resuming from {start} at step {trainer.step}")
+    return trainer
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+
+
+def _run(trainer: Trainer) -> Result:
+    run, config, begin = trainer.run_folder, trainer.config, time.perf_counter()
+    progress = Progress(config.steps, trainer.step, config.tokens_per_step)
+    metrics = Metrics(run / METRICS, trainer.step, progress.tell)
+    try:
+        with StopSignal() as stop, progress, metrics:
+            trainer.run(metrics, progress, stop)
+    finally:
+        # 中途失败时，曲线正是要看的东西。
+        plot = plot_losses(run)
+    return Result(
+        stopped=stop.requested,
+        step=trainer.step,
+        best=trainer.best,
+        skipped=trainer.skipped,
+        seconds=time.perf_counter() - begin,
+        plot=plot,
+        checkpoint=step_folder(run, trainer.step),
+        run_file=run / RUN_FILE,
+    )
+
+
+def describe(trainer: Trainer, compiled: str) -> Plan:
+    """将要怎样跑：(项目, 值, 理由)。"""
+    config, runtime, model = trainer.config, trainer.runtime, trainer.model
+    shape = config.model
+    passes = -(-config.batch_size // trainer.micro)
+    passed = "one pass" if passes == 1 else f"{passes} passes of {trainer.micro} sequences"
+    total = config.steps * config.tokens_per_step
+    epochs = trainer.sampler.epoch(config.steps)
+    return [
+        ("device", str(runtime.device), runtime.device_why),
+        ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
+        ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
+        (
+            "attention",
+            shape.attention_backend,
+            "chosen per call" if shape.attention_backend == "auto" else "asked for",
+        ),
+        (
+            "model",
+            f"{model.num_parameters():,} parameters",
+            f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embed}, "
+            f"norm {shape.norm}, vocabulary {shape.vocab_size}",
+        ),
+        ("optimizer", trainer.optimizer_why, f"peak lr {config.optim.lr:g}"),
+        (
+            "step",
+            f"{config.tokens_per_step:,} tokens",
+            f"{config.batch_size} x {shape.context_size}, {passed}",
+        ),
+        (
+            "run",
+            f"{config.steps:,} steps",
+            f"{total:,} tokens, {epochs:.2f} times the data in {config.data.folder}",
+        ),
+        (
+            "threads",
+            str(torch.get_num_threads()),
+            f"of {os.cpu_count()} processors; python {sys.version.split()[0]}",
+        ),
+    ]
+
+
+def _as_yaml(config: TrainConfig) -> bytes:
+    text = yaml.safe_dump(config.replace(resume="none").to_dict(), sort_keys=False)
+    return text.encode("utf-8")

@@ -1,0 +1,72 @@
+"""一步的梯度：微批之和恰等于大批，不论微批怎样切、-100 落在哪里。
+
+B 批大小，T 上下文长度。
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.models.transformer import GPT2Model
+
+from .runtime import Runtime
+
+IGNORE = -100
+
+
+def accumulate(
+    model: GPT2Model, inputs: np.ndarray, targets: np.ndarray, micro: int, runtime: Runtime
+) -> Tensor:
+    """对 (B, T) 的一批求梯度，加进 .grad；返回整批的平均损失（标量，不带图）。
+
+    每个微批的平均损失乘以它的有效词元占全批的份额：先各自平均再平均，
+    会在长短不一时算错（transformers #34191 即此）。
+    """
+    valid = int(np.count_nonzero(targets != IGNORE)) or 1
+    total = torch.zeros((), device=runtime.device)
+    for first in range(0, len(inputs), micro):
+        x = torch.from_numpy(inputs[first : first + micro]).to(runtime.device, non_blocking=True)
+        part = targets[first : first + micro]
+        y = torch.from_numpy(part).to(runtime.device, non_blocking=True)
+        with runtime.autocast():
+            loss = model(x, targets=y)["loss"]
+        loss = loss * (int(np.count_nonzero(part != IGNORE)) / valid)
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def first_bad_gradient(model: GPT2Model) -> str:
+    """第一个含非有限梯度的参数名，给报错用。"""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return name
+    return "the loss only"
+
+
+def expected_initial_loss(model: GPT2Model) -> float:
+    """随机初始化时的损失：ln V 加上初始 logits 方差的一半。
+
+    末层归一化的输出长 sqrt(C)，故 logits 的方差约为 C·mean(w²)（w 是输出头的权重）。
+    """
+    weight = model.head_weight.detach()
+    variance = weight.shape[1] * float(weight.float().pow(2).mean())
+    return math.log(weight.shape[0]) + 0.5 * variance
+
+
+def initial_loss_line(model: GPT2Model, loss: float, expected: float) -> str:
+    """一句话说明第一步的损失是否寻常。"""
+    vocab = model.config.vocab_size
+    verdict = (
+        "as it should be"
+        if abs(loss - expected) < 0.5
+        else "UNUSUAL: look at the data, the vocabulary size and the initialisation"
+    )
+    return (
+        f"first loss {loss:.3f}, expected about {expected:.3f} "
+        f"(ln {vocab} = {math.log(vocab):.3f} for blind guessing): {verdict}"
+    )

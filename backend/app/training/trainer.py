@@ -1,0 +1,257 @@
+"""训练循环。从 Trainer.run 读起：一步、验证、保存、停止，都在那一屏里。
+
+检查点 step 的意思：做完 step 步、其后什么都没做的状态。验证与样文在取下一步之前进行，
+所以从检查点续训会照样再做一遍，得到同样的数。
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from app.data.sampler import Sampler
+from app.data.shards import TokenDataset
+from app.data.tokenizers import Tokenizer
+from app.models.transformer import GPT2Model
+
+from .checkpoint import (
+    BEST,
+    CheckpointError,
+    Tell,
+    mark_best,
+    prune,
+    read_best,
+    step_folder,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from .config import TrainConfig
+from .metrics import Metrics
+from .optim import build_optimizer
+from .progress import Progress
+from .runtime import Runtime, compile_blocks, memory_error
+from .samples import sample_text
+from .schedule import learning_rate
+from .signals import StopSignal
+from .state import fill_checkpoint
+from .step import accumulate, expected_initial_loss, first_bad_gradient, initial_loss_line
+from .validation import Validation
+
+_MAX_BAD_STEPS = 3
+
+
+class TrainingDiverged(ValueError):
+    """连续几步的损失或梯度不是有限数。"""
+
+
+class Trainer:
+    """一次训练的全部活动部件；由 run.py 组装与复原。
+
+    Attributes:
+        step: 已完成的步数。
+        skipped: 因非有限的损失或梯度而没有更新的步数。
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        model: GPT2Model,
+        data: TokenDataset,
+        validation: Validation | None,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.config, self.runtime, self.model, self.data = config, runtime, model, data
+        self.validation, self.tokenizer = validation, tokenizer
+        self.run_folder = Path(config.out)
+        self.micro = config.micro_batch or config.batch_size
+        self.sampler = Sampler(
+            data.n_tokens, config.model.context_size, config.batch_size, config.seed
+        )
+        self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
+        self.parameters = list(model.parameters())
+        self.expected_loss = expected_initial_loss(model)
+        self.step = self.tokens = self.skipped = 0
+        self.best: tuple[int, float] | None = None
+        self.last_sample: str | None = None
+        self.saved: int | None = None
+        self._bad_in_a_row = 0
+        self._sampled: int | None = None
+
+    def run(self, metrics: Metrics, progress: Progress, stop: StopSignal) -> None:
+        """训练到 config.steps，或到要求停止的那一步；返回时最后的状态已保存。
+
+        Raises:
+            TrainingDiverged: 连续多步非有限；最后一个好的检查点在信息里。
+            OSError: 最后的检查点写不下去。
+        """
+        self.metrics, self.progress, self.stop = metrics, progress, stop
+        every, last = self.config, self.config.steps
+        self.model.train()
+        while self.step < last and not stop.requested:
+            if _due(self.step, every.eval_every):
+                self._validate()
+            if self.step and _due(self.step, every.sample_every):
+                self._sample()
+            if stop.requested:
+                break
+            self._train_step()
+            if _due(self.step, every.save_every) and self.step < last:
+                self._save()
+        if not stop.requested:
+            self._save(must=True)
+            self._validate()
+            self._sample()
+        self._save(must=True)
+
+    def _train_step(self) -> None:
+        start = time.perf_counter()
+        optim = self.config.optim
+        lr = learning_rate(
+            self.step, peak=optim.lr, steps=self.config.steps, schedule=self.config.schedule
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        inputs, targets = self.sampler.batch(self.data, self.step)
+        with memory_error(self.micro, self.config):
+            mean = accumulate(self.model, inputs, targets, self.micro, self.runtime)
+            limit = optim.grad_clip or math.inf
+            norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+            # 每步只在这里与设备同步一次。
+            loss, size = torch.stack((mean, norm.to(mean.dtype))).tolist()
+            good = math.isfinite(loss) and math.isfinite(size)
+            if good:
+                self.optimizer.step()
+        where = "" if good else first_bad_gradient(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += inputs.size
+        self._record(loss, size, lr, time.perf_counter() - start)
+        self._count_bad(good, where)
+
+    def _record(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+        row = {"kind": "train", "step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
+        self.metrics.write(row | {"tokens": self.tokens, "seconds": round(seconds, 6)})
+        if self.step == 1:
+            self.progress.tell(initial_loss_line(self.model, loss, self.expected_loss))
+        self.progress.step(self.step, loss, lr, seconds)
+
+    def _count_bad(self, good: bool, where: str) -> None:
+        if good:
+            self._bad_in_a_row = 0
+            return
+        self.skipped += 1
+        self._bad_in_a_row += 1
+        starts = self.sampler.offsets(self.step - 1).tolist()
+        self.metrics.write({"kind": "skipped", "step": self.step, "where": where, "rows": starts})
+        self.progress.tell(
+            f"warning: step {self.step} has a non-finite loss or gradient (first in {where}): "
+            "no update"
+        )
+        if self._bad_in_a_row >= _MAX_BAD_STEPS:
+            good_one = "none yet" if self.saved is None else self._folder(self.saved)
+            raise TrainingDiverged(
+                f"{_MAX_BAD_STEPS} steps in a row up to step {self.step} had a non-finite loss or "
+                f"gradient: lower optim.lr={self.config.optim.lr} or lengthen "
+                f"schedule.warmup_steps={self.config.schedule.warmup_steps}; "
+                f"last good checkpoint: {good_one}"
+            )
+
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        loss = self.validation.loss(self.model, self.runtime, lambda: bool(self.stop.requested))
+        if loss is None:
+            return
+        self.metrics.write({"kind": "eval", "step": self.step, "loss": loss, "tokens": self.tokens})
+        better = self.step > 0 and (self.best is None or loss < self.best[1])
+        self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
+        if better:
+            self._save()
+            if self.saved == self.step:
+                self.best = (self.step, loss)
+                mark_best(self.run_folder, *self.best)
+                prune(self.run_folder, self.config.keep_last)
+
+    def _sample(self) -> None:
+        if self.config.sample_tokens == 0 or self._sampled == self.step:
+            return
+        self._sampled = self.step
+        self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        self.progress.tell(f"--- sample at step {self.step} ---\n{self.last_sample}\n---")
+
+    def _save(self, must: bool = False) -> None:
+        """存下此刻；途中存不下（盘满）只警告，训练继续，旧检查点还在。"""
+        if self.saved == self.step:
+            return
+        self.metrics.sync()
+        try:
+            write_checkpoint(self.run_folder, self.step, self._fill)
+        except OSError as error:
+            if must:
+                raise
+            self.progress.tell(
+                f"warning: no checkpoint at step {self.step}: {error}; training goes on, "
+                f"last good one: {self.saved if self.saved is not None else 'none yet'}"
+            )
+            return
+        self.saved = self.step
+        prune(self.run_folder, self.config.keep_last)
+
+    def _fill(self, folder: Path) -> None:
+        facts = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "bad_in_a_row": self._bad_in_a_row,
+            "data": self.data.fingerprint,
+            "device": str(self.runtime.device),
+            "precision": str(self.runtime.dtype),
+        }
+        fill_checkpoint(folder, self.model, self.optimizer, self.config, facts)
+        self.tokenizer.save(folder)
+
+    def restore_counters(self, state: dict[str, Any], own: bool) -> None:
+        """接上计数；own 说明检查点就在本训练的文件夹里。"""
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.skipped, self._bad_in_a_row = state["skipped"], state["bad_in_a_row"]
+        self.saved = self.step if own else None
+
+    def restore_best(self, tell: Tell) -> None:
+        """最好的检查点若已不在或损坏，就当没有，由下一次验证重立。"""
+        try:
+            best = read_best(self.run_folder)
+            if best is not None:
+                verify_checkpoint(self._folder(best[0]))
+        except CheckpointError as error:
+            (self.run_folder / BEST).unlink()
+            tell(f"warning: the record of the best checkpoint is dropped: {error}")
+            return
+        self.best = best
+
+    def compile(self, tell: Tell) -> str:
+        """按配置编译各块；返回一句说明。试跑用第 0 批，不留痕迹。"""
+
+        def probe() -> None:
+            inputs, targets = self.sampler.batch(self.data, 0, slice(0, self.micro))
+            self.model.train()
+            accumulate(self.model, inputs, targets, self.micro, self.runtime)
+
+        try:
+            return compile_blocks(
+                self.model.h.values(), self.config.compile, self.runtime.device, probe, tell
+            )
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _folder(self, step: int) -> Path:
+        return step_folder(self.run_folder, step)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -124,7 +124,6 @@ class ShardWriter:
             ],
         }
         write_atomic(self.folder / META_FILE, (json.dumps(meta, indent=2) + "\n").encode("ascii"))
-        (self.folder / INDEX_PART).unlink()
 
     def _part(self, number: int) -> Path:
         return self.folder / (shard_name(number) + ".tmp")

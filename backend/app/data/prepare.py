@@ -1,0 +1,392 @@
+"""把来源变成 out/train 与 out/val 两个数据集：内存恒定，随时可杀，再来一次接着做。
+
+out/prepare.json 是日志：这条命令是什么、来源的内容是什么、做到了第几小段。每编码约
+CHECKPOINT_CHARS 个字符，先把写着的文件同步，再原子地换掉日志；重来时把文件截回日志所记的
+长度。各小段单独编码，所以被杀过的与没被杀过的逐字节相同。
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from app.data import progress, split
+from app.data.files import write_atomic
+from app.data.shards import META_FILE, TokenDataset, token_dtype
+from app.data.sources import Sources
+from app.data.split import Census, Plan, Unit
+from app.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Kind,
+    Tokenizer,
+    gpt2_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+from app.data.writer import INDEX_PART, NEW, ShardWriter
+
+SCHEMA_VERSION = 1
+JOURNAL_FILE = "prepare.json"
+LOCK_FILE = "prepare.lock"
+SHARD_TOKENS = 1 << 26
+DEFAULT_BPE_SIZE = 4096
+CHECKPOINT_CHARS = 1 << 25
+# 训练 BPE 的样本上限：合并表在几千万字符之后几乎不再变，而训练的内存与时间随样本增长。
+BPE_SAMPLE_CHARS = 1 << 25
+_BATCH_CHARS = 1 << 21
+_ESTIMATE_CHARS = 1 << 20
+_OUR_FILES = re.compile(
+    r"(tokens-\d{5}\.bin|index\.npy|meta\.json|tokenizer\.json|tokenizer_meta\.json)(\.tmp)?"
+    r"|index\.tmp"
+)
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """要哪一种分词器；vocab_size 只用于 "bpe"（None = 4096），vocab_files 只用于 "gpt2"。"""
+
+    kind: Kind
+    vocab_size: int | None = None
+    vocab_files: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab_files is not None and self.kind != "gpt2":
+            raise ValueError(
+                f"vocab_files={self.vocab_files} belongs to the gpt2 tokenizer, but the tokenizer "
+                f"is {self.kind!r}: use --tokenizer gpt2 or leave --vocab-files out"
+            )
+
+        if self.vocab_size is not None and self.kind != "bpe":
+            raise ValueError(
+                f"vocab_size={self.vocab_size} belongs to the bpe tokenizer, but the tokenizer is "
+                f"{self.kind!r}, which has its own: use --tokenizer bpe or leave --vocab-size out"
+            )
+
+    @property
+    def bpe_size(self) -> int:
+        return DEFAULT_BPE_SIZE if self.vocab_size is None else self.vocab_size
+
+    def identity(self) -> dict[str, Any]:
+        if self.kind == "bpe":
+            return {"tokenizer": self.kind, "vocab_size": self.bpe_size}
+        return {"tokenizer": self.kind}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """做完的数据集；bytes_per_token 按全部文本的 UTF-8 字节算。"""
+
+    folder: Path
+    documents: int
+    tokens: int
+    bytes: int
+    sides: dict[str, TokenDataset]
+    fresh: bool
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / self.tokens
+
+
+def prepare(
+    sources: Sources,
+    out: Path,
+    spec: TokenizerSpec,
+    *,
+    val_fraction: float = 0.1,
+    shard_tokens: int = SHARD_TOKENS,
+    say: Callable[[str], None] = print,
+) -> Summary:
+    """编码 sources，写进 out；同一条命令再来一次：接着做，或说明已经做完。
+
+    Raises:
+        ValueError: 输入不是文本、out 里有别的东西、out 属于另一条命令、磁盘放不下。
+    """
+    from filelock import FileLock, Timeout
+
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
+    _check_folder(out)
+    say(f"reading {sources.description}")
+    plan = split.survey(sources, val_fraction, alphabet=spec.kind == "chars")
+    _tell(plan, say)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / LOCK_FILE, timeout=0):
+            _check_folder(out)
+            command = {
+                **spec.identity(),
+                "val_fraction": val_fraction,
+                "shard_tokens": shard_tokens,
+                "content": plan.content,
+            }
+            return _Job(sources, out, spec, plan, command, say).run()
+    except Timeout:
+        raise ValueError(
+            f"{out}: another `gpt2 prepare` is writing there: wait for it, or choose another --out"
+        ) from None
+
+
+class _Job:
+    """一次运行；journal 与 out/prepare.json 的内容一致。"""
+
+    def __init__(
+        self,
+        sources: Sources,
+        out: Path,
+        spec: TokenizerSpec,
+        plan: Plan,
+        command: dict[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self.sources, self.out, self.spec, self.plan, self.say = sources, out, spec, plan, say
+        self.journal: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "command": command,
+            "source": {
+                "description": sources.description,
+                "split": plan.split,
+                **{k: v for k, v in command.items() if k != "shard_tokens"},
+            },
+            "tokenizer": None,
+            "units": 0,
+            "sides": dict.fromkeys(plan.sides, NEW),
+            "finished": False,
+        }
+
+    def run(self) -> Summary:
+        path = self.out / JOURNAL_FILE
+        if path.exists():
+            self.journal = _read_journal(path, self.journal)
+        if self.journal["finished"]:
+            self.say(f"{self.out} is already prepared from these sources: nothing to do")
+            return self._summary(fresh=False)
+        self._save()
+        tokenizer = self._tokenizer()
+        self._check_disk(tokenizer)
+        self._encode(tokenizer)
+        self.journal["finished"] = True
+        self._save()
+        return self._summary(fresh=True)
+
+    def _save(self) -> None:
+        data = json.dumps(self.journal, indent=2) + "\n"
+        write_atomic(self.out / JOURNAL_FILE, data.encode("ascii"))
+
+    def _tokenizer(self) -> Tokenizer:
+        """重来时须与上次的相同；现场训练的从文件夹里读回。"""
+        known = self.journal["tokenizer"]
+        if known is not None and self.spec.kind == "bpe":
+            tokenizer = load_tokenizer(self.out / "train")
+        else:
+            tokenizer = self._build()
+        if known is None:
+            tokenizer.save(self.out / "train")
+            self.journal["tokenizer"] = tokenizer.fingerprint()
+            self._save()
+        elif known != tokenizer.fingerprint():
+            raise ValueError(
+                f"{self.out} was begun with another {self.spec.kind} vocabulary (fingerprint "
+                f"{known[:12]}, now {tokenizer.fingerprint()[:12]}): "
+                "give the same vocabulary, or choose another --out"
+            )
+        return tokenizer
+
+    def _build(self) -> Tokenizer:
+        if self.spec.kind == "bytes":
+            return ByteTokenizer()
+        if self.spec.kind == "chars":
+            return CharTokenizer(self.plan.alphabet)
+        if self.spec.kind == "gpt2":
+            return gpt2_tokenizer(self.spec.vocab_files)
+        self.say(f"training a BPE vocabulary of {self.spec.bpe_size}")
+        tokenizer = train_bpe(self._sample(), self.spec.bpe_size)
+        if tokenizer.vocab_size < self.spec.bpe_size:
+            self.say(
+                f"the text gave only {tokenizer.vocab_size} tokens "
+                f"of the {self.spec.bpe_size} asked for"
+            )
+        return tokenizer
+
+    def _sample(self) -> Iterator[str]:
+        """训练那一边的文本，均匀取样，至多约 BPE_SAMPLE_CHARS 个字符。"""
+        ratio = min(1.0, BPE_SAMPLE_CHARS / self.plan.content["characters"])
+        number = 0
+        for unit in split.units(self.sources, self.plan, Census()):
+            if unit.side == "train":
+                if int((number + 1) * ratio) > int(number * ratio):
+                    yield unit.text
+                number += 1
+
+    def _check_disk(self, tokenizer: Tokenizer) -> None:
+        """先说要多少磁盘；放不下就不开始。"""
+        characters = tokens = 0
+        for unit in split.units(self.sources, self.plan, Census()):
+            tokens += len(tokenizer.encode(unit.text)) + unit.end
+            characters += len(unit.text)
+            if characters >= _ESTIMATE_CHARS:
+                break
+        content = self.plan.content
+        total = round(tokens * content["characters"] / characters)
+        need = total * token_dtype(tokenizer.vocab_size).itemsize + 16 * content["documents"]
+        free = shutil.disk_usage(self.out).free
+        self.say(
+            f"about {total:,} tokens of {content['bytes'] / 1e6:,.1f} MB text, "
+            f"{need / 1e6:,.1f} MB on disk ({free / 1e9:,.1f} GB free)"
+        )
+        written = sum(p.stat().st_size for p in self.out.glob("*/tokens-*"))
+        if need - written > free:
+            raise ValueError(
+                f"{self.out}: needs about {need / 1e6:,.0f} MB, but the disk has only "
+                f"{free / 1e6:,.0f} MB free: make room or choose another --out"
+            )
+
+    def _encode(self, tokenizer: Tokenizer) -> None:
+        if all((self.out / side / META_FILE).exists() for side in self.plan.sides):
+            self._sweep()
+            return
+        if self.journal["units"]:
+            tokens = sum(side["tokens"] for side in self.journal["sides"].values())
+            self.say(f"resuming after {tokens:,} tokens")
+        with ExitStack() as stack:
+            writers = {
+                side: ShardWriter(
+                    self.out / side, tokenizer, self.journal["command"]["shard_tokens"], state
+                )
+                for side, state in self.journal["sides"].items()
+            }
+            for writer in writers.values():
+                stack.callback(writer.close)
+            self._write(tokenizer, writers)
+            for side, writer in writers.items():
+                writer.finish({**self.journal["source"], "side": side})
+        self._sweep()
+
+    def _write(self, tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> None:
+        """从日志所记的小段起，编码到底；编码用单线程（两个线程并不更快）。"""
+        done, census, pending = self.journal["units"], Census(), 0
+        stream = split.units(self.sources, self.plan, census)
+        skipped = sum(unit.n_bytes for unit in islice(stream, done))
+        with progress.track("tokenizing", self.plan.content["bytes"], skipped) as advance:
+            for batch in _batches(stream):
+                arrays = tokenizer.encode_batch([unit.text for unit in batch])
+                for unit, tokens in zip(batch, arrays, strict=True):
+                    writers[unit.side].add(tokens, unit.n_bytes, unit.end)
+                    advance(unit.n_bytes)
+                    pending += len(unit.text)
+                done += len(batch)
+                if pending >= CHECKPOINT_CHARS:
+                    self._checkpoint(done, writers)
+                    pending = 0
+        if census.content() != self.plan.content:
+            raise ValueError(
+                f"{self.sources.description}: the files changed while they were read: "
+                "prepare them again into a new folder"
+            )
+        self._checkpoint(done, writers)
+
+    def _checkpoint(self, units: int, writers: dict[str, ShardWriter]) -> None:
+        self.journal["sides"] = {side: w.checkpoint() for side, w in writers.items()}
+        self.journal["units"] = units
+        self._save()
+
+    def _sweep(self) -> None:
+        for side in self.plan.sides:
+            (self.out / side / INDEX_PART).unlink(missing_ok=True)
+
+    def _summary(self, fresh: bool) -> Summary:
+        sides = {side: TokenDataset.open(self.out / side) for side in self.journal["sides"]}
+        return Summary(
+            folder=self.out,
+            documents=self.plan.content["documents"],
+            tokens=sum(d.n_tokens for d in sides.values()),
+            bytes=self.plan.content["bytes"],
+            sides=sides,
+            fresh=fresh,
+        )
+
+
+def _batches(stream: Iterator[Unit]) -> Iterator[list[Unit]]:
+    batch: list[Unit] = []
+    size = 0
+    for unit in stream:
+        batch.append(unit)
+        size += len(unit.text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tell(plan: Plan, say: Callable[[str], None]) -> None:
+    for name in sorted(plan.skipped)[:5]:
+        say(f"skipped {plan.skipped[name]}")
+    if plan.skipped:
+        say(f"skipped {len(plan.skipped)} files that are not UTF-8 text")
+    if plan.empty:
+        say(f"left out {plan.empty} empty documents")
+    if plan.split == "tail":
+        say(
+            f"too few documents to hold out {plan.val_fraction:.0%} by hash: "
+            f"the last {plan.val_fraction:.0%} of the text is the validation set"
+        )
+
+
+def _check_folder(out: Path) -> None:
+    """别人的文件一个也不碰。"""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    ours = {JOURNAL_FILE, JOURNAL_FILE + ".tmp", LOCK_FILE}
+    if (out / JOURNAL_FILE).exists():
+        ours |= {"train", "val"}
+    foreign = [p for p in out.iterdir() if p.name not in ours]
+    for side in ("train", "val"):
+        if side in ours and (out / side).is_dir():
+            foreign += [p for p in (out / side).iterdir() if not _OUR_FILES.fullmatch(p.name)]
+    if foreign:
+        raise ValueError(
+            f"{out} holds {min(foreign)}, which `gpt2 prepare` did not write: choose another --out"
+        )
+
+
+def _read_journal(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """读回日志；命令或内容不同就点名拒绝。"""
+    try:
+        journal = json.loads(path.read_bytes())
+        version, command = journal["schema_version"], journal["command"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not readable ({error}): choose another --out") from None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: schema_version={version!r} but this version writes {SCHEMA_VERSION}: "
+            "choose another --out"
+        )
+    before, now = _flat(command), _flat(fresh["command"])
+    differences = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{path.parent} belongs to another `gpt2 prepare` ({'; '.join(differences)}): "
+            "repeat that command, or choose another --out"
+        )
+    return journal
+
+
+def _flat(command: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in command.items() if k != "content"} | {
+        f"content.{k}": v for k, v in command.get("content", {}).items()
+    }

@@ -59,7 +59,8 @@ class DecodingContext:
     def advance(self, chosen: Tensor, history: Callable[[int], Sequence[int]]) -> Tensor:
         """每行喂一个新词元 (B,)，返回 logits (B, V)。
 
-        history(i): 第 i 行的全部词元，含新的这个；只在那一行要滑时才取。
+        history(i): 第 i 行的全部词元，含新的这个；只在那一行要滑时才取。已结束、只是还没有
+        被 keep 掉的行给出多少都可以：它的结果没有人看。
         """
         self._lengths = [n + 1 for n in self._lengths]
         starts = [self._slid_to(n) for n in self._lengths]
@@ -74,9 +75,6 @@ class DecodingContext:
         return self._feed(
             [history(i)[start:] if start else single[i : i + 1] for i, start in enumerate(starts)]
         )
-
-    def will_slide(self) -> bool:
-        return any(self._slid_to(n + 1) for n in self._lengths)
 
     def keep(self, rows: Sequence[int]) -> None:
         """只留这些行，按这个次序。"""

@@ -110,7 +110,7 @@ def complete(
     sampling = sampling or SamplingConfig()
     _check_options(max_new_tokens, overflow, prefill_chunk)
     width = _usable_ids(model.config, tokenizer)
-    _check_prompts(prompts, width, model.config.context_size, max_new_tokens, overflow)
+    check_prompts(prompts, width, model.config.context_size, max_new_tokens, overflow)
     _check_stops(stop_ids, width, stop_strings, tokenizer, on_text)
     draws = _draws(sampling, seeds, len(prompts), max_new_tokens)
     rows = [
@@ -150,7 +150,7 @@ def _decode(
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         finished = len(live) - len(open_rows)
-        if finished and (finished >= _COMPACT_AT * len(live) or context.will_slide()):
+        if finished and finished >= _COMPACT_AT * len(live):
             context.keep(open_rows)
             live = [live[i] for i in open_rows]
             keep = torch.tensor(open_rows)
@@ -305,9 +305,14 @@ def _check_options(new: int, overflow: str, chunk: int | None) -> None:
         raise ValueError(f"overflow={overflow!r} is not one of {list(get_args(Overflow))}")
 
 
-def _check_prompts(
+def check_prompts(
     prompts: Sequence[Sequence[int]], width: int, context_size: int, new: int, overflow: str
 ) -> None:
+    """complete 对提示的检查；分几批生成的程序先对全部提示做一遍，免得做到一半才报错。
+
+    Raises:
+        ValueError: 空的提示、width 之外的词元，或放不下。
+    """
     if not prompts:
         raise ValueError("no prompts: give at least one")
     for i, prompt in enumerate(prompts):

@@ -94,9 +94,8 @@ def sample(
     _check(values.amax(-1))
     # 按词元号的次序做逆变换：logits 的微小误差只微移边界，不会让两个近似相等的候选互换位置。
     cdf = values.double().softmax(-1).cumsum(-1)  # (B, K)
-    total = cdf[:, -1:]
-    point = uniforms.to(cdf.device)[:, None] * total
-    point = torch.minimum(point, torch.nextafter(total, torch.zeros_like(total)))
+    # u <= 1 - 2^-53，所以 u·总和按双精度舍入后仍小于总和：下标不会越界。
+    point = uniforms.to(cdf.device)[:, None] * cdf[:, -1:]
     return ids.gather(-1, torch.searchsorted(cdf, point, right=True))[:, 0]
 
 

@@ -57,7 +57,7 @@ def naive(model, prompt, new, config=GREEDY, seed=0, stop_ids=()):
 
 
 prompts_of = lambda longest: st.lists(  # noqa: E731
-    st.lists(st.integers(0, V - 1), min_size=1, max_size=longest), min_size=1, max_size=4
+    st.lists(st.integers(0, V - 1), min_size=1, max_size=longest), min_size=1, max_size=9
 )
 
 

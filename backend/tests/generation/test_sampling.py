@@ -149,6 +149,15 @@ def test_extreme_uniforms_never_pick_an_excluded_token(point):
     assert sampling.sample(logits, SamplingConfig(), draw).item() in (3, 500)
 
 
+def test_the_largest_uniform_stays_inside_for_any_rounding_of_the_sum():
+    """累加的总和在 1 上下差几个末位；最大的均匀数 1 - 2^-53 乘上去仍选得到词元。"""
+    logits = random_logits(0, (2000, 37))
+    draws = torch.full((2000,), 1 - 2**-53, dtype=torch.float64)
+    totals = logits.softmax(-1).cumsum(-1)[:, -1]
+    assert totals.min() < 1 < totals.max()
+    assert sampling.sample(logits, SamplingConfig(), draws).max() < 37
+
+
 def test_greedy_is_argmax_and_needs_no_randomness():
     logits = random_logits(1, (3, 50))
     config = SamplingConfig(temperature=0)

@@ -1,0 +1,200 @@
+"""`gpt2 generate`：标准输出只有文本；每个错误一句话、退出码 2。"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from app.cli.main import main
+from app.data.tokenizers import ByteTokenizer, CharTokenizer
+from app.generation.config import SamplingConfig
+from app.generation.generate import complete
+from app.models.transformer import GPT2Model, create_gpt2_model
+
+CHARS = CharTokenizer("\n .:abcdefghijklmnopqrstuvwxyzRJOMEU")
+
+
+def save(folder, tokenizer, context_size=32):
+    torch.manual_seed(0)
+    model = create_gpt2_model(
+        vocab_size=tokenizer.vocab_size + 3,
+        context_size=context_size,
+        n_layer=2,
+        n_head=2,
+        n_embed=16,
+        tie_weights=False,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("chars"), CHARS)
+
+
+def gpt2(capsys, *argv):
+    code = main(["generate", *argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def expected(folder, prompt, seed=0, **options):
+    tokenizer = CHARS
+    return complete(
+        GPT2Model.from_pretrained(folder),
+        [tokenizer.encode(prompt) or [tokenizer.document_separator]],
+        **{
+            "max_new_tokens": 10,
+            "sampling": SamplingConfig(temperature=0.8, top_p=0.95),
+            "stop_ids": [tokenizer.document_separator],
+            "tokenizer": tokenizer,
+            "seeds": [seed],
+            **options,
+        },
+    )[0]
+
+
+def test_one_prompt_streams_prompt_and_text(folder, capsys):
+    code, out, err = gpt2(capsys, folder, "--prompt", "ROMEO:", "--max-new-tokens", "10")
+    assert code == 0
+    assert out == "ROMEO:" + expected(folder, "ROMEO:").text + "\n"
+    assert "tokens/s" in err and len(err.splitlines()) == 1
+
+
+def test_text_is_written_piece_by_piece(folder, capsys, monkeypatch):
+    pieces = []
+    monkeypatch.setattr("app.cli.generate._write", pieces.append)
+    gpt2(capsys, folder, "--prompt", "JO", "--max-new-tokens", "6", "--seed", "2")
+    text = expected(folder, "JO", 2, max_new_tokens=6).text
+    assert pieces == ["JO" + text[0], *text[1:], "\n"]
+
+
+@pytest.mark.parametrize("batch", ["1", "2", "16"])
+def test_many_prompts_and_samples_are_labelled_and_the_same_in_any_batch(
+    folder, capsys, tmp_path, batch
+):
+    file = tmp_path / "prompts.txt"
+    file.write_text("abc\n\nRJ\r\n", encoding="utf-8")
+    argv = ["--prompt", "x", "--prompts-file", str(file), "--num-samples", "2", "--seed", "5"]
+    code, out, _ = gpt2(capsys, folder, *argv, "--max-new-tokens", "10", "--batch-size", batch)
+    assert code == 0
+    wanted = {
+        f"--- prompt {i}, sample {s + 1} ---\n{p}{expected(folder, p, 5 + s).text}\n"
+        for i, p in enumerate(["x", "abc", "RJ"], start=1)
+        for s in range(2)
+    }
+    parts = out.split("--- prompt ")[1:]
+    assert {"--- prompt " + part for part in parts} == wanted
+
+
+def test_no_prompt_starts_from_the_document_separator(folder, capsys):
+    code, out, _ = gpt2(capsys, folder, "--max-new-tokens", "10")
+    assert (code, out) == (0, expected(folder, "").text + "\n")
+
+
+def test_greedy_ignores_the_seed_and_stop_cuts(folder, capsys):
+    best = {"sampling": SamplingConfig(temperature=0), "max_new_tokens": 12}
+    texts = {p: expected(folder, p * 2, **best).text for p in "abcdefghijkl"}
+    prompt = 2 * next(p for p, text in texts.items() if len(set(text)) > 4)
+    greedy = ("--prompt", prompt, "--greedy", "--max-new-tokens", "12")
+    _, first, _ = gpt2(capsys, folder, *greedy, "--seed", "1")
+    _, second, _ = gpt2(capsys, folder, *greedy, "--seed", "2")
+    assert first == second
+    stop = first[5:7]
+    _, cut, _ = gpt2(capsys, folder, *greedy, "--stop", stop, "--stop", "never")
+    assert cut == first[: 2 + first[2:].index(stop)] + "\n"
+
+
+def test_by_default_it_goes_to_the_end_of_the_context_and_says_so(folder, capsys):
+    code, out, err = gpt2(capsys, folder, "--prompt", "ab", "--seed", "3")
+    text = expected(folder, "ab", 3, max_new_tokens=30).text
+    assert (code, out) == (0, f"ab{text}\n")
+    assert "30 new tokens, to the end of context_size=32" in err
+    code, out, err = gpt2(capsys, folder, "--prompt", "ab", "--overflow", "slide", "--seed", "3")
+    text = expected(folder, "ab", 3, max_new_tokens=200, overflow="slide").text
+    assert (code, out) == (0, f"ab{text}\n")
+    assert "note" not in err
+
+
+def test_bytes_come_out_as_whole_characters(tmp_path, capsys):
+    folder = save(tmp_path / "bytes", ByteTokenizer())
+    code, out, _ = gpt2(capsys, folder, "--prompt", "é漢", "--seed", "1")
+    assert code == 0 and out.startswith("é漢")
+
+
+@pytest.mark.parametrize(
+    "message, argv",
+    [
+        ("the prompt cannot be encoded: character 'é'", ["--prompt", "é"]),
+        ("prompt 2 cannot be encoded", ["--prompt", "a", "--prompt", "é"]),
+        ("together 41, beyond context_size=32", ["--prompt", "a", "--max-new-tokens", "40"]),
+        ("together 240, beyond context_size=32", ["--prompt", "a" * 40]),
+        ("temperature=-1", ["--temperature", "-1"]),
+        ("top_p=2", ["--top-p", "2"]),
+        ("num_samples=0", ["--num-samples", "0"]),
+        ("batch_size=0", ["--batch-size", "0"]),
+        ("max_new_tokens=0", ["--max-new-tokens", "0"]),
+        ("seed=-1", ["--seed", "-1"]),
+        ("empty", ["--stop", ""]),
+        ("device='toaster'", ["--device", "toaster"]),
+        ("nowhere.txt", ["--prompts-file", "nowhere.txt"]),
+    ],
+)
+def test_wrong_use_is_one_sentence(folder, capsys, message, argv):
+    code, out, err = gpt2(capsys, folder, *argv)
+    assert (code, out) == (2, "")
+    assert message in err and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path, capsys, folder):
+    (tmp_path / "x.txt").write_text("x")
+    for bad in (tmp_path, tmp_path / "missing", tmp_path / "x.txt"):
+        code, out, err = gpt2(capsys, str(bad), "--prompt", "a")
+        assert (code, out) == (2, "")
+        assert str(bad) in err and len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_without_tokenizer(tmp_path, capsys):
+    create_gpt2_model(vocab_size=9, n_layer=1, n_head=1, n_embed=8).save_pretrained(tmp_path)
+    code, _, err = gpt2(capsys, str(tmp_path), "--prompt", "a")
+    assert code == 2 and "tokenizer" in err
+
+
+def test_a_prompts_file_of_junk(tmp_path, capsys, folder):
+    file = tmp_path / "junk"
+    file.write_bytes(b"\xff\xfe\x00")
+    code, _, err = gpt2(capsys, folder, "--prompts-file", str(file))
+    assert code == 2 and "not UTF-8" in err
+    file.write_text(" \n\n")
+    code, _, err = gpt2(capsys, folder, "--prompts-file", str(file))
+    assert code == 2 and "holds no prompt" in err
+
+
+def test_a_reader_that_leaves_is_no_error(folder, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        code = main(["generate", folder, "--prompt", "a", "--num-samples", "3"])
+    assert code == 0
+    assert "error" not in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, app.cli.generate\n"
+        "assert not {'torch', 'numpy', 'tokenizers', 'rich'} & set(sys.modules)\n"
+        "from app.cli.main import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--max-new-tokens" in done.stdout

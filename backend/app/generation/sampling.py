@@ -46,8 +46,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
         )
         probs = (values - log_total).exp()
         before = probs.cumsum(-1) - probs  # 排在它前面的概率和 (B, K)
-        keep = before < p
-        keep[:, 0] = True
+        keep = before < p  # 第一个之前的和恰为 0，所以至少留下它
         if not bool(keep[:, -1].any()):
             break
     out = torch.full_like(logits, -math.inf)

@@ -149,6 +149,19 @@ def test_extreme_uniforms_never_pick_an_excluded_token(point):
     assert sampling.sample(logits, SamplingConfig(), draw).item() in (3, 500)
 
 
+def test_a_rounding_error_between_equals_does_not_change_the_choice():
+    """两个几乎相等的候选因舍入互换名次：按词元号取的逆变换，选出的仍相同。"""
+    logits = random_logits(0, (1, 30))
+    best = logits.argmax()
+    logits[0, 29] = logits[0, best] + 1e-12
+    swapped = logits.clone()
+    swapped[0, 29] -= 2e-12
+    config = SamplingConfig(top_k=5)
+    for point in torch.arange(0.005, 1, 0.01, dtype=torch.float64)[:, None]:
+        one, two = (sampling.sample(x, config, point) for x in (logits, swapped))
+        assert torch.equal(one, two)
+
+
 def test_the_largest_uniform_stays_inside_for_any_rounding_of_the_sum():
     """累加的总和在 1 上下差几个末位；最大的均匀数 1 - 2^-53 乘上去仍选得到词元。"""
     logits = random_logits(0, (2000, 37))

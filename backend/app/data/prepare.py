@@ -22,6 +22,7 @@ from app.data.files import write_atomic
 from app.data.shards import META_FILE, TokenDataset, token_dtype
 from app.data.sources import Sources
 from app.data.split import Census, Plan, Unit
+from app.data.tokenizers import META_FILE as TOKENIZER_META_FILE
 from app.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -169,9 +170,11 @@ class _Job:
         if self.journal["finished"]:
             self.say(f"{self.out} is already prepared from these sources: nothing to do")
             return self._summary(fresh=False)
-        self._save()
+        # 分词器和磁盘都成了才落笔：失败的尝试不占住文件夹
         tokenizer = self._tokenizer()
         self._check_disk(tokenizer)
+        self._save()
+        tokenizer.save(self.out / "train")
         self._encode(tokenizer)
         self.journal["finished"] = True
         self._save()
@@ -182,22 +185,20 @@ class _Job:
         write_atomic(self.out / JOURNAL_FILE, data.encode("ascii"))
 
     def _tokenizer(self) -> Tokenizer:
-        """重来时须与上次的相同；现场训练的从文件夹里读回。"""
+        """重来时须与上次的相同；现场训练的从文件夹里读回，省去再训练。"""
         known = self.journal["tokenizer"]
-        if known is not None and self.spec.kind == "bpe":
-            tokenizer = load_tokenizer(self.out / "train")
+        folder = self.out / "train"
+        if known and self.spec.kind == "bpe" and (folder / TOKENIZER_META_FILE).exists():
+            tokenizer = load_tokenizer(folder)
         else:
             tokenizer = self._build()
-        if known is None:
-            tokenizer.save(self.out / "train")
-            self.journal["tokenizer"] = tokenizer.fingerprint()
-            self._save()
-        elif known != tokenizer.fingerprint():
+        if known and known != tokenizer.fingerprint():
             raise ValueError(
                 f"{self.out} was begun with another {self.spec.kind} vocabulary (fingerprint "
                 f"{known[:12]}, now {tokenizer.fingerprint()[:12]}): "
                 "give the same vocabulary, or choose another --out"
             )
+        self.journal["tokenizer"] = tokenizer.fingerprint()
         return tokenizer
 
     def _build(self) -> Tokenizer:

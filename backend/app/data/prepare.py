@@ -337,7 +337,7 @@ def _tell(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"left out {plan.empty} empty documents")
     if plan.split == "tail":
         say(
-            f"too few documents to hold out {plan.val_fraction:.0%} by hash: "
+            f"the documents are too few or too uneven to hold out {plan.val_fraction:.0%} of them: "
             f"the last {plan.val_fraction:.0%} of the text is the validation set"
         )
 

@@ -1,0 +1,71 @@
+"""`gpt2 verify`：对一份配置做与 verify_implementation.py 相同的检查。"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
+
+from app.cli.runfile import load_config
+from app.models.transformer.config import GPT2Config
+
+SUMMARY = "check a configuration: causality, cache, padding, packing, counts, save and load"
+EXAMPLES = """\
+  gpt2 verify --model.n-layer 4 --model.norm keel
+  gpt2 verify --config my-model/config.json
+  gpt2 verify --config runs/train/run.yaml --model.n-kv-head 2"""
+
+
+@dataclass(frozen=True)
+class Args:
+    """哪一份配置。"""
+
+    config: Annotated[
+        str | None,
+        Doc("config.json of a model, or a run file (path, or name in recipes/); flags override it"),
+    ] = None
+    model: Annotated[GPT2Config, Doc("shape of the model")] = field(default_factory=GPT2Config)
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """先读 --config 的文件作默认值，再让 tyro 解析其余。
+
+    Raises:
+        ValueError: 文件找不到或读不懂。
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?")
+    name = first.parse_known_args(list(argv))[0].config
+    return tyro.cli(
+        Args,
+        prog="gpt2 verify",
+        args=list(argv),
+        default=Args() if name is None else Args(config=name, model=_read(name)),
+        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+
+
+def run(args: Args) -> int:
+    """退出码 0 全部通过，1 有一项不过。"""
+    from app.evaluation.verify import verify_config
+
+    return 0 if verify_config(args.model) else 1
+
+
+def _read(name: str) -> GPT2Config:
+    path = Path(name)
+    if path.suffix != ".json":
+        return load_config(name)[0].model
+    try:
+        return GPT2Config.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

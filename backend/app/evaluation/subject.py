@@ -1,0 +1,99 @@
+"""被核验的对象：一份配置，缩到双精度下算得动，缩了什么都说出来。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from app.models.transformer import GPT2Config, GPT2Model
+
+# 双精度的检查要做几百次前向；更大的模型不会查出别的错，只会更慢。
+MAX_PARAMETERS = 20_000_000
+MAX_VOCAB = 4096
+_MAX_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    Attributes:
+        asked: 用户的配置，原样；参数量在 meta 设备上按它核对。
+        config: 实际计算的配置；dropout 至少 0.1，否则「评估时没有 dropout」无从查起。
+        shrunk: 缩小了什么，如 "n_layer 48→2"；空串为原样。
+    """
+
+    asked: GPT2Config
+    config: GPT2Config
+    shrunk: str
+
+    @classmethod
+    def of(cls, asked: GPT2Config) -> Subject:
+        config = _shrink(asked)
+        names = ("vocab_size", "context_size", "n_layer", "n_head", "n_kv_head", "n_embed")
+        changes = [
+            f"{name} {getattr(asked, name)}→{getattr(config, name)}"
+            for name in names
+            if getattr(asked, name) != getattr(config, name)
+        ]
+        config = config.replace(dropout=max(config.dropout, 0.1))
+        return cls(asked, config, "、".join(changes))
+
+    @cached_property
+    def model(self) -> GPT2Model:
+        """双精度、eval、种子固定；检查不得改动它的权重。"""
+        return self.fresh()
+
+    def fresh(self, **changes: object) -> GPT2Model:
+        """同一种子的新模型；changes 覆盖配置里不改变权重的字段。"""
+        torch.manual_seed(0)
+        return GPT2Model(self.config.replace(**changes)).double().eval()
+
+    def ids(self, rows: int, length: int, seed: int) -> torch.Tensor:
+        """(rows, length) 的随机词元。"""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.config.vocab_size, (rows, length), generator=generator)
+
+    def ids_like(self, ids: torch.Tensor, seed: int) -> torch.Tensor:
+        return self.ids(ids.shape[0], ids.shape[1], seed)
+
+    def length(self, wanted: int) -> int:
+        return min(wanted, self.config.context_size)
+
+
+def count_parameters(config: GPT2Config) -> int:
+    """在 meta 设备上数，不分配内存。"""
+    with torch.device("meta"):
+        return GPT2Model(config).num_parameters()
+
+
+def _shrink(config: GPT2Config) -> GPT2Config:
+    """词表限在 4096；还太大则依次缩上下文、层数（不少于两层）、头数。头宽与分组不变。"""
+    small = config.replace(vocab_size=min(config.vocab_size, MAX_VOCAB))
+    if _size(small) <= MAX_PARAMETERS:
+        return small
+    small = small.replace(context_size=min(config.context_size, _MAX_CONTEXT))
+    room = MAX_PARAMETERS - _size(small.replace(n_layer=1))
+    layers = 1 + max(1, room // block_size(small))
+    small = small.replace(n_layer=min(config.n_layer, layers))
+    group = config.n_head // config.kv_heads
+    while _size(small) > MAX_PARAMETERS and small.n_head > group:
+        heads = max(group, small.n_head // 2 // group * group)
+        small = small.replace(
+            n_head=heads,
+            n_kv_head=None if config.n_kv_head is None else heads // group,
+            n_embed=heads * config.head_dim,
+        )
+    return small
+
+
+def _size(config: GPT2Config) -> int:
+    """参数量，不必造出全部层。"""
+    return count_parameters(config.replace(n_layer=1)) + block_size(config) * (config.n_layer - 1)
+
+
+def block_size(config: GPT2Config) -> int:
+    """一层的参数量，取第二层：keel 的第一层少一个归一化。"""
+    one, two = (count_parameters(config.replace(n_layer=n)) for n in (1, 2))
+    return two - one

@@ -38,6 +38,8 @@ def plot_losses(run: Path) -> Path | None:
 
 
 def _draw_losses(axes: Any, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import EngFormatter
+
     steps = np.array([r["step"] for r in train], dtype=float)
     losses = np.array([r["loss"] for r in train], dtype=float)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="training")
@@ -62,6 +64,7 @@ def _draw_losses(axes: Any, train: list[dict[str, Any]], evals: list[dict[str, A
         ),
     )
     top.set_xlabel("training tokens")
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _line(x: Any, known_x: np.ndarray, known_y: np.ndarray) -> np.ndarray:

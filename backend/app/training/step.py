@@ -52,6 +52,7 @@ def expected_initial_loss(model: GPT2Model) -> float:
     """随机初始化时的损失：ln V 加上初始 logits 方差的一半。
 
     末层归一化的输出长 sqrt(C)，故 logits 的方差约为 C·mean(w²)（w 是输出头的权重）。
+    共享权重时模型会认出自己的输入，词表很小时实际的损失比这略高。
     """
     weight = model.head_weight.detach()
     variance = weight.shape[1] * float(weight.float().pow(2).mean())

@@ -120,12 +120,13 @@ class Trainer:
         inputs, targets = self.sampler.batch(self.data, self.step)
         with memory_error(self.micro, self.config):
             mean = accumulate(self.model, inputs, targets, self.micro, self.runtime)
-            limit = optim.grad_clip or math.inf
-            norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             # 每步只在这里与设备同步一次。
             loss, size = torch.stack((mean, norm.to(mean.dtype))).tolist()
             good = math.isfinite(loss) and math.isfinite(size)
             if good:
+                if optim.grad_clip:
+                    nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
                 self.optimizer.step()
         where = "" if good else first_bad_gradient(self.model)
         self.optimizer.zero_grad(set_to_none=True)

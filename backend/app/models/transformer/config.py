@@ -85,6 +85,8 @@ class GPT2Config:
                 f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: "
                 "use None (= n_head) or a divisor"
             )
+        if self.moe_top_k < 1:
+            raise ValueError(f"moe_top_k={self.moe_top_k} must be at least 1")
         self._check_built()
 
     def _check_types(self) -> None:

@@ -52,7 +52,7 @@ def _few_row_product(x: Tensor, weight: Tensor) -> Tensor:
         # 末维不连续会让后面的 SDPA 落到慢的数学路径上。
         return torch.mm(weight, x.t()).t().contiguous()
     out = weight.shape[0] - weight.shape[0] % _GROUPS
-    blocks = weight[:out].view(_GROUPS, out // _GROUPS, -1)
+    blocks = weight[:out].view(_GROUPS, out // _GROUPS, weight.shape[1])
     y = torch.bmm(blocks, x.t().expand(_GROUPS, -1, -1)).view(1, out)
     if out == weight.shape[0]:
         return y

@@ -5,7 +5,7 @@ N 记号数（B·T）、R 一块的行数、C 宽度、V 词表。
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from .linear import linear
 
 IGNORE = -100
 # 一块 logits 的上限：够大使矩阵乘吃满，又只占峰值内存的一小部分。
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 20 * 2**20
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """平均交叉熵，标量。hidden (B, T, C)、weight (V, C)、targets (B, T)，-100 不计。
 
-    没有一个有效目标时为 0（梯度也为 0），不是 NaN。只可反向一次（不支持 retain_graph）。
+    没有一个有效目标时为 0（梯度也为 0），不是 NaN。
     """
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     return _ChunkedHead.apply(flat, weight, labels)
@@ -32,40 +32,44 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         h, w = _as_computed(hidden), _as_computed(weight)
-        count = (labels != IGNORE).sum().clamp(min=1)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
-        for rows in _chunks(labels, weight.shape[0]):
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = linear(h[rows], w)
-                loss, grad = _loss_and_logits_gradient(logits, labels[rows])
-                total += loss
-                if grad_hidden is None and grad_weight is None:
-                    continue
-                grad = grad.div_(count).to(h.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = grad @ w
-                if grad_weight is not None:
-                    _add_product(grad_weight, grad.t(), h[rows])
-        # 不用 save_for_backward：反向要能交出仅有的一份引用，否则 .grad 会再复制一遍 (V, C)。
-        ctx.gradients = (grad_hidden, grad_weight)
-        return (total / count).to(hidden.dtype)
+        loss, *ctx.ready = _loss_and_gradients(h, w, labels, hidden, weight, ctx.needs_input_grad)
+        ctx.computed = h.dtype
+        ctx.save_for_backward(hidden, weight, labels)
+        return loss.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *scales: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "the loss was already back-propagated once: its gradients are computed in the "
-                "forward pass and handed over; run the model again instead of retain_graph=True"
-            )
-        grad_hidden, grad_weight = (
-            None if grad is None else grad.mul_(scales[0]) for grad in ctx.gradients
-        )
-        ctx.gradients = None
+        # 交出仅有的一份引用，否则 .grad 会再复制一遍 (V, C)。retain_graph 的第二次反向才重算。
+        ready, ctx.ready = ctx.ready, None
+        if ready is None:
+            hidden, weight, labels = ctx.saved_tensors
+            h, w = hidden.to(ctx.computed), weight.to(ctx.computed)
+            _, *ready = _loss_and_gradients(h, w, labels, hidden, weight, ctx.needs_input_grad)
+        grad_hidden, grad_weight = (None if g is None else g.mul_(scales[0]) for g in ready)
         return grad_hidden, grad_weight, None
+
+
+def _loss_and_gradients(
+    h: Tensor, w: Tensor, labels: Tensor, hidden: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """h、w 是换成计算精度的 hidden (N, C)、weight (V, C)；梯度仍用参数的精度累加。"""
+    count = (labels != IGNORE).sum().clamp(min=1)
+    grad_hidden = torch.empty_like(hidden) if needs[0] else None
+    grad_weight = torch.zeros_like(weight) if needs[1] else None
+    total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for rows in _chunks(labels, weight.shape[0]):
+            loss, grad = _chunk(linear(h[rows], w), labels[rows])
+            total += loss
+            if not (needs[0] or needs[1]):
+                continue
+            grad = grad.div_(count).to(h.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ w
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.t(), h[rows])
+    return total / count, grad_hidden, grad_weight
 
 
 def _as_computed(x: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ def _chunks(labels: Tensor, vocab: int) -> Iterator[slice]:
         yield slice(start, min(start + size, labels.shape[0]))
 
 
-def _loss_and_logits_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(R, V)、(R,) -> 交叉熵之和（标量）与 softmax - onehot（忽略的行为 0）。就地改写 logits。"""
     logits = logits.to(_wide(logits.dtype))
     keep, index = labels != IGNORE, labels.clamp(min=0)[:, None]

@@ -76,7 +76,7 @@ class GPT2Model(nn.Module):
             attention_mask: (B, T)，1 记号、0 填充，任一侧；有缓存时只说本次的记号。
             positions: (B, T) 自定位置；默认由掩码、文档号与缓存推出。
             segment_ids: (B, T) 沿行不减的文档号；文档互不可见，位置各自从 0 起。
-            use_cache: 读并追加缓存（没给就新建一个）；return_cache 把它放进结果。
+            use_cache: 读并追加缓存（没给就新建一个），不求梯度；return_cache 把它放进结果。
             logits_to_keep: 只要最后几列的 logits；0 = 全部（有 targets 时 = 不要）。
             return_attention: 要哪些层的注意力图，由参考路径计算，不论运行的是哪个后端。
             return_hidden: i = 第 i 层之后的残差流（0 = 嵌入之后），末尾归一化之前。
@@ -95,20 +95,22 @@ class GPT2Model(nn.Module):
         plan = MaskPlan.build(where, where if step is None else step.keys)
         ctx = Context(where, plan, step, frozenset(return_attention))
 
-        x = self.embed(input_ids, where)
-        hidden = {0: x}
-        for i, block in enumerate(self.h.values(), start=1):
-            x = block(x, ctx)
-            if i in return_hidden:
-                hidden[i] = x
-        if self.ln_f is not None:
-            x = self.ln_f(x)
+        # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
+            x = self.embed(input_ids, where)
+            hidden = {0: x}
+            for i, block in enumerate(self.h.values(), start=1):
+                x = block(x, ctx)
+                if i in return_hidden:
+                    hidden[i] = x
+            if self.ln_f is not None:
+                x = self.ln_f(x)
 
-        out = GPT2Output()
-        if targets is not None:
-            out["loss"] = head_cross_entropy(x, self.head_weight, targets)
-        if targets is None or logits_to_keep:
-            out["logits"] = linear(x[:, -logits_to_keep:], self.head_weight)
+            out = GPT2Output()
+            if targets is not None:
+                out["loss"] = head_cross_entropy(x, self.head_weight, targets)
+            if targets is None or logits_to_keep:
+                out["logits"] = linear(x[:, -logits_to_keep:], self.head_weight)
         if step is not None:
             step.commit()
         if return_cache and cache is not None:

@@ -29,9 +29,9 @@ def save_model(model: GPT2Model, folder: Path) -> None:
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give a folder to save the model in")
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    if any(v.is_meta for v in state.values()):
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("the model is on the meta device and has no weights to save")
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file(state, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / WEIGHTS_FILE)
@@ -157,8 +157,9 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         small = GPT2Model(config.replace(n_layer=min(config.n_layer, 2)))
     shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    ordinary = [name for name in shapes if name.startswith("h.1.")]
     for layer in range(2, config.n_layer):
-        for name in [n for n in shapes if n.startswith("h.1.")]:
+        for name in ordinary:
             shapes[f"h.{layer}.{name[4:]}"] = shapes[name]
     return shapes
 

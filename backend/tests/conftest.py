@@ -1,0 +1,31 @@
+"""测试共用：真实输入所在的文件夹（没有就带着说明跳过），与 hypothesis 的设定。"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# 张量都很小：多线程只会互相等待，一个线程快得多。
+torch.set_num_threads(1)
+# CI 里用固定的例子，失败可重现；本地照常随机。
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("local", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """检出目录旁的 shared/data：tinyshakespeare 与真正的 GPT-2 词表。"""
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: this check needs the real input files")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

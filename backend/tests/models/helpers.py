@@ -1,0 +1,55 @@
+"""小而各开关齐全的模型，供数值测试。"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.models.transformer import GPT2Config, GPT2Model
+
+NORMS = ("post", "pre", "deepnorm", "keel")
+# 每项一个开关，换掉默认的一个部件；数值性质对每一项都要成立。
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{norm: {"norm": norm} for norm in NORMS},
+    "rmsnorm": {"norm_type": "rmsnorm", "norm": "pre"},
+    "no position": {"position": "none"},
+    "untied": {"tie_weights": False},
+    "grouped": {"n_kv_head": 2},
+    "multi-query": {"n_kv_head": 1, "norm": "pre"},
+    "swiglu": {"activation": "swiglu", "bias": False},
+    "relu2": {"activation": "relu2"},
+    "silu": {"activation": "silu"},
+    "gelu": {"activation": "gelu"},
+    "qk_norm": {"qk_norm": True},
+    "reference": {"attention_backend": "reference"},
+}
+
+
+def tiny_config(**changes: Any) -> GPT2Config:
+    base: dict[str, Any] = {
+        "vocab_size": 37, "context_size": 24, "n_layer": 3, "n_head": 4, "n_embed": 32,
+    }  # fmt: skip
+    return GPT2Config(**{**base, **changes})
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, scale: float = 3.0, **changes: Any) -> GPT2Model:
+    """权重乘 scale：刚初始化的模型太平滑，错误会小得看不见。"""
+    model = GPT2Model(tiny_config(**changes)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(*shape: int, vocab: int = 37) -> Tensor:
+    return torch.randint(0, vocab, shape)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """最大差相对于 b 的最大值。"""
+    return ((a - b).abs().max() / b.abs().max()).item()

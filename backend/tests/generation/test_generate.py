@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.data.tokenizers import ByteTokenizer, CharTokenizer
 from app.generation.config import SamplingConfig
-from app.generation.context import DecodingContext, window_start
+from app.generation.context import window_start
 from app.generation.generate import Completion, complete, generate
 from app.generation.sampling import sample, uniforms
 from app.models.transformer import GPT2Model, create_gpt2_model
@@ -379,8 +379,15 @@ def test_a_model_that_is_not_finite_is_named():
         generate(model, [[1]], max_new_tokens=2)
 
 
-def test_the_cache_is_no_larger_than_needed(model):
-    context = DecodingContext(model, [[1, 2, 3], [4]], room=5, prefill_chunk=None)
-    assert context._cache.max_len == 8
-    context = DecodingContext(model, [[1] * 30], room=5, prefill_chunk=None)
-    assert context._cache.max_len == C
+@pytest.mark.parametrize("prompt, new, slots", [(3, 5, 7), (3, 13, 15), (30, 5, C)])
+def test_the_cache_is_no_larger_than_needed(model, monkeypatch, prompt, new, slots):
+    """最后一个词元不再喂回去；滑动时至多一个上下文。"""
+    real, asked = model.new_cache, []
+
+    def new_cache(rows, max_len):
+        asked.append((rows, max_len))
+        return real(rows, max_len)
+
+    monkeypatch.setattr(model, "new_cache", new_cache)
+    generate(model, [[1] * prompt, [2]], max_new_tokens=new, overflow="slide")
+    assert asked == [(2, slots)]

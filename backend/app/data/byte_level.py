@@ -30,6 +30,11 @@ _MAX_FILE_BYTES = 256 * 2**20
 # tiktoken 的正则在约一百万个连续空白处栈溢出并中止进程，所以更长的空白段先切开。
 MAX_SPACE_RUN = 65_536
 _LONG_SPACES = re.compile(rf"(?<!\s)\s{{{MAX_SPACE_RUN + 1},}}")
+# 训练时一个“词”的代价是长度的平方（几十万个相同字符要一分钟以上），所以先切短。
+MAX_TRAINING_RUN = 1024
+_LONG_RUNS = re.compile(
+    rf"(?<!\s)\s{{{MAX_TRAINING_RUN + 1},}}|(?<!\S)\S{{{MAX_TRAINING_RUN + 1},}}"
+)
 
 
 @cache
@@ -206,7 +211,8 @@ def train(texts: Iterable[str], n_tokens: int) -> tuple[dict[str, int], list[tup
         special_tokens=[],
         show_progress=False,
     )
-    model.train_from_iterator(iter(texts), trainer)
+    short = (part for text in texts for part in _split_runs(text, _LONG_RUNS, MAX_TRAINING_RUN))
+    model.train_from_iterator(short, trainer)
     state = json.loads(model.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
     return state["vocab"], merges
@@ -252,9 +258,13 @@ def hub_json(
 
 def split_long_spaces(text: str) -> Iterator[str]:
     """把超长的空白段切成正则受得住的几段；绝大多数文本原样给回。"""
+    return _split_runs(text, _LONG_SPACES, MAX_SPACE_RUN)
+
+
+def _split_runs(text: str, runs: re.Pattern[str], size: int) -> Iterator[str]:
     start = 0
-    for run in _LONG_SPACES.finditer(text):
-        for cut in range(run.start() + MAX_SPACE_RUN, run.end(), MAX_SPACE_RUN):
+    for run in runs.finditer(text):
+        for cut in range(run.start() + size, run.end(), size):
             yield text[start:cut]
             start = cut
     yield text[start:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,16 @@ def test_very_long_runs_of_spaces(bpe: BPETokenizer) -> None:
         assert bpe.decode(bpe.encode(text)) == text
     edge = "a" + " " * run + "b"
     assert list(byte_level.split_long_spaces(edge)) == [edge]
+
+
+def test_training_sees_no_endless_word() -> None:
+    """训练的代价是词长的平方：送进训练器的任何一段空白或非空白都有上限。"""
+    size = byte_level.MAX_TRAINING_RUN
+    text = "word " + "a" * (3 * size + 1) + " " * (2 * size) + "中" * size + "\n"
+    parts = list(byte_level._split_runs(text, byte_level._LONG_RUNS, size))
+    assert "".join(parts) == text
+    assert max(len(run) for part in parts for run in re.findall(r"\s+|\S+", part)) == size
+    assert train_bpe(["a" * 300_000], 260).vocab_size == 260
 
 
 def test_encode_batch_equals_encode(bpe: BPETokenizer) -> None:

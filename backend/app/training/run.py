@@ -139,12 +139,13 @@ def _run(trainer: Trainer) -> Result:
     run, config, begin = trainer.run_folder, trainer.config, time.perf_counter()
     progress = Progress(config.steps, trainer.step, config.tokens_per_step)
     metrics = Metrics(run / METRICS, trainer.step, progress.tell)
-    try:
-        with StopSignal() as stop, progress, metrics:
-            trainer.run(metrics, progress, stop)
-    finally:
-        # 中途失败时，曲线正是要看的东西。
-        plot = plot_losses(run)
+    with StopSignal() as stop:
+        try:
+            with progress, metrics:
+                trainer.run(metrics, progress, stop)
+        finally:
+            # 中途失败时，曲线正是要看的东西。
+            plot = plot_losses(run)
     return Result(
         stopped=stop.requested,
         step=trainer.step,

@@ -128,6 +128,8 @@ def test_signals_resume_bitwise(tmp_path: Path, data: Path, whole: Path, kills: 
     source, stopped = random.Random(kills), 0
     path = write_run_file(tmp_path, data, "broken")
     for number in range(kills):
+        if (tmp_path / "broken" / f"step-{STEPS:08d}").exists():
+            break
         process = start(path, "--resume", "auto")
         assert process.stdout is not None
         for line in process.stdout:

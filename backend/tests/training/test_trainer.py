@@ -18,6 +18,7 @@ from app.training import trainer as trainer_module
 from app.training.checkpoint import list_steps, read_best, resolve_checkpoint, step_folder
 from app.training.config import ScheduleConfig
 from app.training.lock import LOCK, RunLocked, run_lock
+from app.training.schedule import learning_rate
 from app.training.signals import StopSignal
 from app.training.trainer import TrainingDiverged
 
@@ -31,6 +32,9 @@ def test_learns_and_leaves_everything_needed(make: Make, tmp_path: Path) -> None
     result = train(config)
     losses = [row["loss"] for row in rows(config.out)]
     assert losses[-1] < losses[0] - 0.5 and result.step == 60 and result.stopped is None
+    for row in rows(config.out):
+        wanted = learning_rate(row["step"] - 1, peak=1e-2, steps=60, schedule=config.schedule)
+        assert row["lr"] == wanted and row["tokens"] == row["step"] * 64
     folder = resolve_checkpoint(config.out)
     assert folder == result.checkpoint
     files = {entry.name for entry in folder.iterdir()}
@@ -276,3 +280,34 @@ def test_out_of_memory_names_the_fix(make: Make, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trainer_module, "accumulate", fail)
     with pytest.raises(MemoryError, match="2 sequences of 8 tokens.*--micro-batch 1"):
         train(make())
+
+
+def test_best_is_the_lowest_and_is_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([9.0, 3.0, 1.0, 2.0, 1.5, 4.0, 5.0])
+    monkeypatch.setattr(trainer_module.Validation, "loss", lambda *args: next(values))
+    config = make(eval_every=1, save_every=1, keep_last=1)
+    result = train(config)
+    assert result.best == read_best(Path(config.out)) == (2, 1.0)
+    assert [step for step, _ in list_steps(Path(config.out))] == [2, 6]
+
+
+def test_untrained_model_is_never_the_best(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.5, 3.0])
+    monkeypatch.setattr(trainer_module.Validation, "loss", lambda *args: next(values))
+    assert train(make(eval_every=6)).best == (6, 3.0)
+
+
+def test_gradients_are_clipped_once_over_all(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = trainer_module.build_optimizer, []
+
+    def build(model: Any, config: Any) -> Any:
+        optimizer, why = real(model, config)
+        grads = lambda *args: [p.grad.flatten() for p in model.parameters()]  # noqa: E731
+        optimizer.register_step_pre_hook(lambda *a: seen.append(float(torch.cat(grads()).norm())))
+        return optimizer, why
+
+    monkeypatch.setattr(trainer_module, "build_optimizer", build)
+    config = make(optim=make().optim.__class__(lr=1e-3, grad_clip=0.01))
+    train(config)
+    before = [row["grad_norm"] for row in rows(config.out)]
+    assert min(before) > 0.02 and seen == pytest.approx([0.01] * 6, rel=1e-3)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from app.data.sources import Document, NotTextError, Sources
 
 Side = Literal["train", "val"]
+# 日志以小段计数：改这个数，须同时升 prepare.py 的 SCHEMA_VERSION。
 UNIT_CHARS = 1 << 18
 _KEY_CHARS = 1 << 16
 _SAFE_CUT = re.compile(r"\S(?=[ \n])")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -47,6 +49,23 @@ def test_folder_is_recursive_sorted_and_by_suffix(tmp_path: Path) -> None:
         texts(Sources([tmp_path], suffixes=[".rst"]))
     with pytest.raises(ValueError, match="use '.py'"):
         Sources([tmp_path], suffixes=["py"])
+
+
+def test_folder_order_does_not_depend_on_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{folder}/{name}.txt" for folder in "abcd" for name in "xyz"]
+    for name in names:
+        put(tmp_path / name, name)
+    walk = os.walk
+
+    def shuffled(root: Path, **options: Any) -> Any:
+        for folder, folders, files in walk(root, **options):
+            folders.sort(reverse=True)
+            yield folder, folders, files[::-1]
+
+    monkeypatch.setattr(sources_module.os, "walk", shuffled)
+    assert texts(Sources([tmp_path])) == names
 
 
 def test_missing_and_no_sources() -> None:

@@ -61,22 +61,25 @@ def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert "".join(stream.push([i]) for i in ids) + stream.finish() == text
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_bytes_round_trip(text: str) -> None:
     check_round_trip(ByteTokenizer(), text)
 
 
+@settings(deadline=None)
 @given(TEXT)
 def test_chars_round_trip(text: str) -> None:
     check_round_trip(chars_tokenizer([text, EOT]), text)
 
 
+@settings(deadline=None)
 @given(text=TEXT)
 def test_bpe_round_trip(bpe: BPETokenizer, text: str) -> None:
     check_round_trip(bpe, text)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(text=TEXT)
 def test_gpt2_round_trip(gpt2: BPETokenizer, text: str) -> None:
     check_round_trip(gpt2, text)
@@ -160,6 +163,7 @@ def test_id_outside_is_named(token: int) -> None:
         ByteTokenizer().decode([token])
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 256)), cuts=st.lists(st.integers(0, 40)))
 def test_stream_decoder_equals_decode(ids: list[int], cuts: list[int]) -> None:
     """也包括坏的 UTF-8：任意字节，任意分批。"""

@@ -74,6 +74,9 @@ def _config_name(argv: Sequence[str]) -> str | None:
 
 
 def run(args: Args) -> int:
+    # 等待的线程默认空转：只要别的程序占着一个核，两个线程就比一个线程还慢。
+    # 须在 torch 载入 OpenMP 之前设；用户自己设了就听用户的。
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from app.training.run import train
 
     result = train(args.train_config(), _show_plan)

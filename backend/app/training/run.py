@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,12 +191,13 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
             f"{config.steps:,} steps",
             f"{total:,} tokens, {epochs:.2f} times the data in {config.data.folder}",
         ),
-        (
-            "threads",
-            str(torch.get_num_threads()),
-            f"of {os.cpu_count()} processors; python {sys.version.split()[0]}",
-        ),
+        ("threads", str(torch.get_num_threads()), f"of {os.cpu_count()} processors; {_waiting()}"),
     ]
+
+
+def _waiting() -> str:
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    return f"OMP_WAIT_POLICY={policy}" if policy else "OMP_WAIT_POLICY not set"
 
 
 def _as_yaml(config: TrainConfig) -> bytes:

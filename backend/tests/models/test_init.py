@@ -46,7 +46,7 @@ def test_std_grows_only_where_the_width_is_small() -> None:
     assert base_std(tiny_config(n_embed=192)) == pytest.approx(0.04)
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("norm", ["pre", "post", "keel"])
 def test_measured_statistics(norm: str) -> None:
     config = tiny_config(n_embed=256, n_layer=2, vocab_size=500, norm=norm)
     model, std = GPT2Model(config), 0.02 * math.sqrt(3)

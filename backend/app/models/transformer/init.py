@@ -52,11 +52,12 @@ def initialize(model: GPT2Model) -> None:
             raise TypeError(f"{type(module).__name__} would keep torch's own initialisation")
     for block in model.h.values():
         assert isinstance(block, Block)
-        if config.norm in ("deepnorm", "keel"):
-            xavier(block, 1.0 if config.norm == "keel" else deepnorm_gain(config.n_layer))
-        else:
-            for projection in (block.attn.c_proj, block.mlp.c_proj):
-                nn.init.normal_(projection.weight, std=residual_std(config))
+        if config.norm == "deepnorm":
+            xavier(block, deepnorm_gain(config.n_layer))
+            continue
+        # keel 也用 GPT-2 的：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004-keel-init.md。
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            nn.init.normal_(projection.weight, std=residual_std(config))
 
 
 def xavier(block: Block, gain: float) -> None:

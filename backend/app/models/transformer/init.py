@@ -55,7 +55,7 @@ def initialize(model: GPT2Model) -> None:
         if config.norm == "deepnorm":
             xavier(block, deepnorm_gain(config.n_layer))
             continue
-        # keel 也用 GPT-2 的：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004-keel-init.md。
+        # keel 也一样：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004。
         for projection in (block.attn.c_proj, block.mlp.c_proj):
             nn.init.normal_(projection.weight, std=residual_std(config))
 

@@ -109,7 +109,8 @@ def test_whole_run_by_hand(tmp_path: Path, data: Path) -> None:
     out = done.stdout
     for wanted in (
         "device", "precision", "fused AdamW", "32 tokens", "2 passes of 2", "first loss",
-        "OMP_WAIT_POLICY=PASSIVE", "best validation loss", "--- sample at step 12 ---", "loss.png", "gpt2 generate",
+        "OMP_WAIT_POLICY=PASSIVE", "best validation loss",
+        "--- sample at step 12 ---", "loss.png", "gpt2 generate",
     ):  # fmt: skip
         assert wanted in out
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000

@@ -1,8 +1,8 @@
 """线性层：权重就是 nn.Linear 的权重，只有在 CPU 上算很少几行时换一种乘法。
 
-逐个记号解码时时间全在读权重上。F.linear 把只有一行的乘法交给单线程的 gemv；
-把权重按输出行分组成一个 bmm，各线程各读一段，才接近内存带宽。
-2 到 FEW_ROWS 行时把权重放在左边的 mm 更快。测量见 docs/decisions/002-few-row-products.md。
+逐个记号解码时时间全在读权重上，F.linear 的内核却为大矩阵而造。三种写法各管一段行数，
+都只把同样的乘加换个次序；测量与别的做法见 docs/decisions/002-few-row-products.md。
+R 行数、I 输入宽、O 输出宽。
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW_ROWS = 32
+FEW_ROWS = 64
+_FOUR = 4
 _GROUPS = 8
 
 
@@ -47,13 +48,29 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
 
 
 def _few_row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """(R, in) 与 (out, in) -> (R, out)。"""
-    if x.shape[0] > 1:
-        # 末维不连续会让后面的 SDPA 落到慢的数学路径上。
+    """(R, I) 与 (O, I) -> (R, O)，末维连续：不连续会让后面的 SDPA 落到慢的数学路径上。"""
+    if x.shape[0] == 1:
+        return _one_row(x, weight)
+    if x.shape[0] <= _FOUR or x.dtype != torch.float32:
         return torch.mm(weight, x.t()).t().contiguous()
+    return _as_convolution(x, weight)
+
+
+def _one_row(x: Tensor, weight: Tensor) -> Tensor:
+    """按输出行分组的 bmm：各线程各读一段权重；F.linear 在这里只用一个线程。"""
     out = weight.shape[0] - weight.shape[0] % _GROUPS
     blocks = weight[:out].view(_GROUPS, out // _GROUPS, weight.shape[1])
     y = torch.bmm(blocks, x.t().expand(_GROUPS, -1, -1)).view(1, out)
     if out == weight.shape[0]:
         return y
     return torch.cat([y, torch.mm(weight[out:], x.t()).t()], 1)
+
+
+def _as_convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """把权重当作 channels-last 的图像（O 个像素、I 个通道），x 当作 R 个 1x1 卷积核。
+
+    oneDNN 的卷积内核不重排图像，而矩阵乘的内核每次都要重排整个权重。
+    """
+    image = weight.view(1, weight.shape[0], 1, weight.shape[1]).permute(0, 3, 1, 2)
+    y = F.conv2d(image, x[:, :, None, None])  # (1, R, O, 1)
+    return y.view(x.shape[0], weight.shape[0]).contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 
 from .checkpoint import CheckpointError, Tell, find_latest, list_steps, step_of, verify_checkpoint
 from .config import TrainConfig
+from .lock import LOCK
 
 RUN_FILE = "run.yaml"
 # 不影响训练出的权重的设置；变了不必提。
@@ -28,7 +29,8 @@ def check_out(config: TrainConfig) -> None:
     run = Path(config.out)
     if run.exists() and not run.is_dir():
         raise ValueError(f"out={config.out} is a file: give a folder")
-    if not run.is_dir() or not any(run.iterdir()):
+    # 只剩锁文件：上一次在写下任何成果之前就失败了，照新文件夹看待。
+    if not run.is_dir() or not {path.name for path in run.iterdir()} - {LOCK}:
         return
     if config.resume == "none":
         raise ValueError(

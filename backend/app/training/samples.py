@@ -36,6 +36,7 @@ def sample_text(
             max_new_tokens=config.sample_tokens,
             sampling=_SAMPLING,
             seeds=[config.seed],
+            stop_ids=[tokenizer.document_separator],
             tokenizer=tokenizer,
             overflow="slide",
         )[0]

@@ -25,15 +25,16 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embed, config.n_embed, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         # Henry et al. 2020, arXiv:2010.04245；各头共用一组尺度。
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。"""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if ctx.step is not None:
             k, v = ctx.step.write(self.layer, k, v)
         if self.layer in ctx.want_maps:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 FEW_ROWS = 64
 _FOUR = 4
 _GROUPS = 8
+_DTYPES = (torch.float32, torch.float64)
 
 
 class Linear(nn.Linear):
@@ -37,13 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _few_rows(x: Tensor, weight: Tensor) -> bool:
     """只在不求梯度的 CPU float32/64 上；编译与导出时形状是符号，留给编译器。"""
     return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
+        not torch.is_grad_enabled()
         and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+        and x.is_cpu
+        and x.dtype == weight.dtype
+        and x.dtype in _DTYPES
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     )
 
 

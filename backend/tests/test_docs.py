@@ -1,0 +1,52 @@
+"""文档：两种语言的代码块与图片相同，README 的 Python 能跑，命令存在，链接有着落。"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from app.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+ENGLISH = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*[!N].md"))]
+PAIRS = [(path, path.with_suffix(".zh-CN.md")) for path in ENGLISH]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+)\)")
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0].name)
+def test_both_languages_have_the_same_code_and_pictures(pair: tuple[Path, Path]) -> None:
+    english, chinese = pair
+    assert blocks(english) == blocks(chinese)
+    pictures = [re.findall(r"!\[.*?\]\((.*?)\)", p.read_text(encoding="utf-8")) for p in pair]
+    assert pictures[0] == pictures[1]
+    tables = [re.findall(r"\d+\.\d+", p.read_text(encoding="utf-8")) for p in pair]
+    assert tables[0] == tables[1], "the figures differ"
+
+
+def test_every_link_leads_somewhere() -> None:
+    for path in [p for pair in PAIRS for p in pair] + [ROOT / "CONTRIBUTING.md"]:
+        for target in LINK.findall(path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = [text for kind, text in blocks(ROOT / "README.md") if kind == "python"]
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["logits"].shape == (2, 16, 1000)  # type: ignore[attr-defined]
+    assert (tmp_path / "my-model" / "model.safetensors").exists()
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    shell = "\n".join(text for kind, text in blocks(ROOT / "README.md") if kind == "bash")
+    commands = [shlex.split(line) for line in shell.splitlines() if line.startswith("gpt2 ")]
+    assert {words[1] for words in commands} == set(COMMANDS)

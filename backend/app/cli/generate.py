@@ -222,19 +222,14 @@ def _load(args: Args) -> tuple[GPT2Model, Tokenizer]:
     from app.data.tokenizers import load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.checkpoint import resolve_checkpoint
+    from app.training.runtime import open_device
 
     folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
     tokenizer = load_tokenizer(folder)
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device={name!r} cannot be used: {reason}; try --device cpu") from None
-    return GPT2Model.from_pretrained(folder, device=device), tokenizer
+    return GPT2Model.from_pretrained(folder, device=open_device(name)), tokenizer
 
 
 def _encode(tokenizer: Tokenizer, text: str, index: int, count: int) -> list[int]:

@@ -63,9 +63,4 @@ def _read(name: str) -> GPT2Config:
     path = Path(name)
     if path.suffix != ".json":
         return load_config(name)[0].model
-    try:
-        return GPT2Config.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return GPT2Config.from_file(path)

@@ -50,13 +50,21 @@ def _device(name: str) -> tuple[torch.device, str]:
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
         return torch.device("cpu"), f"no GPU found; {torch.get_num_threads()} threads"
+    return open_device(name), "asked for"
+
+
+def open_device(name: str) -> torch.device:
+    """
+    Raises:
+        ValueError: 没有这个设备。
+    """
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"device={name!r} cannot be used: {reason}; try device=auto") from None
-    return device, "asked for"
+        raise ValueError(f"device={name!r} cannot be used: {reason}; try device=cpu") from None
+    return device
 
 
 def _dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:

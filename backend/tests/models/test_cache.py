@@ -226,3 +226,15 @@ def test_bad_calls_are_named() -> None:
     other = KVCache.for_model(config.replace(n_layer=2), 2)
     with pytest.raises(ValueError, match="n_layer=3"):
         model(tokens(2, 3), cache=other, use_cache=True)
+
+
+def test_explicit_positions_stay_inside_the_last_packed_document() -> None:
+    model, ids = tiny_model(), tokens(1, 8)
+    segment = torch.tensor([[0] * 4 + [1] * 3])
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(ids[:, :7], segment_ids=segment, cache=cache, use_cache=True)
+        three = torch.tensor([[3]])
+        got = model(ids[:, 7:], positions=three, cache=cache, use_cache=True)["logits"]
+        alone = model(ids[:, 4:])["logits"][:, 3:]
+    assert relative(got, alone) <= TIGHT

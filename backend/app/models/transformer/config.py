@@ -9,11 +9,13 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from typing_extensions import Doc
 
 SCHEMA_VERSION = 1
+_MAX_FILE_BYTES = 1 << 20
 
 Norm = Literal["post", "pre", "deepnorm", "keel"]
 NormType = Literal["layernorm", "rmsnorm"]
@@ -180,6 +182,25 @@ class GPT2Config:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"model config is not valid JSON: {error}") from None
         return cls.from_dict(data)
+
+    @classmethod
+    def from_file(cls, path: Path) -> GPT2Config:
+        """读一个 JSON 文件；错误里带上文件名。
+
+        Raises:
+            ValueError: 文件大得不像配置、不是 UTF-8，或内容不对。
+        """
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}: "
+                "this is no model config"
+            )
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8 text") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def nearest(name: str, known: list[str]) -> str:

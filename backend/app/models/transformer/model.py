@@ -22,7 +22,7 @@ from .linear import Linear, linear
 from .loss import head_cross_entropy
 from .masking import MaskPlan
 from .norm import make_norm
-from .positions import Positions
+from .positions import PADDING, Positions
 
 
 class GPT2Output(TypedDict, total=False):
@@ -90,7 +90,8 @@ class GPT2Model(nn.Module):
         )  # fmt: skip
         if use_cache and cache is None:
             cache = self.new_cache(input_ids.shape[0])
-        where = self._positions(input_ids, attention_mask, positions, segment_ids, cache)
+        where = _coordinates(input_ids, attention_mask, positions, segment_ids, cache)
+        check_positions(self.config, where)
         step = None if cache is None else cache.begin(where)
         plan = MaskPlan.build(where, where if step is None else step.keys)
         ctx = Context(where, plan, step, frozenset(return_attention))
@@ -164,32 +165,20 @@ class GPT2Model(nn.Module):
 
         return load_model(cls, Path(folder), torch.device(device), dtype)
 
-    def _positions(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        segment: Tensor | None,
-        cache: KVCache | None,
-    ) -> Positions:
-        """把用户给的各种说法归成一种：坐标。"""
-        where = _derive(input_ids, mask, positions, segment, cache)
-        check_positions(self.config, where)
-        return where
 
-
-def _derive(
+def _coordinates(
     input_ids: Tensor,
     mask: Tensor | None,
     positions: Tensor | None,
     segment: Tensor | None,
     cache: KVCache | None,
 ) -> Positions:
-    if positions is not None:
-        pos = positions if mask is None else positions.masked_fill(mask == 0, -1)
-        return Positions(pos, segment)
+    """把用户给的各种说法归成一种：坐标。"""
     if segment is None and cache is not None and cache.packed:
         segment = cache.last()[1].expand_as(input_ids)
+    if positions is not None:
+        pos = positions if mask is None else positions.masked_fill(mask == 0, PADDING)
+        return Positions(pos, segment)
     if segment is not None:
         return Positions.packed(segment, mask, None if cache is None else cache.last())
     past = 0 if cache is None else cache.uniform

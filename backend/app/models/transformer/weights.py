@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .model import GPT2Model
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_MAX_CONFIG_BYTES = 1 << 20
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -65,17 +64,7 @@ def read_config(folder: Path) -> GPT2Config:
         raise ValueError(f"{folder} is not a folder with a saved model")
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}: it is not a saved model")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, more than {_MAX_CONFIG_BYTES}: "
-            "this is no model config"
-        )
-    try:
-        return GPT2Config.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return GPT2Config.from_file(path)
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""tinyshakespeare 字符：nanoGPT 的 CPU 配置、同形状的我们、我们的配方，一个接一个在同一台机器上跑。
+
+cd backend && python -m benchmarks.shakespeare tinyshakespeare.txt --nanogpt ../../nanoGPT
+
+nanoGPT 由运行的人自己克隆在旁边；不给就只跑我们的两个。
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.models.transformer import GPT2Config, GPT2Model
+from app.training.checkpoint import resolve_checkpoint
+
+from .common import table, write_result
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# nanoGPT 的 README 里“我只有一台笔记本”的命令。
+NANOGPT = [
+    *("--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=100"),
+    *("--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
+    *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_all(args.text.resolve(), args.nanogpt, Path(folder))
+    header = ["what", "parameters", "context", "tokens", "wall s", "validation loss"]
+    body = table(header, rows) + (
+        "\n\nValidation loss: the whole last tenth of the text in windows of the model's own "
+        "context, the same for all. nanoGPT's README reports 1.88 for its run (20 random batches)."
+    )
+    command = "python -m benchmarks.shakespeare tinyshakespeare.txt --nanogpt ../../nanoGPT"
+    write_result("shakespeare", f"cd backend && {command}", body)
+
+
+def run_all(text: Path, nanogpt: Path | None, folder: Path) -> list[list[object]]:
+    gpt2 = [sys.executable, "-m", "app.cli"]
+    data = folder / "data" / "shakespeare-char"
+    call([*gpt2, "prepare", text, "--tokenizer", "chars", "--out", data], folder)
+    rows = [] if nanogpt is None else [run_nanogpt(text, nanogpt, folder)]
+    for recipe in ("shakespeare-char-nanogpt", "shakespeare-char"):
+        config, out = RECIPES / f"{recipe}.yaml", folder / recipe
+        quiet = ["--eval-every", "0", "--sample-tokens", "0", "--save-every", "0"]
+        seconds = call(
+            [*gpt2, "train", "--config", config, "--out", out, "--data.folder", data, *quiet],
+            folder,
+        )
+        model = GPT2Model.from_pretrained(resolve_checkpoint(out))
+        ids = np.fromfile(data / "val" / "tokens-00000.bin", np.uint16)
+        run = yaml(config)
+        tokens = run["steps"] * run["batch_size"] * model.config.context_size
+        rows.append(row(f"`gpt2 train --config {recipe}`", model, ids, tokens, seconds))
+    return rows
+
+
+def run_nanogpt(text: Path, clone: Path, folder: Path) -> list[object]:
+    copy = folder / "nanoGPT"
+    shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git"))
+    shutil.copy(text, copy / "data" / "shakespeare_char" / "input.txt")
+    call([sys.executable, "data/shakespeare_char/prepare.py"], copy)
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT]
+    seconds = call([*command, "--always_save_checkpoint=True"], copy)
+    saved = torch.load(copy / "out-shakespeare-char" / "ckpt.pt", weights_only=True)
+    model = GPT2Model(
+        GPT2Config(
+            vocab_size=65, context_size=64, n_layer=4, n_head=4, n_embed=128,
+            norm="pre", bias=False, dropout=0.0, activation="gelu",
+        )
+    )  # fmt: skip
+    model.load_state_dict(renamed(saved["model"]))
+    ids = np.fromfile(copy / "data" / "shakespeare_char" / "val.bin", np.uint16)
+    return row("nanoGPT `train.py`", model.eval(), ids, 2000 * 12 * 64, seconds)
+
+
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("transformer.")
+        if name != "lm_head.weight":
+            result[f"embed.{name}" if name.startswith(("wte", "wpe")) else name] = tensor
+    return result
+
+
+def row(name: str, model: GPT2Model, ids: np.ndarray, tokens: int, seconds: float) -> list[object]:
+    loss = validation(model, torch.from_numpy(ids.astype(np.int64)))
+    context = model.config.context_size
+    return [name, f"{model.num_parameters():,}", context, f"{tokens:,}", f"{seconds:.0f}",
+            f"{loss:.4f}"]  # fmt: skip
+
+
+@torch.no_grad()
+def validation(model: GPT2Model, ids: torch.Tensor) -> float:
+    length = model.config.context_size
+    count = (len(ids) - 1) // length
+    x = ids[: count * length].view(count, length)
+    y = ids[1 : count * length + 1].view(count, length)
+    pairs = zip(x.split(64), y.split(64), strict=True)
+    total = sum(model(a, targets=b)["loss"].item() * len(a) for a, b in pairs)
+    return total / count
+
+
+def yaml(path: Path) -> dict[str, Any]:
+    import yaml as library
+
+    return library.safe_load(path.read_text(encoding="utf-8"))
+
+
+def call(command: list[object], cwd: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run([str(part) for part in command], cwd=cwd, check=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

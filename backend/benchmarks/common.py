@@ -42,7 +42,7 @@ def hardware() -> str:
 
 
 def read_bandwidth() -> float:
-    """顺序读内存的带宽，字节/秒：逐记号解码的下限就是权重字节数除以它。"""
+    """顺序读内存的带宽，字节/秒：逐词元解码的下限就是权重字节数除以它。"""
     x = torch.ones(64 * 2**20)
     return x.numel() * 4 / interleaved({"sum": x.sum}, 5)["sum"]
 

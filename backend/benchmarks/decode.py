@@ -1,4 +1,4 @@
-"""带缓存的逐记号解码，与 transformers 的 generate 比（Small 的形状，float32，贪心）。
+"""带缓存的逐词元解码，与 transformers 的 generate 比（Small 的形状，float32，贪心）。
 
 cd backend && python -m benchmarks.decode
 """

@@ -120,7 +120,7 @@ print((peak_kib() - before) / 1024)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_peak_memory_for_the_gpt2_vocabulary(rows: int) -> None:
-    """rows x 1024 个记号、50,304 个词：前向加反向的额外峰值（含权重梯度）低于 300 MB。"""
+    """rows x 1024 个词元、50,304 个词：前向加反向的额外峰值（含权重梯度）低于 300 MB。"""
     run = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(rows)], capture_output=True, text=True, check=True
     )

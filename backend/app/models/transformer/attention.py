@@ -1,6 +1,6 @@
 """多头因果自注意力（Vaswani et al. 2017, 第 3.2.2 节），键值头可少于查询头（GQA）。
 
-B 批、T 记号数、C 宽度、H 查询头数、G 键值头数、D 头宽 = C / H。
+B 批、T 词元数、C 宽度、H 查询头数、G 键值头数、D 头宽 = C / H。
 """
 
 from __future__ import annotations

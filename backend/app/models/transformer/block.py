@@ -9,7 +9,7 @@
 | deepnorm |       | 有    | (2N)^(1/4) | Wang et al. 2022, arXiv:2203.00555       |
 | keel     | 有    | 有    | 2N         | arXiv:2601.19895；最初两个子层有例外     |
 
-N 是层数（不是子层数）。B 批、T 记号数、C 宽度。
+N 是层数（不是子层数）。B 批、T 词元数、C 宽度。
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """键值缓存：由调用者持有，预先分配，每行各有自己的长度。
 
-B 行、G 键值头数、S 槽数、D 头宽、T 本次记号数。
-一行的第 n 个真记号放在第 n 槽；槽里是什么位置、哪个文档，另有表记着，
+B 行、G 键值头数、S 槽数、D 头宽、T 本次词元数。
+一行的第 n 个真词元放在第 n 槽；槽里是什么位置、哪个文档，另有表记着，
 所以填充、分块、回滚、换行都不需要别的掩码代码。
 """
 
@@ -47,7 +47,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> KVCache:
-        """分配。max_len 为每行最多的记号数，默认 context_size。
+        """分配。max_len 为每行最多的词元数，默认 context_size。
 
         Raises:
             ValueError: batch_size 或 max_len 小于 1，或 max_len 超过学得的位置数。
@@ -73,7 +73,7 @@ class KVCache:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) 各行已存的真记号数。"""
+        """(B,) 各行已存的真词元数。"""
         if self._uniform is None:
             return self._lengths.clone()
         return torch.full_like(self._lengths, self._uniform)
@@ -89,7 +89,7 @@ class KVCache:
         return self._segment is not None
 
     def last(self) -> tuple[Tensor, Tensor]:
-        """各行最后一个记号的 (pos, segment)，各 (B, 1)；空行为 (-1, 最小的 int64)。"""
+        """各行最后一个词元的 (pos, segment)，各 (B, 1)；空行为 (-1, 最小的 int64)。"""
         self._leave_uniform()
         at = (self._lengths - 1).clamp(min=0)[:, None]
         empty = self._lengths[:, None] == 0
@@ -137,7 +137,7 @@ class KVCache:
         return Step(self, Positions(table, segment), high, slots, lengths)
 
     def truncate(self, lengths: int | Tensor) -> None:
-        """回滚：每行只留前 lengths 个记号（整数，或 (B,) 各行不同）；更短的行不变。"""
+        """回滚：每行只留前 lengths 个词元（整数，或 (B,) 各行不同）；更短的行不变。"""
         if isinstance(lengths, int):
             if lengths < 0:
                 raise ValueError(f"lengths={lengths} must not be negative")
@@ -232,7 +232,7 @@ class Step:
         return keys[:, :, : self.high], values[:, :, : self.high]
 
     def commit(self) -> None:
-        """前向完整之后才让新记号生效。"""
+        """前向完整之后才让新词元生效。"""
         if self.lengths is None:
             self.cache._uniform = self.high
         else:

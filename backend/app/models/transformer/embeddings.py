@@ -1,6 +1,6 @@
-"""记号嵌入加学得的位置嵌入（GPT-2）。
+"""词元嵌入加学得的位置嵌入（GPT-2）。
 
-B 批、T 记号数、C 宽度、V 词表。
+B 批、T 词元数、C 宽度、V 词表。
 """
 
 from __future__ import annotations
@@ -30,6 +30,6 @@ class Embeddings(nn.Module):
         """(B, T) -> (B, T, C)。"""
         x = self.wte(input_ids)
         if self.wpe is not None:
-            # 填充的位置是 -1：借用第 0 行，反正没有记号看得见它。
+            # 填充的位置是 -1：借用第 0 行，反正没有词元看得见它。
             x = x + self.wpe(positions.pos.clamp(min=0))
         return self.dropout(x)

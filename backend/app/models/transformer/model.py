@@ -1,6 +1,6 @@
 """GPT-2 主干：嵌入 -> N 层 -> （pre 才有的）末尾归一化 -> 输出头。前向就在下面一屏。
 
-B 批、T 本次记号数、C 宽度、V 词表、N 层数。
+B 批、T 本次词元数、C 宽度、V 词表、N 层数。
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class GPT2Model(nn.Module):
 
         Args:
             input_ids: (B, T) int64。
-            targets: (B, T) int64，已与 logits 对齐（下一个记号），-100 不计。给了它就返回
+            targets: (B, T) int64，已与 logits 对齐（下一个词元），-100 不计。给了它就返回
                 loss，且不产生 logits，除非 logits_to_keep 要求。
-            attention_mask: (B, T)，1 记号、0 填充，任一侧；有缓存时只说本次的记号。
+            attention_mask: (B, T)，1 词元、0 填充，任一侧；有缓存时只说本次的词元。
             positions: (B, T) 自定位置；默认由掩码、文档号与缓存推出。
             segment_ids: (B, T) 沿行不减的文档号；文档互不可见，位置各自从 0 起。
             use_cache: 读并追加缓存（没给就新建一个），不求梯度；return_cache 把它放进结果。

@@ -1,6 +1,6 @@
-"""每个记号的坐标：行内位置与文档号。填充、打包、缓存都只是坐标，不是掩码。
+"""每个词元的坐标：行内位置与文档号。填充、打包、缓存都只是坐标，不是掩码。
 
-B 批、T 本次记号数；pos 与 segment 的批维可以是 1（各行相同）。
+B 批、T 本次词元数；pos 与 segment 的批维可以是 1（各行相同）。
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Positions:
 
     @classmethod
     def padded(cls, mask: Tensor, past: Tensor | int = 0) -> Positions:
-        """mask (B, T)：1 记号、0 填充，填充在哪一侧都可以；past (B, 1)：各行已有的长度。"""
+        """mask (B, T)：1 词元、0 填充，填充在哪一侧都可以；past (B, 1)：各行已有的长度。"""
         real = mask != 0
         pos = real.long().cumsum(1) - 1 + past
         return cls(pos.masked_fill(~real, PADDING))
@@ -50,7 +50,7 @@ class Positions:
     ) -> Positions:
         """打包的文档：每个文档的位置从 0 重新开始。
 
-        segment (B, T)：沿行不减的文档号；last：缓存里各行最后一个记号的 (pos, segment)，
+        segment (B, T)：沿行不减的文档号；last：缓存里各行最后一个词元的 (pos, segment)，
         各为 (B, 1)，同一文档跨块时接着数。
         """
         real = torch.ones_like(segment, dtype=torch.bool) if mask is None else mask != 0

@@ -238,3 +238,16 @@ def test_explicit_positions_stay_inside_the_last_packed_document() -> None:
         got = model(ids[:, 7:], positions=three, cache=cache, use_cache=True)["logits"]
         alone = model(ids[:, 4:])["logits"][:, 3:]
     assert relative(got, alone) <= TIGHT
+
+
+def test_what_truncation_dropped_stays_invisible_to_new_documents() -> None:
+    """被丢下的槽里还有旧文档的小位置：长度之后的槽必须当作空，因果性挡不住它们。"""
+    model, ids, new = tiny_model(), tokens(2, 8), tokens(2, 2)
+    segment = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]] * 2)
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        model(ids, segment_ids=segment, cache=cache, use_cache=True)
+        cache.truncate(torch.tensor([3, 8]))
+        two = torch.full_like(new, 2)
+        got = model(new, segment_ids=two, cache=cache, use_cache=True)["logits"]
+        assert relative(got[0], model(new[:1])["logits"][0]) <= TIGHT

@@ -16,6 +16,7 @@ import yaml
 from app.data.files import write_atomic
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
+from app.models.transformer.attend import choose_backend
 
 from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
@@ -171,8 +172,7 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
         ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
         (
             "attention",
-            shape.attention_backend,
-            "chosen per call" if shape.attention_backend == "auto" else "asked for",
+            *choose_backend(shape.attention_backend),
         ),
         (
             "model",

@@ -50,10 +50,8 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, *, dropout: float, backend: Backend
 ) -> Tensor:
     """q (B, H, Tq, D)、k/v (B, G, Tk, D) -> (B, H, Tq, D)。"""
-    return BACKENDS[choose_backend(backend)[0]](q, k, v, plan, dropout)
-
-
-BACKENDS = {"reference": attend_reference, "sdpa": attend_sdpa}
+    run = attend_reference if choose_backend(backend)[0] == "reference" else attend_sdpa
+    return run(q, k, v, plan, dropout)
 
 
 def choose_backend(asked: Backend) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.config import RoPEConfig
 
 NORMS = ("post", "pre", "deepnorm", "keel")
 # 每项一个开关，换掉默认的一个部件；数值性质对每一项都要成立。
@@ -24,6 +25,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu"},
     "qk_norm": {"qk_norm": True},
     "reference": {"attention_backend": "reference"},
+    "local": {"attention_pattern": "local(5)"},
+    "local+global": {"attention_pattern": "local(4) | global(2)"},
+    "strided": {"attention_pattern": "strided(3)"},
+    "local+strided": {"attention_pattern": "local(3) | strided(4)"},
+    "fixed": {"attention_pattern": "fixed(5, 2)"},
+    "longformer": {"attention_pattern": "longformer(3, 2, 2)"},
+    "sinks": {"attention_pattern": "sinks(2, 5)", "position": "none"},
+    "cycle": {"attention_pattern": ("local(4)", "causal"), "norm": "pre"},
+    "rope": {"position": "rope"},
+    "rope interleaved + sinks": {
+        "position": "rope",
+        "rope": RoPEConfig(layout="interleaved"),
+        "attention_pattern": "sinks(2, 5)",
+        "n_kv_head": 2,
+    },
+    "blocked": {"attention_pattern": "local(4) | global(2)", "attention_backend": "blocked"},
+    "blocked fold": {"attention_pattern": "local(3) | strided(4)", "attention_backend": "blocked"},
 }
 
 

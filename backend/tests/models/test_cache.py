@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from app.models.transformer import GPT2Model, KVCache
+from app.models.transformer.config import RoPEConfig
+from app.models.transformer.rope import rerotate
 
 from .helpers import VARIANTS, relative, tiny_config, tiny_model, tokens
+
+BOUNDED = [
+    name
+    for name, changes in VARIANTS.items()
+    if any(p.reach is not None for p in tiny_config(**changes).patterns)
+]
 
 T = 20
 chunkings = st.lists(st.integers(1, T - 1), unique=True, max_size=6).map(sorted)
@@ -30,8 +40,9 @@ def cached_logits(
     cuts: list[int],
     mask: Tensor | None = None,
     segment: Tensor | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
-    cache = model.new_cache(ids.shape[0])
+    cache = cache or model.new_cache(ids.shape[0])
     parts = [
         model(
             ids[:, part],
@@ -251,3 +262,63 @@ def test_what_truncation_dropped_stays_invisible_to_new_documents() -> None:
         two = torch.full_like(new, 2)
         got = model(new, segment_ids=two, cache=cache, use_cache=True)["logits"]
         assert relative(got[0], model(new[:1])["logits"][0]) <= TIGHT
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@settings(max_examples=25)
+@given(cuts=chunkings, max_chunk=st.integers(1, 4), padded=..., seed=st.integers(0, 999))
+def test_a_ring_in_the_model_equals_no_cache(
+    name: str, cuts: list[int], max_chunk: int, padded: bool, seed: int
+) -> None:
+    """默认的 max_chunk 比这里的上下文还长，环便不值得；小的才真的绕回。"""
+    torch.manual_seed(seed)
+    model, ids = tiny_model(**VARIANTS[name]), tokens(2, T)
+    cache = model.new_cache(2, max_chunk=max_chunk)
+    assert any(keys.shape[2] <= T for keys in cache.keys)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, : seed % T] = 0
+    got = cached_logits(model, ids, cuts, mask if padded else None, cache=cache)
+    for row in range(2):
+        real = mask[row] == 1
+        with torch.no_grad():
+            alone = model(ids[row : row + 1, real])["logits"][0]
+        assert relative(got[row, real], alone) <= TIGHT
+
+
+def test_windows_and_rope_decode_past_every_limit() -> None:
+    """每层都是环、位置不是学得的：没有上限，占的字节也不变。"""
+    model = tiny_model(position="rope", attention_pattern="sinks(2, 5)", n_layer=2)
+    ids, cache, sizes = tokens(1, 100), model.new_cache(1, max_chunk=3), set()
+    got = []
+    with torch.no_grad():
+        for t in range(100):
+            got.append(model(ids[:, t : t + 1], cache=cache, use_cache=True)["logits"])
+            sizes.add(cache.nbytes)
+        assert relative(torch.cat(got, 1), model(ids)["logits"]) <= TIGHT
+    assert cache.max_len is None and len(sizes) == 1
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pattern", ["causal", "sinks(2, 6)"])
+def test_streaming_evicts_the_middle(layout: str, padded: bool, pattern: str) -> None:
+    """一层的键只来自自己的词元：丢掉中段之后，与从来没有中段的一段文字逐位置相同。"""
+    model = tiny_model(
+        n_layer=1, position="rope", rope=RoPEConfig(layout=layout), attention_pattern=pattern
+    )
+    config, ids, new = model.config, tokens(2, 20), tokens(2, 3)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    cache = model.new_cache(2, max_chunk=2)
+    turn = partial(rerotate, rope=config.rope, context_size=config.context_size)
+    with torch.no_grad():
+        model(ids, attention_mask=mask if padded else None, cache=cache, use_cache=True)
+        cache.evict(2, 7, turn)
+        assert cache.lengths.tolist() == [9, 9]
+        got = model(new, cache=cache, use_cache=True)["logits"]
+        for row in range(2):
+            real = ids[row, mask[row] == 1]
+            kept = torch.cat([real[:2], real[-7:], new[row]])[None]
+            assert relative(got[row], model(kept)["logits"][0, 9:]) <= TIGHT

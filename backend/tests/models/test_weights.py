@@ -77,6 +77,12 @@ FAULTS = {
 }
 
 
+def test_a_cycle_longer_than_the_layers_it_is_checked_with(tmp_path: Path) -> None:
+    model = tiny_model(attention_pattern=("local(4)", "causal", "strided(3)"))
+    model.save_pretrained(tmp_path)
+    assert GPT2Model.from_pretrained(tmp_path).config == model.config
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_hostile_files_are_refused_by_name(tmp_path: Path, fault: str) -> None:
     change, message = FAULTS[fault]

@@ -1,6 +1,7 @@
 """GPT-2 主干。这里只列公开的名字；读代码从 model.py 开始。
 
 名字在第一次取用时才加载：只要 GPT2Config 的程序（命令行的 --help）不必等 torch。
+图样写成文字即可；要对象的人从 atoms 取，自己用 FlexAttention 的人从 flex 取。
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .config import GPT2Config as GPT2Config
+    from .config import RoPEConfig as RoPEConfig
     from .factory import create_gpt2_large as create_gpt2_large
     from .factory import create_gpt2_medium as create_gpt2_medium
     from .factory import create_gpt2_model as create_gpt2_model
@@ -24,6 +26,7 @@ _HOME = {
     "GPT2Model": "model",
     "KVCache": "cache",
     "Positions": "positions",
+    "RoPEConfig": "config",
     "create_gpt2_model": "factory",
     "create_gpt2_small": "factory",
     "create_gpt2_medium": "factory",

@@ -5,6 +5,7 @@ B 批、T 词元数、C 宽度、H 查询头数、G 键值头数、D 头宽 = C 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .attend import attend, attention_weights
@@ -19,7 +20,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
-        self.backend, self.dropout_p = config.attention_backend, config.dropout
+        self.dropout_p = config.dropout
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.c_attn = Linear(config.n_embed, width, bias=config.bias)
         self.c_proj = Linear(config.n_embed, config.n_embed, bias=config.bias)
@@ -32,13 +33,18 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)。"""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = qk.split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        if ctx.rotary is not None:
+            qk = ctx.rotary.apply(qk)
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if ctx.step is not None:
             k, v = ctx.step.write(self.layer, k, v)
+        plan = ctx.plans[self.layer]
         if self.layer in ctx.want_maps:
-            ctx.maps[self.layer] = attention_weights(q, k, ctx.plan)
+            ctx.maps[self.layer] = attention_weights(q, k, plan)
         dropout = self.dropout_p if self.training else 0.0
-        y = attend(q, k, v, ctx.plan, dropout=dropout, backend=self.backend)  # (B, H, T, D)
+        y = attend(q, k, v, plan, dropout=dropout)  # (B, H, T, D)
         return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))

@@ -21,6 +21,7 @@ def check_call(
     attention_mask: Tensor | None,
     positions: Tensor | None,
     segment_ids: Tensor | None,
+    global_attention_mask: Tensor | None,
     cache: KVCache | None,
     use_cache: bool,
     return_cache: bool,
@@ -40,6 +41,13 @@ def check_call(
     _same_shape("attention_mask", attention_mask, input_ids)
     _same_shape("positions", positions, input_ids)
     _same_shape("segment_ids", segment_ids, input_ids)
+    _same_shape("global_attention_mask", global_attention_mask, input_ids)
+    if global_attention_mask is not None and not any(p.takes_marks for p in config.patterns):
+        raise ValueError(
+            "global_attention_mask was given but no layer has a longformer pattern "
+            f"(attention_pattern={config.attention_pattern!r}): use longformer(window, n_global), "
+            "or leave the mask out"
+        )
     for name, tensor in (
         ("targets", targets), ("positions", positions), ("segment_ids", segment_ids),
     ):  # fmt: skip
@@ -54,6 +62,8 @@ def check_call(
     _layers("return_hidden", return_hidden, config.n_layer)
     if _readable(input_ids):
         _check_values(config, input_ids, targets, attention_mask, segment_ids)
+        if positions is not None:
+            _check_rising(positions, attention_mask, segment_ids)
 
 
 def check_positions(config: GPT2Config, where: Positions) -> None:
@@ -123,8 +133,8 @@ def _check_values(
                 f"targets contains {int(wrong[0])}, neither {IGNORE} (ignored) nor in "
                 f"0..{config.vocab_size - 1}"
             )
-    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("attention_mask must hold only 1 (token) and 0 (padding)")
+    if mask is not None:
+        _check_mask(mask)
     if segment is not None:
         seen = segment if mask is None else segment.masked_fill(mask == 0, int(segment.min()))
         seen = seen if mask is None else torch.where(mask == 0, seen.cummax(1).values, seen)
@@ -132,6 +142,38 @@ def _check_values(
             raise ValueError(
                 "segment_ids must be >= 0 and must not decrease along a row: number the documents "
                 "0, 1, 2, ... in the order in which they are packed"
+            )
+
+
+def _check_mask(mask: Tensor) -> None:
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask must hold only 1 (token) and 0 (padding)")
+    # 中间有洞时下标之差不再是位置之差，而按下标切窗口的路径靠的就是它。
+    begins = (mask[:, 1:] > mask[:, :-1]).sum(1) + mask[:, 0]
+    if bool((begins > 1).any()):
+        row = int((begins > 1).nonzero()[0])
+        raise ValueError(
+            f"attention_mask has padding between tokens in row {row}: padding may stand before "
+            "or after the tokens of a row, not among them"
+        )
+
+
+def _check_rising(positions: Tensor, mask: Tensor | None, segment: Tensor | None) -> None:
+    """自定的位置可以跳，不可以倒退：因果性按位置判断，倒退的词元会看见后来的。"""
+    real = positions >= 0
+    if mask is not None:
+        real = real & (mask != 0)
+    for row in range(len(positions)):
+        pos = positions[row][real[row]]
+        stays = pos[1:] <= pos[:-1]
+        if segment is not None:
+            documents = segment[row][real[row]]
+            stays = stays & (documents[1:] == documents[:-1])
+        if bool(stays.any()):
+            i = int(stays.nonzero()[0])
+            raise ValueError(
+                f"positions go from {int(pos[i])} to {int(pos[i + 1])} in row {row}: they must "
+                "rise along a row (within a document, with segment_ids)"
             )
 
 

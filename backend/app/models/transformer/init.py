@@ -40,6 +40,9 @@ def deepnorm_gain(n_layer: int) -> float:
 @torch.no_grad()
 def initialize(model: GPT2Model) -> None:
     """按配置写好每个参数。随机数按模块的固定顺序取，所以同一个种子给出同一个模型。"""
+    if model.embed.wte.weight.is_meta:
+        # 没有数可写；而 torch 头一次在 meta 上取随机数要导入几秒的分解表。
+        return
     config, std = model.config, base_std(model.config)
     for module in model.modules():
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

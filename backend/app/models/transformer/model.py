@@ -5,14 +5,15 @@ B 批、T 本次词元数、C 宽度、V 词表、N 层数。
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .cache import KVCache
+from .cache import KVCache, Step
 from .checks import check_call, check_positions
 from .config import GPT2Config
 from .context import Context
@@ -20,9 +21,10 @@ from .embeddings import Embeddings
 from .init import initialize
 from .linear import Linear, linear
 from .loss import head_cross_entropy
-from .masking import MaskPlan
 from .norm import make_norm
+from .plan import MaskPlan
 from .positions import PADDING, Positions
+from .rope import Rotary
 
 
 class GPT2Output(TypedDict, total=False):
@@ -44,6 +46,8 @@ class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        # 每层一个；在这里解析好，编译整个模型时就不必追进解析里去。
+        self.patterns = config.patterns
         self.embed = Embeddings(config)
         # 用字典而不用列表：流水线切分之后层的名字不变。
         self.h = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layer)})
@@ -60,6 +64,7 @@ class GPT2Model(nn.Module):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         use_cache: bool = False,
         return_cache: bool = False,
@@ -76,6 +81,8 @@ class GPT2Model(nn.Module):
             attention_mask: (B, T)，1 词元、0 填充，任一侧；有缓存时只说本次的词元。
             positions: (B, T) 自定位置；默认由掩码、文档号与缓存推出。
             segment_ids: (B, T) 沿行不减的文档号；文档互不可见，位置各自从 0 起。
+            global_attention_mask: (B, T)，1 = 本次点名的全局词元，只给 longformer 图样；
+                它看得见此前的一切，此后的一切看得见它。
             use_cache: 读并追加缓存（没给就新建一个），不求梯度；return_cache 把它放进结果。
             logits_to_keep: 只要最后几列的 logits；0 = 全部（有 targets 时 = 不要）。
             return_attention: 要哪些层的注意力图，由参考路径计算，不论运行的是哪个后端。
@@ -86,18 +93,22 @@ class GPT2Model(nn.Module):
         """
         check_call(
             self.config, input_ids, targets, attention_mask, positions, segment_ids,
-            cache, use_cache, return_cache, logits_to_keep, return_attention, return_hidden,
+            global_attention_mask, cache, use_cache, return_cache, logits_to_keep,
+            return_attention, return_hidden,
         )  # fmt: skip
         if use_cache and cache is None:
-            cache = self.new_cache(input_ids.shape[0])
+            # 点名的全局词元、每篇文档各自的前缀都要留着，环形缓存留不住。
+            ring = global_attention_mask is None and segment_ids is None
+            cache = self.new_cache(input_ids.shape[0], ring=ring)
         where = _coordinates(input_ids, attention_mask, positions, segment_ids, cache)
+        if global_attention_mask is not None:
+            where = replace(where, marked=global_attention_mask != 0)
         check_positions(self.config, where)
         step = None if cache is None else cache.begin(where)
-        plan = MaskPlan.build(where, where if step is None else step.keys)
-        ctx = Context(where, plan, step, frozenset(return_attention))
 
         # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
+            ctx = self._context(where, step, frozenset(return_attention))
             x = self.embed(input_ids, where)
             hidden = {0: x}
             for i, block in enumerate(self.h.values(), start=1):
@@ -117,10 +128,31 @@ class GPT2Model(nn.Module):
         if return_cache and cache is not None:
             out["cache"] = cache
         if return_attention:
-            out["attentions"] = {i: ctx.maps[i] for i in return_attention}
+            out["attentions"] = {i: ctx.plans[i].in_order(ctx.maps[i]) for i in return_attention}
         if return_hidden:
             out["hidden"] = {i: hidden[i] for i in return_hidden}
         return out
+
+    def _context(self, where: Positions, step: Step | None, want_maps: frozenset[int]) -> Context:
+        """各层共用的东西，每种图样只备一次。"""
+        config, dtype = self.config, self.embed.wte.weight.dtype
+        plans = {
+            pattern: MaskPlan.build(
+                where,
+                where if step is None else step.keys(pattern),
+                pattern,
+                asked=config.attention_backend,
+                dtype=dtype,
+                head_dim=config.head_dim,
+                dropout=config.dropout if self.training else 0.0,
+                grad=torch.is_grad_enabled(),
+            )
+            for pattern in dict.fromkeys(self.patterns)
+        }
+        rotary = None
+        if config.position == "rope":
+            rotary = Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
+        return Context(where, tuple(plans[p] for p in self.patterns), rotary, step, want_maps)
 
     @property
     def head_weight(self) -> Tensor:
@@ -134,13 +166,15 @@ class GPT2Model(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def new_cache(self, batch_size: int, max_len: int | None = None) -> KVCache:
-        """与本模型的设备、精度相配的缓存；见 KVCache.for_model。"""
+    def new_cache(self, batch_size: int, max_len: int | None = None, **options: Any) -> KVCache:
+        """与本模型的设备、精度相配的缓存；options 见 KVCache.for_model。"""
         kind = self.device.type
         dtype = self.embed.wte.weight.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        return KVCache.for_model(self.config, batch_size, max_len, dtype=dtype, device=self.device)
+        return KVCache.for_model(
+            self.config, batch_size, max_len, dtype=dtype, device=self.device, **options
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """写 config.json 与 model.safetensors（不用 pickle），每个文件先写在旁边再改名。"""

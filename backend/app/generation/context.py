@@ -1,4 +1,4 @@
-"""解码时的上下文：缓存、各行的窗口，以及满了之后怎么滑。
+"""解码时的上下文：缓存、各行的窗口，以及满了之后怎么办。
 
 字母：B 行数，T 本次词元数，V 词表，C 上下文长度。
 """
@@ -6,11 +6,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from app.models.transformer import GPT2Model
+from app.generation.overflow import Overflow
+from app.models.transformer import GPT2Config, GPT2Model, KVCache
+from app.models.transformer.cache import Quantize
+
+
+def cache_options(config: GPT2Config, longest: int, overflow: Overflow) -> dict[str, Any]:
+    """最长的一行一共喂 longest 个词元时，怎样的缓存恰好够（KVCache.for_model 的参数）。
+
+    sinks 不用环：挪动之后窗口里又有了开头那几个键，而环里早已没有它们。
+    """
+    if overflow == "extend":
+        return {"max_len": longest}
+    return {"max_len": min(config.context_size, longest), "ring": overflow != "sinks"}
+
+
+def ring_keys(config: GPT2Config, longest: int, overflow: Overflow) -> dict[str, int]:
+    """{图样: 环里的键数}；留着全部键的层不在内。不分配内存。"""
+    cache = KVCache.for_model(config, 1, **cache_options(config, longest, overflow), device="meta")
+    held = [keys.shape[2] - 1 for keys in cache.keys]
+    assert cache.max_len is not None
+    return {str(p): n for p, n in zip(config.patterns, held, strict=True) if n < cache.max_len}
 
 
 def window_start(length: int, context_size: int) -> int:
@@ -35,20 +56,25 @@ class DecodingContext:
         *,
         room: int,
         prefill_chunk: int | None,
+        overflow: Overflow,
+        quantize: Quantize = None,
     ) -> None:
         """prompts: 各行的提示，都不空。room: 提示之后至多再喂多少个词元。"""
         self._model, self._chunk = model, prefill_chunk
-        self._context_size = model.config.context_size
         self._prompts = [tuple(prompt) for prompt in prompts]
         self._lengths = [len(prompt) for prompt in prompts]
         self._device = model.device
-        longest = min(self._context_size, max(self._lengths) + room)
-        self._cache = model.new_cache(len(set(self._prompts)), longest)
+        longest = max(self._lengths) + room
+        # 窗口长到这么长才滑；extend 与 sinks 从不滑。
+        self._limit = model.config.context_size if overflow in ("error", "slide") else longest
+        options = cache_options(model.config, longest, overflow)
+        rows = len(set(self._prompts))
+        self._cache = model.new_cache(rows, **options, quantize=quantize)
 
     def prefill(self) -> Tensor:
         """算各行的提示，返回最后一个词元的 logits (B, V)；相同的提示只算一次。"""
         unique = list(dict.fromkeys(self._prompts))
-        logits = self._feed([p[window_start(len(p), self._context_size) :] for p in unique])
+        logits = self._feed([p[window_start(len(p), self._limit) :] for p in unique])
         if len(unique) < len(self._prompts):
             where = {prompt: i for i, prompt in enumerate(unique)}
             rows = torch.tensor([where[p] for p in self._prompts], device=self._device)
@@ -69,7 +95,7 @@ class DecodingContext:
         if all(starts):
             self._cache.truncate(0)
         else:
-            limits = [0 if start else self._context_size for start in starts]
+            limits = [0 if start else self._limit for start in starts]
             self._cache.truncate(torch.tensor(limits, device=self._device))
         single = chosen.tolist()
         return self._feed(
@@ -83,8 +109,8 @@ class DecodingContext:
 
     def _slid_to(self, length: int) -> int:
         """第 length 个词元使窗口移到的起点；没有移动则为 0。"""
-        start = window_start(length, self._context_size)
-        return start if start != window_start(length - 1, self._context_size) else 0
+        start = window_start(length, self._limit)
+        return start if start != window_start(length - 1, self._limit) else 0
 
     def _feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """左侧填充成一块，按 prefill_chunk 分段喂入，返回最后一列的 logits (B, V)。"""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from app.data.tokenizers import StreamDecoder, Tokenizer
 from app.generation.config import SamplingConfig
 from app.generation.context import DecodingContext
+from app.generation.overflow import Overflow, check_prompts
 from app.generation.sampling import sample, uniforms
 from app.generation.stopping import StopText
+from app.generation.streaming import SinkContext
 from app.models.transformer import GPT2Config, GPT2Model
-
-Overflow = Literal["error", "slide"]
+from app.models.transformer.cache import Quantize
 
 # 至少这么大一部分的行结束了才搬缓存：搬一次的代价约等于注意力读一遍缓存，
 # 按比例搬则总共至多搬几遍，而白算的行不超过这个比例。
@@ -57,6 +58,7 @@ def generate(
     overflow: Overflow = "error",
     on_token: Callable[[int, int], None] | None = None,
     prefill_chunk: int | None = None,
+    cache_quantize: Quantize = None,
 ) -> list[list[int]]:
     """每行的新词元；参数与错误见 complete。"""
     done = complete(
@@ -71,6 +73,7 @@ def generate(
         overflow=overflow,
         on_token=on_token,
         prefill_chunk=prefill_chunk,
+        cache_quantize=cache_quantize,
     )
     return [completion.tokens for completion in done]
 
@@ -87,6 +90,7 @@ def complete(
     tokenizer: Tokenizer | None = None,
     overflow: Overflow = "error",
     prefill_chunk: int | None = None,
+    cache_quantize: Quantize = None,
     on_token: Callable[[int, int], None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
@@ -97,20 +101,26 @@ def complete(
         prompts: B 行词元号，长短不一，都不空。
         seeds: 每行一个；同一提示与种子在任何批里给出同样的文本。None 则从 torch 的
             默认随机源各取一个。
-        overflow: 提示加新词元越过 context_size 时："error" 在动工之前拒绝；"slide" 满了
-            就留最后 context_size//2 个重算（见 window_start），与不用缓存算同一窗口相同。
+        overflow: 提示加新词元越过 context_size 时（后两种只给 position 为 rope 或 none 的模型）：
+            "error" 在动工之前拒绝；
+            "slide" 满了就留最后 context_size//2 个重算（见 window_start），与不用缓存算同一
+            窗口相同；
+            "extend" 位置照样数下去，与不用缓存算整段相同；每层图样都有界时内存不再增长；
+            "sinks" 满了就丢掉缓存的中段（见 SinkContext），不重算，长度没有尽头。
         prefill_chunk: 提示每次喂入的列数，限制长提示的内存；None 为一次喂完。
+        cache_quantize: "int8" = 缓存的键值存成 int8，有误差（benchmarks/results/int8_cache.md）。
         on_token: (行, 词元) 每选出一个就调用，不含停止词元。
         on_text: (行, 文本) 可以显示的文本；可能是停止串开头的部分先压住。
         on_finish: (行, 结果) 一行结束时调用。
 
     Raises:
-        ValueError: 空的提示、词表之外的词元、放不下、个数不符，或 logits 不是有限数。
+        ValueError: 空的提示、词表之外的词元、放不下、模型不能用 overflow、个数不符，
+            或 logits 不是有限数。
     """
     sampling = sampling or SamplingConfig()
-    _check_options(max_new_tokens, overflow, prefill_chunk)
+    _check_options(max_new_tokens, prefill_chunk)
     width = _usable_ids(model.config, tokenizer)
-    check_prompts(prompts, width, model.config.context_size, max_new_tokens, overflow)
+    check_prompts(prompts, width, model.config, max_new_tokens, overflow)
     _check_stops(stop_ids, width, stop_strings, tokenizer, on_text)
     draws = _draws(sampling, seeds, len(prompts), max_new_tokens)
     rows = [
@@ -119,15 +129,21 @@ def complete(
     ]
     calls = _Callbacks(on_token, on_text, on_finish)
     with _evaluating(model), torch.inference_mode():
-        context = DecodingContext(
-            model, prompts, room=max_new_tokens - 1, prefill_chunk=prefill_chunk
+        kind = SinkContext if overflow == "sinks" else DecodingContext
+        context = kind(
+            model,
+            prompts,
+            room=max_new_tokens - 1,
+            prefill_chunk=prefill_chunk,
+            overflow=overflow,
+            quantize=cache_quantize,
         )
         _decode(context, rows, calls, sampling, draws, max_new_tokens, width)
     return [row.completion() for row in rows]
 
 
 def _decode(
-    context: DecodingContext,
+    context: DecodingContext | SinkContext,
     rows: list[_Row],
     calls: _Callbacks,
     sampling: SamplingConfig,
@@ -296,43 +312,11 @@ def _usable_ids(config: GPT2Config, tokenizer: Tokenizer | None) -> int:
     return tokenizer.vocab_size
 
 
-def _check_options(new: int, overflow: str, chunk: int | None) -> None:
+def _check_options(new: int, chunk: int | None) -> None:
     if new < 1:
         raise ValueError(f"max_new_tokens={new} must be at least 1")
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill_chunk={chunk} must be at least 1, or None for one piece")
-    if overflow not in get_args(Overflow):
-        raise ValueError(f"overflow={overflow!r} is not one of {list(get_args(Overflow))}")
-
-
-def check_prompts(
-    prompts: Sequence[Sequence[int]], width: int, context_size: int, new: int, overflow: str
-) -> None:
-    """complete 对提示的检查；分几批生成的程序先对全部提示做一遍，免得做到一半才报错。
-
-    Raises:
-        ValueError: 空的提示、width 之外的词元，或放不下。
-    """
-    if not prompts:
-        raise ValueError("no prompts: give at least one")
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(
-                f"prompt {i} is empty: start from a token, such as the document separator"
-            )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= width:
-            raise ValueError(
-                f"prompt {i} holds token id {low if low < 0 else high}, outside the {width} ids "
-                "of the vocabulary: was it encoded with another tokenizer?"
-            )
-        if overflow == "error" and len(prompt) + new > context_size:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={new}: together "
-                f"{len(prompt) + new}, beyond context_size={context_size}: ask for at most "
-                f"{max(0, context_size - len(prompt))} new tokens, shorten the prompt, "
-                "or use overflow='slide'"
-            )
 
 
 def _check_stops(

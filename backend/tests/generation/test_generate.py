@@ -341,7 +341,7 @@ def test_overflow_names_both_numbers_and_the_fix(model):
     refuse(
         model,
         "prompt 1 has 10 tokens and max_new_tokens=7: together 17, beyond context_size=16: "
-        "ask for at most 6 .*overflow='slide'",
+        "ask for at most 6 .*overflow='slide'$",
         prompts=[[1], [2] * 10],
         max_new_tokens=7,
     )
@@ -384,9 +384,9 @@ def test_the_cache_is_no_larger_than_needed(model, monkeypatch, prompt, new, slo
     """最后一个词元不再喂回去；滑动时至多一个上下文。"""
     real, asked = model.new_cache, []
 
-    def new_cache(rows, max_len):
+    def new_cache(rows, max_len, **options):
         asked.append((rows, max_len))
-        return real(rows, max_len)
+        return real(rows, max_len, **options)
 
     monkeypatch.setattr(model, "new_cache", new_cache)
     generate(model, [[1] * prompt, [2]], max_new_tokens=new, overflow="slide")

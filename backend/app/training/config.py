@@ -8,14 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from typing_extensions import Doc
 
-from app.models.transformer.config import GPT2Config, nearest
+from app.models.transformer.config import GPT2Config
+from app.models.transformer.validate import check_types, nearest
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
+Optimizer = Literal["adamw", "muon"]
+Decay = Literal["cosine", "wsd", "linear"]
+SpikePolicy = Literal["off", "warn", "skip"]
 
 T = TypeVar("T")
 
@@ -32,9 +36,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW（Loshchilov & Hutter 2019, arXiv:1711.05101）与梯度裁剪。"""
+    """AdamW（Loshchilov & Hutter 2019, arXiv:1711.05101）或 Muon（muon.py），与梯度裁剪。"""
 
+    name: Annotated[
+        Optimizer, Doc("adamw, or muon for the matrices of the blocks and AdamW for the rest")
+    ] = "adamw"
     lr: Annotated[float, Doc("peak learning rate")] = 1e-3
+    muon_lr: Annotated[
+        float | None, Doc("peak learning rate of Muon's matrices, in AdamW's scale; None = lr")
+    ] = None
     betas: Annotated[tuple[float, float], Doc("AdamW's two decay rates")] = (0.9, 0.95)
     eps: Annotated[float, Doc("AdamW's epsilon")] = 1e-8
     weight_decay: Annotated[float, Doc("decay of matrices; norms and biases have none")] = 0.1
@@ -43,6 +53,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _between(self, "lr", 0.0, 100.0, open_low=True)
+        if self.muon_lr is not None:
+            _between(self, "muon_lr", 0.0, 100.0, open_low=True)
         _between(self, "eps", 0.0, 1.0, open_low=True)
         _between(self, "weight_decay", 0.0, 100.0)
         _between(self, "grad_clip", 0.0, math.inf)
@@ -52,15 +64,24 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """线性预热，然后余弦降到 min_lr_ratio·lr。"""
+    """线性预热，然后降到 min_lr_ratio·lr；各种降法见 schedule.py。"""
 
+    kind: Annotated[
+        Decay, Doc("after warm-up: cosine, linear, or wsd (stable, then decay at the end)")
+    ] = "cosine"
     warmup_steps: Annotated[int, Doc("steps of linear warm-up")] = 100
     min_lr_ratio: Annotated[float, Doc("final learning rate as a part of the peak")] = 0.1
+    decay_fraction: Annotated[float, Doc("wsd: part of all steps spent in the final decay")] = 0.2
 
     def __post_init__(self) -> None:
         check_types(self)
         _between(self, "warmup_steps", 0, math.inf)
         _between(self, "min_lr_ratio", 0.0, 1.0)
+        _between(self, "decay_fraction", 0.0, 1.0, open_low=True)
+
+    def decay_steps(self, steps: int) -> int:
+        """wsd：总共 steps 步时，最后降几步；至少一步。"""
+        return max(1, round(self.decay_fraction * steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +94,7 @@ class TrainConfig:
 
     model: Annotated[GPT2Config, Doc("shape of the model")] = field(default_factory=GPT2Config)
     data: Annotated[DataConfig, Doc("what it reads")] = field(default_factory=DataConfig)
-    optim: Annotated[OptimConfig, Doc("AdamW and clipping")] = field(default_factory=OptimConfig)
+    optim: Annotated[OptimConfig, Doc("optimizer, clipping")] = field(default_factory=OptimConfig)
     schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
         default_factory=ScheduleConfig
     )
@@ -94,6 +115,10 @@ class TrainConfig:
     compile: Annotated[Switch, Doc("torch.compile per block; auto = where it pays and works")] = (
         "auto"
     )
+    spike: Annotated[
+        SpikePolicy,
+        Doc("a step 6 sigma above the last 128 in loss or gradient: warn, skip its update, or off"),
+    ] = "warn"
     eval_every: Annotated[int, Doc("steps between validations; 0 = only at the end")] = 250
     eval_batches: Annotated[
         int, Doc("validation batches, evenly spread over the split; 0 = the whole split")
@@ -103,6 +128,9 @@ class TrainConfig:
     sample_tokens: Annotated[int, Doc("tokens per sample; 0 = no samples")] = 120
     save_every: Annotated[int, Doc("steps between checkpoints; 0 = only at the end")] = 500
     keep_last: Annotated[int, Doc("newest checkpoints kept; the best one is kept besides")] = 2
+    tensorboard: Annotated[
+        bool, Doc("also write TensorBoard events; needs the extra 'tensorboard'")
+    ] = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -116,14 +144,25 @@ class TrainConfig:
                 f"micro_batch={self.micro_batch} must be between 1 and "
                 f"batch_size={self.batch_size}, or None for the whole batch"
             )
-        if self.schedule.warmup_steps >= self.steps and self.schedule.warmup_steps > 0:
-            raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is not below "
-                f"steps={self.steps}: use fewer warm-up steps or more steps"
-            )
+        self._check_schedule()
         for name in ("out", "resume", "device"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give a value or leave it out")
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        if schedule.warmup_steps >= self.steps and schedule.warmup_steps > 0:
+            raise ValueError(
+                f"schedule.warmup_steps={schedule.warmup_steps} is not below "
+                f"steps={self.steps}: use fewer warm-up steps or more steps"
+            )
+        decay = schedule.decay_steps(self.steps)
+        if schedule.kind == "wsd" and schedule.warmup_steps + decay >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps={schedule.warmup_steps} and the decay over {decay} steps "
+                f"(decay_fraction={schedule.decay_fraction}) do not fit below steps={self.steps}: "
+                "use less of either or more steps"
+            )
 
     @property
     def tokens_per_step(self) -> int:
@@ -162,7 +201,7 @@ def _build(kind: type[T], data: Any, where: str) -> T:
             raise ValueError(f"unknown option {name!r}{nearest(str(key), list(hints))}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, name)
-        elif hints[key] is float and isinstance(value, str):
+        elif hints[key] in (float, float | None) and isinstance(value, str):
             values[key] = _number(value, name)
         elif get_origin(hints[key]) is tuple and isinstance(value, list):
             values[key] = tuple(_number(v, name) if isinstance(v, str) else v for v in value)
@@ -176,37 +215,6 @@ def _number(text: str, name: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is not a number") from None
-
-
-def check_types(config: Any) -> None:
-    """数据类自己不查类型；int 可作 float，bool 不可作 int。"""
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        choices = get_args(kind) or (kind,)
-        if get_origin(kind) is tuple:
-            if len(value) != len(choices):
-                raise ValueError(f"{name}={value!r} must have {len(choices)} values")
-            fixed = tuple(float(v) if type(v) is int else v for v in value)
-            object.__setattr__(config, name, fixed)
-            pairs = list(zip(fixed, choices, strict=True))
-        elif get_origin(kind) is Literal:
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of {list(choices)}")
-            continue
-        elif float in choices and type(value) is int:
-            object.__setattr__(config, name, float(value))
-            continue
-        else:
-            pairs = [(value, choices)]
-        for item, wanted in pairs:
-            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-            if type(item) not in wanted:
-                names = " or ".join("None" if t is type(None) else t.__name__ for t in wanted)
-                raise ValueError(
-                    f"{name}={value!r} has type {type(item).__name__}, expected {names}"
-                )
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{name}={value!r} must be a finite number")
 
 
 def _between(config: Any, name: str, low: float, high: float, *, open_low: bool = False) -> None:

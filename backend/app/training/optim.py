@@ -1,11 +1,18 @@
-"""AdamW 的参数分组：矩阵衰减，增益与偏置不衰减（GPT-3, arXiv:2005.14165 附录 B 的做法）。"""
+"""优化器与参数分组：矩阵衰减，增益与偏置不衰减（GPT-3, arXiv:2005.14165 附录 B 的做法）。"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
+from app.models.transformer import GPT2Config, GPT2Model
+
 from .config import OptimConfig
+from .muon import MuonAdamW
+
+_Named = list[tuple[str, nn.Parameter]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -13,7 +20,45 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
     共享的权重（绑定的词嵌入）由 named_parameters 去重，只出现一次。
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return _by_decay(_trainable(model), weight_decay)
+
+
+def build_optimizer(model: GPT2Model, config: OptimConfig) -> tuple[torch.optim.Optimizer, str]:
+    """(优化器, 一句话说明选了哪种实现)；各组的 initial_lr 是学习率的峰值。
+
+    name="muon"：各块里的矩阵用 Muon；词嵌入、位置嵌入、不共享的输出头是查表，
+    每步只动几行，正交化没有意义，与增益、偏置一起仍用 AdamW。
+    """
+    devices = {p.device.type for p in model.parameters()}
+    fused = devices <= {"cpu", "cuda"}
+    why = "fused AdamW" if fused else f"AdamW, not fused on {', '.join(sorted(devices))}"
+    named = _trainable(model)
+    matrices = [(n, p) for n, p in named if n.startswith("h.") and p.ndim == 2]
+    if config.name == "adamw" or not matrices:
+        matrices = []
+    taken = {name for name, _ in matrices}
+    adamw = torch.optim.AdamW(
+        _by_decay([(n, p) for n, p in named if n not in taken], config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
+    )
+    optimizer: torch.optim.Optimizer = adamw
+    if matrices:
+        group = _muon_group(matrices, model.config, config)
+        optimizer = MuonAdamW(group, adamw)
+        why = f"Muon for {len(matrices)} matrices (peak lr {group['lr']:g}), {why} for the rest"
+    for each in optimizer.param_groups:
+        each["initial_lr"] = each["lr"]
+    return optimizer, why
+
+
+def _trainable(model: nn.Module) -> _Named:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _by_decay(named: _Named, weight_decay: float) -> list[dict[str, object]]:
     groups = [
         {
             "params": [p for _, p in named if p.ndim >= 2],
@@ -29,16 +74,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.AdamW, str]:
-    """(优化器, 一句话说明选了哪种实现)。"""
-    devices = {p.device.type for p in model.parameters()}
-    fused = devices <= {"cpu", "cuda"}
-    why = "fused AdamW" if fused else f"AdamW, not fused on {', '.join(sorted(devices))}"
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused,
-    )
-    return optimizer, why
+def _muon_group(named: _Named, shape: GPT2Config, config: OptimConfig) -> dict[str, Any]:
+    return {
+        "params": [p for _, p in named],
+        "names": [name for name, _ in named],
+        "parts": [_parts(name, len(p), shape) for name, p in named],
+        "lr": config.lr if config.muon_lr is None else config.muon_lr,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def _parts(name: str, rows: int, shape: GPT2Config) -> list[int]:
+    """融合的矩阵由哪几块叠成（各块的行数）；muon.py 说明为什么分开。"""
+    if name.endswith(".attn.c_attn.weight"):
+        keys = shape.kv_heads * shape.head_dim
+        return [shape.n_embed, keys, keys]
+    if name.endswith(".mlp.c_fc.weight") and shape.activation == "swiglu":
+        return [rows // 2, rows // 2]
+    return [rows]

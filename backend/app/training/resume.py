@@ -12,12 +12,14 @@ from .lock import LOCK
 
 RUN_FILE = "run.yaml"
 # 不影响训练出的权重的设置；变了不必提。
-_SILENT = {
+SILENT = {
     "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
-    "sample_tokens", "save_every", "keep_last", "data.folder",
+    "sample_tokens", "save_every", "keep_last", "data.folder", "tensorboard",
 }  # fmt: skip
 # 模型里可以变的：不改变权重的形状与含义。
 _MODEL_FREE = {"model.dropout", "model.attention_backend"}
+# 决定优化器状态里有什么。
+_STATE_SHAPE = {"optim.name"}
 
 
 def check_out(config: TrainConfig) -> None:
@@ -94,21 +96,23 @@ def check_compatible(state: Mapping[str, Any], config: TrainConfig, data: str, t
     """比较保存时与现在的配置和数据。
 
     Raises:
-        ValueError: 模型的形状或数据变了，点名两个值。其余的变化只警告。
+        ValueError: 模型的形状、优化器的种类或数据变了，点名两个值。其余的变化只警告。
     """
     if state["data"] != data:
         raise ValueError(
             f"the checkpoint was trained on data {state['data'][:12]} but data.folder="
             f"{config.data.folder} holds {data[:12]}: resume with the same data"
         )
-    before, now = dict(_flat(state["config"])), dict(_flat(config.to_dict()))
+    # 存下之后才有的设置：当时的行为就是它的默认值。
+    before = dict(flat(TrainConfig().to_dict())) | dict(flat(state["config"]))
+    now = dict(flat(config.to_dict()))
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new or name in _SILENT:
+        if old == new or name in SILENT:
             continue
-        if name.startswith("model.") and name not in _MODEL_FREE:
+        if name in _STATE_SHAPE or (name.startswith("model.") and name not in _MODEL_FREE):
             raise ValueError(
-                f"{name}={new!r} but the checkpoint has {old!r}: the weights do not fit; "
+                f"{name}={new!r} but the checkpoint has {old!r}: what it holds does not fit; "
                 f"set it back to {old!r} or start a new run with another --out"
             )
         tell(f"warning: {name} changed from {old!r} to {new!r}: no exact continuation")
@@ -124,9 +128,10 @@ def check_same_machine(state: Mapping[str, Any], now: Mapping[str, Any], tell: T
             )
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """嵌套的设置 -> (带点的名字, 值)。"""
     for key, value in data.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -16,19 +16,22 @@ import yaml
 from app.data.files import write_atomic
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
-from app.models.transformer.attend import choose_backend
+from app.models.transformer.backends import explain_backends
 
 from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
+from .facts import Facts, write_facts
 from .lock import run_lock
 from .metrics import METRICS, Metrics
 from .plot import plot_losses
 from .progress import Progress
+from .report import REPORT, Reporter
 from .resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
 from .runtime import Runtime, choose_runtime
 from .samples import encode_prompt
 from .signals import StopSignal
 from .state import read_state, restore, versions
+from .tensorboard import open_tensorboard, require_tensorboard
 from .trainer import Trainer
 from .validation import Validation
 
@@ -51,6 +54,7 @@ class Result:
     skipped: int
     seconds: float
     plot: Path | None
+    report: Path
     checkpoint: Path
     run_file: Path
 
@@ -65,18 +69,28 @@ def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell =
         ValueError: 配置、数据、训练文件夹或检查点不可用；那时什么也没有写。
         TrainingDiverged: 连续多步非有限。
         OSError: 最后的检查点写不下去。
+        ImportError: 要写 TensorBoard 事件而没有装它。
     """
-    data = open_data(config, tell)
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        tell(text)
+
+    if config.tensorboard:
+        require_tensorboard()
+    data = open_data(config, note)
     check_out(config)
     runtime = choose_runtime(config)
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
-    with run_lock(run, tell):
+    with run_lock(run, note):
         sweep(run)
-        trainer = _assemble(config, runtime, data, tell)
+        trainer = _assemble(config, runtime, data, note)
         write_atomic(run / RUN_FILE, _as_yaml(config))
-        compiled = trainer.compile(tell)
-        show_plan(describe(trainer, compiled))
+        plan = describe(trainer, trainer.compile(note))
+        write_facts(run, _facts(trainer, data, plan, notes))
+        show_plan(plan)
         return _run(trainer)
 
 
@@ -139,6 +153,9 @@ def _run(trainer: Trainer) -> Result:
     run, config, begin = trainer.run_folder, trainer.config, time.perf_counter()
     progress = Progress(config.steps, trainer.step, config.tokens_per_step)
     metrics = Metrics(run / METRICS, trainer.step, progress.tell)
+    metrics.add(Reporter(run))
+    if config.tensorboard and (events := open_tensorboard(run, trainer.step, progress.tell)):
+        metrics.add(events)
     with StopSignal() as stop:
         try:
             with progress, metrics:
@@ -153,8 +170,21 @@ def _run(trainer: Trainer) -> Result:
         skipped=trainer.skipped,
         seconds=time.perf_counter() - begin,
         plot=plot,
+        report=run / REPORT,
         checkpoint=step_folder(run, trainer.step),
         run_file=run / RUN_FILE,
+    )
+
+
+def _facts(trainer: Trainer, data: Data, plan: Plan, notes: list[str]) -> Facts:
+    return Facts(
+        plan=plan,
+        notes=notes,
+        data=(data.train.fingerprint, data.val.fingerprint if data.val is not None else ""),
+        parameters=trainer.model.num_parameters(),
+        steps=trainer.config.steps,
+        expected_loss=trainer.expected_loss,
+        unigram=trainer.plateau.entropy,
     )
 
 
@@ -170,9 +200,11 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
         ("device", str(runtime.device), runtime.device_why),
         ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
         ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
-        (
-            "attention",
-            *choose_backend(shape.attention_backend),
+        *(
+            ("attention", choice.backend, choice.reason)
+            for choice in explain_backends(
+                shape, device=runtime.device, dtype=runtime.dtype, training=True
+            )
         ),
         (
             "model",

@@ -40,8 +40,19 @@ def accumulate(
     return total
 
 
-def first_bad_gradient(model: GPT2Model) -> str:
-    """第一个含非有限梯度的参数名，给报错用。"""
+def first_bad_weight(model: GPT2Model) -> str | None:
+    """第一个含非有限数的权重的名字；None = 都是有限数。"""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return name
+    return None
+
+
+def first_bad_place(model: GPT2Model) -> str:
+    """非有限数最先出现在哪里，给报错用：权重，梯度，或只有损失。"""
+    weight = first_bad_weight(model)
+    if weight is not None:
+        return f"the weight {weight}"
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return name

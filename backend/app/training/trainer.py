@@ -31,22 +31,32 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .config import TrainConfig
+from .groups import gradient_norms
+from .memory import peak_memory
 from .metrics import Metrics
 from .optim import build_optimizer
+from .plateau import PlateauWatch, unigram_entropy
 from .progress import Progress
 from .runtime import Runtime, compile_blocks, memory_error
 from .samples import sample_text
 from .schedule import learning_rate
 from .signals import StopSignal
+from .spike import SpikeWatch
 from .state import fill_checkpoint
-from .step import accumulate, expected_initial_loss, first_bad_gradient, initial_loss_line
+from .step import (
+    accumulate,
+    expected_initial_loss,
+    first_bad_place,
+    first_bad_weight,
+    initial_loss_line,
+)
 from .validation import Validation
 
 _MAX_BAD_STEPS = 3
 
 
 class TrainingDiverged(ValueError):
-    """连续几步的损失或梯度不是有限数。"""
+    """连续几步的损失或梯度不是有限数，或者权重已经不是。"""
 
 
 class Trainer:
@@ -54,7 +64,7 @@ class Trainer:
 
     Attributes:
         step: 已完成的步数。
-        skipped: 因非有限的损失或梯度而没有更新的步数。
+        skipped: 没有更新的步数：损失或梯度非有限，或（spike="skip" 时）是尖峰。
     """
 
     def __init__(
@@ -76,6 +86,8 @@ class Trainer:
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.parameters = list(model.parameters())
         self.expected_loss = expected_initial_loss(model)
+        self.spikes = SpikeWatch()
+        self.plateau = PlateauWatch(unigram_entropy(data), config)
         self.step = self.tokens = self.skipped = 0
         self.best: tuple[int, float] | None = None
         self.last_sample: str | None = None
@@ -112,11 +124,9 @@ class Trainer:
     def _train_step(self) -> None:
         start = time.perf_counter()
         optim = self.config.optim
-        lr = learning_rate(
-            self.step, peak=optim.lr, steps=self.config.steps, schedule=self.config.schedule
-        )
+        lr = self._learning_rate(optim.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._learning_rate(group["initial_lr"])
         inputs, targets = self.sampler.batch(self.data, self.step)
         with memory_error(self.micro, self.config):
             mean = accumulate(self.model, inputs, targets, self.micro, self.runtime)
@@ -124,16 +134,29 @@ class Trainer:
             # 每步只在这里与设备同步一次。
             loss, size = torch.stack((mean, norm.to(mean.dtype))).tolist()
             good = math.isfinite(loss) and math.isfinite(size)
-            if good:
+            if good and _due(self.step, self.config.eval_every):
+                norms = gradient_norms(self.model.named_parameters())
+                self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
+            spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
+            if good and not (spike and self.config.spike == "skip"):
                 if optim.grad_clip:
                     nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
                 self.optimizer.step()
-        where = "" if good else first_bad_gradient(self.model)
+        where = "" if good else first_bad_place(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += inputs.size
         self._record(loss, size, lr, time.perf_counter() - start)
         self._count_bad(good, where)
+        if spike:
+            self._note_spike(spike)
+        if good and (hint := self.plateau.note(self.step, loss)):
+            self.metrics.write({"kind": "hint", "step": self.step, "text": hint})
+            self.progress.tell(hint)
+
+    def _learning_rate(self, peak: float) -> float:
+        config = self.config
+        return learning_rate(self.step, peak=peak, steps=config.steps, schedule=config.schedule)
 
     def _record(self, loss: float, norm: float, lr: float, seconds: float) -> None:
         row = {"kind": "train", "step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
@@ -146,22 +169,42 @@ class Trainer:
         if good:
             self._bad_in_a_row = 0
             return
-        self.skipped += 1
         self._bad_in_a_row += 1
-        starts = self.sampler.offsets(self.step - 1).tolist()
-        self.metrics.write({"kind": "skipped", "step": self.step, "where": where, "rows": starts})
+        self._note_skipped(where)
         self.progress.tell(
             f"warning: step {self.step} has a non-finite loss or gradient (first in {where}): "
             "no update"
         )
         if self._bad_in_a_row >= _MAX_BAD_STEPS:
-            good_one = "none yet" if self.saved is None else self._folder(self.saved)
-            raise TrainingDiverged(
+            raise self._diverged(
                 f"{_MAX_BAD_STEPS} steps in a row up to step {self.step} had a non-finite loss or "
-                f"gradient: lower optim.lr={self.config.optim.lr} or lengthen "
-                f"schedule.warmup_steps={self.config.schedule.warmup_steps}; "
-                f"last good checkpoint: {good_one}"
+                "gradient"
             )
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        good_one = "none yet" if self.saved is None else self._folder(self.saved)
+        return TrainingDiverged(
+            f"{what}: lower optim.lr={self.config.optim.lr} or lengthen "
+            f"schedule.warmup_steps={self.config.schedule.warmup_steps}; "
+            f"last good checkpoint: {good_one}"
+        )
+
+    def _note_skipped(self, where: str) -> None:
+        self.skipped += 1
+        self.metrics.write({"kind": "skipped", "where": where, **self._batch_read()})
+
+    def _batch_read(self) -> dict[str, Any]:
+        """刚做完的一步与它读的各行窗口的起点。"""
+        return {"step": self.step, "rows": self.sampler.offsets(self.step - 1).tolist()}
+
+    def _note_spike(self, reason: str) -> None:
+        skip = self.config.spike == "skip"
+        if skip:
+            self._note_skipped(reason)
+        else:
+            self.metrics.write({"kind": "spike", "where": reason, **self._batch_read()})
+        done = "no update" if skip else "updated all the same (spike=warn)"
+        self.progress.tell(f"warning: step {self.step} is a spike: {reason}: {done}")
 
     def _validate(self) -> None:
         if self.validation is None:
@@ -169,6 +212,8 @@ class Trainer:
         loss = self.validation.loss(self.model, self.runtime, lambda: bool(self.stop.requested))
         if loss is None:
             return
+        memory = peak_memory(self.runtime.device)
+        self.metrics.write({"kind": "memory", "step": self.step, **memory})
         self.metrics.write({"kind": "eval", "step": self.step, "loss": loss, "tokens": self.tokens})
         better = self.step > 0 and (self.best is None or loss < self.best[1])
         self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
@@ -184,12 +229,19 @@ class Trainer:
             return
         self._sampled = self.step
         self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        self.metrics.write({"kind": "sample", "step": self.step, "text": self.last_sample})
         self.progress.tell(f"--- sample at step {self.step} ---\n{self.last_sample}\n---")
 
     def _save(self, must: bool = False) -> None:
-        """存下此刻；途中存不下（盘满）只警告，训练继续，旧检查点还在。"""
+        """存下此刻；途中存不下（盘满）只警告，训练继续，旧检查点还在。
+
+        坏了的权重不存：存下会把旧的好检查点挤掉。
+        """
         if self.saved == self.step:
             return
+        bad = first_bad_weight(self.model)
+        if bad is not None:
+            raise self._diverged(f"the weight {bad} is not finite after step {self.step}")
         self.metrics.sync()
         try:
             write_checkpoint(self.run_folder, self.step, self._fill)
@@ -210,6 +262,7 @@ class Trainer:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "bad_in_a_row": self._bad_in_a_row,
+            "spikes": self.spikes.state(),
             "data": self.data.fingerprint,
             "device": str(self.runtime.device),
             "precision": str(self.runtime.dtype),
@@ -221,6 +274,8 @@ class Trainer:
         """接上计数；own 说明检查点就在本训练的文件夹里。"""
         self.step, self.tokens = state["step"], state["tokens"]
         self.skipped, self._bad_in_a_row = state["skipped"], state["bad_in_a_row"]
+        # 早先的检查点没有尖峰的历史。
+        self.spikes.load(state.get("spikes", {}))
         self.saved = self.step if own else None
 
     def restore_best(self, tell: Tell) -> None:

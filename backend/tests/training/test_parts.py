@@ -46,6 +46,7 @@ def test_numbers_written_as_text_become_floats() -> None:
     config = TrainConfig.from_dict(data)
     assert (config.optim.lr, config.optim.betas) == (1e-3, (0.9, 0.5))
     assert config.model.dropout == 0.1
+    assert TrainConfig.from_dict({"optim": {"muon_lr": "2e-2"}}).optim.muon_lr == 2e-2
     assert type(TrainConfig.from_dict({"optim": {"grad_clip": 1}}).optim.grad_clip) is float
 
 
@@ -65,6 +66,16 @@ def test_numbers_written_as_text_become_floats() -> None:
         ({"steps": "many"}, r"steps='many' has type str, expected int"),
         ({"steps": True}, r"steps=True has type bool"),
         ({"steps": 0}, r"steps=0 must be at least 1"),
+        ({"optim": {"name": "sgd"}}, r"name='sgd' is not one of \['adamw', 'muon'\]"),
+        ({"optim": {"muon_lr": 0}}, r"muon_lr=0.0 must be above 0"),
+        ({"optim": {"muon_lr": "fast"}}, r"optim.muon_lr='fast' is not a number"),
+        ({"schedule": {"kind": "step"}}, r"kind='step' is not one of"),
+        ({"schedule": {"decay_fraction": 0}}, r"decay_fraction=0.0 must be above 0"),
+        (
+            {"steps": 200, "schedule": {"kind": "wsd", "decay_fraction": 0.5}},
+            r"warmup_steps=100 and the decay over 100 steps .*do not fit below steps=200",
+        ),
+        ({"spike": "stop"}, r"spike='stop' is not one of"),
         ({"steps": 50}, r"schedule.warmup_steps=100 is not below steps=50"),
         ({"micro_batch": 64}, r"micro_batch=64 must be between 1 and batch_size=32"),
         ({"precision": "fp16"}, r"precision='fp16' is not one of"),

@@ -18,7 +18,8 @@ from app.models.transformer import GPT2Model
 from app.training import state as state_module
 from app.training import trainer as trainer_module
 from app.training.checkpoint import CheckpointError, list_steps, step_folder
-from app.training.config import DataConfig, OptimConfig
+from app.training.config import DataConfig, OptimConfig, ScheduleConfig
+from app.training.resume import check_compatible
 
 from .conftest import Make, rows, same_weights, train, write_dataset
 
@@ -62,6 +63,32 @@ def test_exact_at_every_step(make: Make, straight: Path, tmp_path: Path) -> None
     assert len(list_steps(straight)) == STEPS
     for step in range(1, STEPS):
         assert resumed(make, straight, step, tmp_path / f"from-{step}") == (True, True), step
+
+
+def test_exact_with_muon(make: Make, tmp_path: Path, augmented: None) -> None:
+    """两种更新、两个学习率、wsd：从预热中、平稳段与下降段接着训，逐位相等。"""
+    plan = {
+        "steps": STEPS,
+        "optim": OptimConfig(name="muon", lr=1e-2, muon_lr=2e-2, grad_clip=0.5),
+        "schedule": ScheduleConfig(kind="wsd", warmup_steps=4, decay_fraction=0.3),
+    }
+    out = tmp_path / "straight"
+    train(make(out=str(out), save_every=1, keep_last=100, **plan))
+    for step in (2, 11, 20):
+        branch = tmp_path / f"from-{step}"
+        train(make(out=str(branch), resume=str(step_folder(out, step)), **plan))
+        assert same_weights(step_folder(branch, STEPS), step_folder(out, STEPS)), step
+        both = [(folder / "optim.safetensors").read_bytes() for folder in (
+            step_folder(branch, STEPS), step_folder(out, STEPS)
+        )]  # fmt: skip
+        assert both[0] == both[1]
+
+
+def test_another_optimizer_is_refused(make: Make) -> None:
+    config = make(save_every=2)
+    train(config)
+    with pytest.raises(ValueError, match=r"optim.name='muon' but the checkpoint has 'adamw'"):
+        train(config.replace(optim=OptimConfig(name="muon"), resume="auto", steps=7))
 
 
 def _forget_model(patch: pytest.MonkeyPatch) -> None:
@@ -214,6 +241,19 @@ def test_other_changes_warn(make: Make, change: dict[str, Any]) -> None:
     train(dataclasses.replace(config, **change, resume="auto", steps=7), told)
     name = next(iter(change)) if "optim" not in change else "optim.lr"
     assert any(line.startswith(f"warning: {name} changed from") for line in told)
+
+
+def test_a_checkpoint_from_before_a_setting_existed(make: Make) -> None:
+    """缺的设置按默认值比：旧的检查点照样能续，改了它才被拒。"""
+    config, told = make(), []
+    saved = config.to_dict()
+    del saved["model"]["rope"], saved["model"]["attention_pattern"], saved["keep_last"]
+    del saved["optim"]["name"], saved["schedule"]["kind"], saved["spike"]
+    check_compatible({"data": "d", "config": saved}, config, "d", told.append)
+    assert told == []
+    windowed = config.replace(model=config.model.replace(attention_pattern="local(4)"))
+    with pytest.raises(ValueError, match=r"attention_pattern='local\(4\)' but .* has None"):
+        check_compatible({"data": "d", "config": saved}, windowed, "d", told.append)
 
 
 def test_threads_and_versions_are_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

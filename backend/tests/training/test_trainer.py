@@ -85,18 +85,19 @@ def test_micro_batches_do_not_change_the_run(make: Make, tmp_path: Path) -> None
 
 
 def _poison(patch: pytest.MonkeyPatch, steps: set[int], value: float, where: str) -> None:
-    """在指定的步里把损失或一个梯度换成 value。"""
+    """在指定的步里把损失、一个梯度或一个权重换成 value。"""
     real, calls = trainer_module.accumulate, [0]
 
     def accumulate(model: Any, *args: Any) -> torch.Tensor:
-        loss = real(model, *args)
         calls[0] += 1
-        if calls[0] not in steps:
-            return loss
-        if where == "loss":
-            return loss * value
         matrix = next(p for p in model.h["1"].parameters() if p.ndim == 2)
-        matrix.grad[0, 0] = value
+        if calls[0] in steps and where == "weight":
+            matrix.data[0, 0] = value
+        loss = real(model, *args)
+        if calls[0] in steps and where == "loss":
+            return loss * value
+        if calls[0] in steps and where == "gradient":
+            matrix.grad[0, 0] = value
         return loss
 
     patch.setattr(trainer_module, "accumulate", accumulate)
@@ -129,6 +130,22 @@ def test_three_in_a_row_stop(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(TrainingDiverged, match=r"up to step 7 .*step-00000006"):
         train(config)
     assert resolve_checkpoint(config.out).name == "step-00000006"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("save_every", [2, 1])
+def test_a_broken_weight_stops_and_is_never_saved(
+    make: Make, monkeypatch: pytest.MonkeyPatch, value: float, save_every: int
+) -> None:
+    """C1：权重坏了没有哪一步救得回；不存它，点名坏之前的检查点。"""
+    _poison(monkeypatch, {3}, value, "weight")
+    config, told = make(steps=20, save_every=save_every, keep_last=1), []
+    with pytest.raises(TrainingDiverged, match=r"step-00000002$"):
+        train(config, told)
+    assert [step for step, _ in list_steps(Path(config.out))] == [2]
+    saved = weights(resolve_checkpoint(config.out))
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    assert rows(config.out, "skipped")[0]["where"] == "the weight h.1.attn.c_attn.weight"
 
 
 def test_failing_save_keeps_training(

@@ -143,6 +143,16 @@ def _refuse(path: Path, reason: str) -> None:
 
 def read_jsonl(path: Path, text_key: str) -> Iterator[str]:
     """每行一个对象，取它的 text_key；空行略过。"""
+    for where, record in jsonl_records(path):
+        yield _text_of(record, text_key, where)
+
+
+def jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(写进报错的位置, 对象)；空行略过。
+
+    Raises:
+        ValueError: 一行太长、不是 UTF-8、不是 JSON，或不是对象；点名文件与行号。
+    """
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -154,10 +164,10 @@ def read_jsonl(path: Path, text_key: str) -> Iterator[str]:
                     "a jsonl file has one JSON object a line"
                 )
             if line.strip():
-                yield _line_text(line, text_key, where)
+                yield where, _record(line, where)
 
 
-def _line_text(line: bytes, text_key: str, where: str) -> str:
+def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record: Any = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -166,6 +176,10 @@ def _line_text(line: bytes, text_key: str, where: str) -> str:
         raise ValueError(f"{where}: not valid JSON ({error}): fix or remove the line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+    return record
+
+
+def _text_of(record: dict[str, Any], text_key: str, where: str) -> str:
     if text_key not in record:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise ValueError(f"{where}: no key {text_key!r} (keys: {keys}): choose with --text-key")

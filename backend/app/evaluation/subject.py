@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,7 +32,10 @@ class Subject:
     @classmethod
     def of(cls, asked: GPT2Config) -> Subject:
         config = _shrink(asked)
-        names = ("vocab_size", "context_size", "n_layer", "n_head", "n_kv_head", "n_embed")
+        names = (
+            "vocab_size", "context_size", "n_layer", "n_head", "n_kv_head", "n_embed",
+            "attention_pattern",
+        )  # fmt: skip
         changes = [
             f"{name} {getattr(asked, name)}→{getattr(config, name)}"
             for name in names
@@ -69,14 +73,20 @@ def count_parameters(config: GPT2Config) -> int:
 
 
 def _shrink(config: GPT2Config) -> GPT2Config:
-    """词表限在 4096；还太大则依次缩上下文、层数（不少于两层）、头数。头宽与分组不变。"""
+    """词表限在 4096；还太大则依次缩上下文、层数（不少于两层）、头数。头宽与分组不变。
+
+    注意力图样一个不少：上下文不小于它们的窗口，层数不少于不同图样的个数。
+    """
     small = config.replace(vocab_size=min(config.vocab_size, MAX_VOCAB))
     if _size(small) <= MAX_PARAMETERS:
         return small
-    small = small.replace(context_size=min(config.context_size, _MAX_CONTEXT))
-    room = MAX_PARAMETERS - _size(small.replace(n_layer=1))
-    layers = 1 + max(1, room // block_size(small))
-    small = small.replace(n_layer=min(config.n_layer, layers))
+    context = max(_MAX_CONTEXT, _widest(config))
+    small = small.replace(context_size=min(config.context_size, context))
+    room = MAX_PARAMETERS - _count(small, 1)
+    cycle = tuple(dict.fromkeys(config.patterns)) if config.attention_pattern else ()
+    layers = min(config.n_layer, max(2, len(cycle), 1 + room // block_size(small)))
+    if layers < config.n_layer:
+        small = small.replace(n_layer=layers, attention_pattern=cycle or None)
     group = config.n_head // config.kv_heads
     while _size(small) > MAX_PARAMETERS and small.n_head > group:
         heads = max(group, small.n_head // 2 // group * group)
@@ -88,12 +98,26 @@ def _shrink(config: GPT2Config) -> GPT2Config:
     return small
 
 
+def _widest(config: GPT2Config) -> int:
+    """给出的图样要多长的上下文；默认图样自己随上下文缩。"""
+    atoms = [atom for pattern in config.patterns for atom in pattern.atoms]
+    if config.attention_pattern is None:
+        return 1
+    numbers = [value for atom in atoms for value in dataclasses.asdict(atom).values()]
+    return max([1, *numbers, *(atom.reach or 0 for atom in atoms)])
+
+
 def _size(config: GPT2Config) -> int:
     """参数量，不必造出全部层。"""
-    return count_parameters(config.replace(n_layer=1)) + block_size(config) * (config.n_layer - 1)
+    return _count(config, 1) + block_size(config) * (config.n_layer - 1)
 
 
 def block_size(config: GPT2Config) -> int:
     """一层的参数量，取第二层：keel 的第一层少一个归一化。"""
-    one, two = (count_parameters(config.replace(n_layer=n)) for n in (1, 2))
-    return two - one
+    return _count(config, 2) - _count(config, 1)
+
+
+def _count(config: GPT2Config, layers: int) -> int:
+    """换了层数的参数量；图样没有参数，而循环可能比这几层长，所以拿掉。"""
+    plain = config.replace(attention_pattern=None, use_sparse_attention=False)
+    return count_parameters(plain.replace(n_layer=layers))

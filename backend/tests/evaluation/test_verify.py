@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from app.models.transformer import GPT2Config, GPT2Model, KVCache, masking, weig
 from app.models.transformer import attend as attend_module
 from app.models.transformer import attention as attention_module
 from app.models.transformer import model as model_module
+from app.models.transformer import plan as plan_module
 from app.models.transformer.factory import PRESETS
+from app.models.transformer.pattern import CAUSAL
 from app.models.transformer.positions import Positions
 
 SMALL = GPT2Config(vocab_size=61, context_size=48, n_layer=2, n_head=2, n_embed=32)
@@ -60,22 +63,20 @@ def one_key_ahead(patch):
     """掩码错位一格：第 t 个查询看得见第 t+1 个键（稠密路径）。"""
     real = masking.visible
 
-    def visible(q, k, pattern=masking.CAUSAL):
+    def visible(q, k, pattern=CAUSAL):
         ahead = Positions(k.pos - 1, k.segment)
         return real(q, ahead, pattern) & (k.pos[:, None, :] >= 0)
 
-    patch.setattr(masking, "visible", visible)
+    patch.setattr(plan_module, "visible", visible)
 
 
 def no_causal_flag(patch):
     real = attend_module.attend_sdpa
 
     def full(q, k, v, plan, dropout=0.0):
-        if plan.kind == "causal":
-            plan = masking.MaskPlan("full", plan.q, plan.k)
-        return real(q, k, v, plan, dropout)
+        return real(q, k, v, replace(plan, causal=False), dropout)
 
-    patch.setattr(attend_module, "attend_sdpa", full)
+    patch.setitem(attend_module._BACKENDS, "sdpa", full)
 
 
 def forgotten_offset(patch):
@@ -120,8 +121,8 @@ def no_dropout_at_all(patch):
     patch.setattr(nn.Dropout, "forward", lambda self, x: x)
     real = attention_module.attend
 
-    def attend(*args, dropout, backend):
-        return real(*args, dropout=0.0, backend=backend)
+    def attend(*args, dropout):
+        return real(*args, dropout=0.0)
 
     patch.setattr(attention_module, "attend", attend)
 
@@ -139,18 +140,18 @@ def padding_counts(patch):
 def padding_is_seen(patch):
     real = masking.visible
 
-    def visible(q, k, pattern=masking.CAUSAL):
+    def visible(q, k, pattern=CAUSAL):
         return real(q, Positions(k.pos.clamp(min=0), k.segment), pattern)
 
-    patch.setattr(masking, "visible", visible)
+    patch.setattr(plan_module, "visible", visible)
 
 
 def documents_see_each_other(patch):
     real = masking.visible
     patch.setattr(
-        masking,
+        plan_module,
         "visible",
-        lambda q, k, pattern=masking.CAUSAL: real(Positions(q.pos), Positions(k.pos), pattern),
+        lambda q, k, pattern=CAUSAL: real(Positions(q.pos), Positions(k.pos), pattern),
     )
 
 
@@ -337,13 +338,23 @@ def test_presets_shrink_openly_and_keep_what_matters(preset, norm):
     assert subject.config.head_dim == asked.head_dim
     assert f"n_layer {asked.n_layer}→{subject.config.n_layer}" in subject.shrunk
     for name, value in subject.config.to_dict().items():
-        if value != getattr(asked, name, value):
+        if value != asked.to_dict()[name]:
             assert f"{name} " in subject.shrunk
 
 
 def test_a_small_configuration_is_taken_as_it_is():
     subject = Subject.of(SMALL)
     assert subject.shrunk == "" and subject.config == SMALL
+
+
+def test_every_pattern_survives_the_shrinking():
+    cycle = ("local(512)", "local(512)", "strided(300)", "causal")
+    asked = GPT2Config(n_layer=24, attention_pattern=cycle)
+    subject = Subject.of(asked)
+    assert subject.config.n_layer < asked.n_layer
+    assert subject.config.attention_pattern == ("local(512)", "strided(300)", "causal")
+    assert subject.config.context_size == 512
+    assert "attention_pattern" in subject.shrunk
 
 
 def test_grouped_heads_keep_their_group_when_they_shrink():

@@ -1,0 +1,186 @@
+"""训练占多少内存：权重、梯度、优化器、激活、logits，由配置推算，不分配。
+
+激活按 autograd 为反向留下的张量数，同一块存储只数一次；测试拿 saved_tensors_hooks 数到的对照。
+C 宽度、H 查询头数、G 键值头的总宽、h 前馈的宽度、T 上下文、R 一次前向的序列数、V 词表。
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from app.models.transformer.backends import explain_backends
+from app.models.transformer.block import residual_plan
+from app.models.transformer.config import GPT2Config
+from app.models.transformer.loss import CHUNK_BYTES
+from app.models.transformer.weights import expected_shapes
+
+from .sizes import FLOAT32_BYTES
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """各部分的字节数。
+
+    Attributes:
+        logits: 损失分块算，只有一两块同时存在。
+        working: 反向走过最上一层时的临时张量。
+        updating: 更新时的临时张量。
+        head: 输出头（词嵌入）那一张梯度；前向里算损失时就有了。
+        accumulates: 分几次前向：从第二次起，梯度与激活同时都在。
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    working: int
+    updating: int
+    head: int
+    accumulates: bool
+
+    @property
+    def peak(self) -> int:
+        """反向从上往下，一层的激活放掉，梯度出现：最多的时刻不是刚开始就是结束。"""
+        held = self.weights + self.optimizer
+        early = self.gradients if self.accumulates else self.head
+        first = held + early + self.activations + max(self.logits, self.working)
+        # 词嵌入的梯度先成一整张，再并进输出头的那一张。
+        return max(first, held + self.gradients + max(self.head, self.updating))
+
+
+def footprint(
+    config: GPT2Config,
+    *,
+    rows: int,
+    passes: int,
+    muon: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Footprint:
+    """rows 条序列一次、每步 passes 次前向；muon：各块的矩阵用 Muon，其余用 AdamW。
+
+    Raises:
+        ValueError: 点名的后端做不了训练。
+    """
+    shapes = expected_shapes(config)
+    weights = FLOAT32_BYTES * sum(map(math.prod, shapes.values()))
+    matrices = [FLOAT32_BYTES * n for n in _block_matrices(shapes)]
+    tokens, narrow = rows * config.context_size, dtype.itemsize
+    return Footprint(
+        weights=weights,
+        gradients=weights,
+        # AdamW 两个矩，Muon 一个动量。
+        optimizer=2 * weights - sum(matrices) if muon else 2 * weights,
+        activations=activation_bytes(config, rows=rows, device=device, dtype=dtype),
+        logits=_logits(config, tokens),
+        # 前馈的隐层与它的输入各一份梯度。
+        working=tokens * narrow * 2 * config.mlp_hidden,
+        # 正交化之前的更新，另加同形的矩阵叠成的一摞与迭代里的两份。
+        updating=sum(matrices) + 3 * max(matrices) * config.n_layer if muon else 0,
+        head=FLOAT32_BYTES * config.vocab_size * config.n_embed,
+        accumulates=passes > 1,
+    )
+
+
+def activation_bytes(
+    config: GPT2Config, *, rows: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """整个模型为反向留下的字节数，参数与输入的 id 不算。
+
+    Raises:
+        ValueError: 点名的后端做不了训练。
+    """
+    tokens, narrow = rows * config.context_size, dtype.itemsize
+    total = 0
+    for layer in range(config.n_layer):
+        small, wide = _saved_per_token(config, layer, dtype)
+        total += tokens * (small * narrow + wide * FLOAT32_BYTES)
+    # 末尾的归一化、进输出头的那一份与它的梯度。
+    ends = 2 * config.n_embed
+    if config.norm == "pre":
+        ends += config.n_embed + _statistics(config)
+    if config.dropout:
+        ends += config.n_embed
+    total += tokens * ends * FLOAT32_BYTES
+    choices = explain_backends(config, device=device, dtype=dtype, training=True)
+    for choice in choices:
+        maps = _map_bytes(choice.backend, config, rows, device, dtype)
+        total += len(choice.layers) * maps
+    if dtype != torch.float32:
+        # autocast 把矩阵另存一份低精度的，反向完了才放。
+        total += narrow * sum(_block_matrices(expected_shapes(config)))
+    return total
+
+
+def _block_matrices(shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    """各块里每个矩阵的权重数。"""
+    return [
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.startswith("h.")
+    ]
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """1..most 里放得下的最大的一个；0 = 一个也放不下。fits 须单调。"""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _saved_per_token(config: GPT2Config, layer: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(计算精度的, float32 的) 数，一层、一个词元。"""
+    width, groups, hidden = config.n_embed, config.kv_heads * config.head_dim, config.mlp_hidden
+    norms = sum(plan.inner + plan.outer for plan in residual_plan(config, layer))
+    wide = norms * (width + _statistics(config))
+    # c_attn 的输入、q k v、注意力的输出（也是 c_proj 的输入）、c_fc 的输入。
+    narrow = width + (width + 2 * groups) + width + width
+    if config.position == "rope" or config.qk_norm:
+        narrow += width + groups
+    if config.qk_norm:
+        # 规范化之后、乘尺度之前的，与标准差的倒数；拼起来的换了布局，注意力的输出要再抄一遍。
+        wide += width + groups + config.n_head + config.kv_heads
+        narrow += width
+        if dtype != torch.float32:
+            # autocast 把 q 与 k 升到 float32 再规范化。
+            wide += width + groups
+    wide += config.n_head
+    # 激活函数的输入与输出；swiglu 另有门过 SiLU 的那一份。
+    narrow += (4 if config.activation == "swiglu" else 2) * hidden
+    if config.dropout:
+        narrow += 2 * width
+    return narrow, wide
+
+
+def _statistics(config: GPT2Config) -> int:
+    """归一化在它的输入之外为每个词元记下的：均值与标准差的倒数；RMSNorm 还记乘增益之前的结果。"""
+    return 1 + config.n_embed if config.norm_type == "rmsnorm" else 2
+
+
+def _map_bytes(
+    backend: str, config: GPT2Config, rows: int, device: torch.device, dtype: torch.dtype
+) -> int:
+    """一层留下的 T×T 的图：只有不融合的写法才有。"""
+    square = rows * config.n_head * config.context_size**2
+    dropout = config.dropout > 0
+    if backend == "reference":
+        return square * (2 + dropout) * dtype.itemsize
+    if backend == "sdpa" and dropout and device.type == "cpu":
+        # CPU 的融合内核不做 dropout；另一条路全用 float32，q、k、v 也是。
+        widened = rows * config.context_size * 3 * config.n_embed
+        return square * 3 * FLOAT32_BYTES + widened * (FLOAT32_BYTES - dtype.itemsize)
+    return 0
+
+
+def _logits(config: GPT2Config, tokens: int) -> int:
+    """一块的 logits 与它的梯度；不止一块时，前一块的梯度也还在。"""
+    row = FLOAT32_BYTES * config.vocab_size
+    chunk = max(1, CHUNK_BYTES // row)
+    return row * (2 * tokens if tokens <= chunk else 3 * chunk)

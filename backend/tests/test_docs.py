@@ -50,6 +50,24 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "my-model" / "model.safetensors").exists()
 
 
+def attention_guide(compiled: bool) -> None:
+    """指南的 Python 按次序在同一个命名空间里跑；编译 FlexAttention 的那一段可选。"""
+    names: dict[str, object] = {}
+    for kind, text in blocks(ROOT / "docs" / "attention.md"):
+        if kind == "python" and (compiled or "torch.compile" not in text):
+            exec(text, names)
+    assert names["tokens"]
+
+
+def test_the_python_of_the_attention_guide_runs() -> None:
+    attention_guide(compiled=False)
+
+
+@pytest.mark.slow
+def test_the_whole_attention_guide_runs() -> None:
+    attention_guide(compiled=True)
+
+
 def test_every_command_of_the_readme_exists() -> None:
     shell = "\n".join(text for kind, text in blocks(ROOT / "README.md") if kind == "bash")
     commands = [shlex.split(line) for line in shell.splitlines() if line.startswith("gpt2 ")]

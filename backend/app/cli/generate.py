@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -13,18 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
+from app.cli.trained import load_trained
 from app.generation.config import SamplingConfig
+from app.generation.overflow import Overflow, check_overflow, check_prompts, usable
 from app.generation.stopping import StopText
 
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
     from app.generation.generate import Completion
-    from app.models.transformer import GPT2Model
+    from app.models.transformer import GPT2Config, GPT2Model
 
 SUMMARY = "continue prompts with a trained model; text goes to stdout, everything else to stderr"
 EXAMPLES = """\
   gpt2 generate runs/train --prompt "def main(" --seed 1
   gpt2 generate runs/train/best --prompt "ROMEO:" --num-samples 3 --temperature 0.7
+  gpt2 generate runs/rope --prompt "It was" --max-new-tokens 5000 --overflow sinks
   gpt2 generate my-model --prompts-file prompts.txt --greedy --stop "." > answers.txt"""
 
 # 没说要多少时的长度；上下文放不下就到上下文为止，并说出来。
@@ -66,9 +68,18 @@ class Args:
         Doc("end a text before this string; repeat for more"),
     ] = ()
     overflow: Annotated[
-        Literal["error", "slide"],
-        Doc("past the context: refuse, or forget the older half and go on"),
+        Overflow,
+        Doc(
+            "past the context: error = refuse; slide = forget the older half and read the rest "
+            "again; extend = go on counting positions (RoPE or none; constant memory where every "
+            "layer has a window); sinks = keep the first 4 and the newer half of the keys, "
+            "without end and without reading again (RoPE or none)"
+        ),
     ] = "error"
+    cache_dtype: Annotated[
+        Literal["int8"] | None,
+        Doc("int8 = smaller cache of keys and values, rounded; None = the model's own type"),
+    ] = None
     batch_size: Annotated[int, Doc("texts computed at once; does not change them")] = 16
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
@@ -83,8 +94,6 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是检查点、提示里有词表之外的字符、放不下，或选项的值不对。
     """
-    from app.generation.generate import check_prompts
-
     sampling = SamplingConfig(
         temperature=0.0 if args.greedy else args.temperature,
         top_k=args.top_k,
@@ -94,21 +103,19 @@ def run(args: Args) -> int:
     )
     _check(args)
     texts = _prompts(args)
-    model, tokenizer = _load(args)
+    model, tokenizer = load_trained(args.model, args.device)
     prompts = [_encode(tokenizer, text, i, len(texts)) for i, text in enumerate(texts)]
-    context_size = model.config.context_size
-    new = _new_tokens(args, max(map(len, prompts)), context_size)
-    check_prompts(prompts, tokenizer.vocab_size, context_size, new, args.overflow)
+    check_overflow(args.overflow, model.config)
+    longest = max(map(len, prompts))
+    new = _new_tokens(args, longest, model.config)
+    check_prompts(prompts, tokenizer.vocab_size, model.config, new, args.overflow)
+    _tell_rings(args, longest + new - 1, model.config)
     jobs = [
         _Job(texts[i], prompts[i], args.seed + sample, _label(args, texts, i, sample))
         for i in range(len(texts))
         for sample in range(args.num_samples)
     ]
-    try:
-        _generate(args, model, tokenizer, sampling, jobs, new)
-    except BrokenPipeError:
-        # 读的一方（如 head）已经走了：不是错误；换掉标准输出，免得解释器退出时再报一次。
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _generate(args, model, tokenizer, sampling, jobs, new)
     return 0
 
 
@@ -152,6 +159,7 @@ def _generate(
             tokenizer=tokenizer,
             overflow=args.overflow,
             prefill_chunk=args.prefill_chunk,
+            cache_quantize=args.cache_dtype,
             on_token=counted,
             on_text=on_text,
             on_finish=on_finish,
@@ -194,9 +202,10 @@ def _label(args: Args, texts: list[str], prompt: int, sample: int) -> str:
 
 def _check(args: Args) -> None:
     StopText(args.stop)
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)} must be at least 1")
+    for name in ("num_samples", "batch_size", "max_new_tokens", "prefill_chunk"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     top = 2**63 - args.num_samples
     if not 0 <= args.seed < top:
         raise ValueError(f"seed={args.seed} must be between 0 and {top - 1}")
@@ -216,22 +225,6 @@ def _prompts(args: Args) -> list[str]:
     return texts or [""]
 
 
-def _load(args: Args) -> tuple[GPT2Model, Tokenizer]:
-    import torch
-
-    from app.data.tokenizers import load_tokenizer
-    from app.models.transformer import GPT2Model
-    from app.training.checkpoint import resolve_checkpoint
-    from app.training.runtime import open_device
-
-    folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
-    tokenizer = load_tokenizer(folder)
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return GPT2Model.from_pretrained(folder, device=open_device(name)), tokenizer
-
-
 def _encode(tokenizer: Tokenizer, text: str, index: int, count: int) -> list[int]:
     """空提示从文档分隔符开始：模型在那里学过文档怎样开头。"""
     try:
@@ -241,15 +234,26 @@ def _encode(tokenizer: Tokenizer, text: str, index: int, count: int) -> list[int
         raise ValueError(f"{where} cannot be encoded: {error}") from None
 
 
-def _new_tokens(args: Args, longest: int, context_size: int) -> int:
+def _new_tokens(args: Args, longest: int, config: GPT2Config) -> int:
     if args.max_new_tokens is not None:
         return args.max_new_tokens
-    room = context_size - longest
-    if args.overflow == "slide" or room >= _DEFAULT_NEW or room < 1:
+    room = config.context_size - longest
+    if args.overflow != "error" or room >= _DEFAULT_NEW or room < 1:
         return _DEFAULT_NEW
     print(
-        f"note: {room} new tokens, to the end of context_size={context_size}; "
-        "--overflow slide goes on past it",
+        f"note: {room} new tokens, to the end of context_size={config.context_size}; "
+        f"--overflow {' or '.join(usable(config))} goes on past it",
         file=sys.stderr,
     )
     return room
+
+
+def _tell_rings(args: Args, longest: int, config: GPT2Config) -> None:
+    """内存不随长度增长的层。"""
+    from app.generation.context import ring_keys
+
+    for pattern, keys in ring_keys(config, longest, args.overflow).items():
+        print(
+            f"note: layers with {pattern} use a ring cache of {keys} keys, however long the text",
+            file=sys.stderr,
+        )

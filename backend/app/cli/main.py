@@ -15,7 +15,12 @@ from typing import Any, Protocol, cast
 COMMANDS = {
     "prepare": "turn text files, folders or jsonl into token shards",
     "train": "train a model, with exact resume",
+    "sweep": "train the same data and seeds with one switch changed",
+    "compare": "draw runs over tokens and time, with a table and the seeds' spread",
     "generate": "continue prompts with a trained model",
+    "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
+    "plan": "what will run: parameters, memory, attention backends and why",
+    "show": "draw attention maps and attention patterns",
     "verify": "check a configuration: causality, cache, padding, counts, save and load",
 }
 
@@ -46,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     command = cast(Command, import_module(f"app.cli.{name}"))
     try:
         return command.run(_parse(name, command, rest)) or 0
+    except BrokenPipeError:
+        # 读的一方（如 head）已经走了：不是错误；换掉标准输出，免得解释器退出时再报一次。
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("GPT2_TRACEBACK"):
             raise

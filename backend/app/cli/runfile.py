@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from typing_extensions import Doc
+
+from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 
 _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs(TrainConfig):
+    """训练配置，外加它从哪个文件来：train 与 plan 的共同部分。"""
+
+    config: Annotated[
+        str | None, Doc("run file: a path, or the name of one in recipes/; flags override it")
+    ] = None
+
+    def train_config(self) -> TrainConfig:
+        return TrainConfig(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
+        )
 
 
 def recipe_folders() -> list[Path]:
@@ -86,6 +105,28 @@ def load_config(name: str) -> tuple[TrainConfig, bool]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return config, "vocab_size" in (data.get("model") or {})
+
+
+def load_model_config(name: str) -> tuple[TrainConfig, bool]:
+    """同 load_config，但也接受模型文件夹里的 config.json（词表大小总是写明的）。
+
+    Raises:
+        ValueError: 找不到、读不懂、未知的键或坏值；信息里有文件名。
+    """
+    path = Path(name)
+    if path.suffix != ".json":
+        return load_config(name)
+    return TrainConfig(model=GPT2Config.from_file(path)), True
+
+
+def config_name(argv: Sequence[str]) -> str | None:
+    """命令行里 --config 的值；它的内容是其余选项的默认值，所以要先读。"""
+    for index, word in enumerate(argv):
+        if word == "--config" and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
 
 
 def fit_vocabulary(config: TrainConfig) -> TrainConfig:

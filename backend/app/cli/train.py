@@ -6,12 +6,15 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from typing_extensions import Doc
-
-from app.cli.runfile import fit_vocabulary, load_config, names_vocabulary
+from app.cli.runfile import (
+    RunArgs,
+    config_name,
+    fit_vocabulary,
+    load_config,
+    names_vocabulary,
+)
 from app.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -25,18 +28,7 @@ EXAMPLES = """\
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Args(TrainConfig):
-    """训练配置，外加它从哪个文件来。"""
-
-    config: Annotated[
-        str | None, Doc("run file: a path, or the name of one in recipes/; flags override it")
-    ] = None
-
-    def train_config(self) -> TrainConfig:
-        return TrainConfig(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
-        )
+Args = RunArgs
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -47,7 +39,7 @@ def parse(argv: Sequence[str]) -> Args:
     """
     import tyro
 
-    name = _config_name(argv)
+    name = config_name(argv)
     base, named = (TrainConfig(), False) if name is None else load_config(name)
     default = Args(config=name, **{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
     args = tyro.cli(
@@ -64,28 +56,19 @@ def parse(argv: Sequence[str]) -> Args:
     return dataclasses.replace(args, model=fitted.model)
 
 
-def _config_name(argv: Sequence[str]) -> str | None:
-    for index, word in enumerate(argv):
-        if word == "--config" and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
-
-
 def run(args: Args) -> int:
     # 等待的线程默认空转：只要别的程序占着一个核，两个线程就比一个线程还慢。
     # 须在 torch 载入 OpenMP 之前设；用户自己设了就听用户的。
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from app.training.run import train
 
-    result = train(args.train_config(), _show_plan)
+    result = train(args.train_config(), show_plan)
     for line in summary(result):
         print(line)
     return 0
 
 
-def _show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan) -> None:
     first = max(len(name) for name, _, _ in plan)
     second = max(len(value) for _, value, _ in plan)
     for name, value, why in plan:
@@ -108,9 +91,10 @@ def summary(result: Result) -> list[str]:
     if result.best is not None:
         lines.append(f"best validation loss {result.best[1]:.4f} at step {result.best[0]}")
     if result.skipped:
-        lines.append(f"{result.skipped} steps were skipped: non-finite loss or gradient")
+        lines.append(f"{result.skipped} steps were skipped: loss or gradient non-finite or a spike")
     if result.plot is not None:
         lines.append(f"loss plot   {result.plot}")
+    lines.append(f"report      {result.report}")
     lines.append(f"checkpoint  {result.checkpoint}")
     which = run_folder / "best" if result.best is not None else run_folder
     lines.append(f'write with it:\n  gpt2 generate {_quote(which)} --prompt "..."')

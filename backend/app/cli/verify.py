@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from typing_extensions import Doc
 
-from app.cli.runfile import load_config
+from app.cli.runfile import config_name, load_model_config
 from app.models.transformer.config import GPT2Config
 
 SUMMARY = "check a configuration: causality, cache, padding, packing, counts, save and load"
@@ -39,14 +37,13 @@ def parse(argv: Sequence[str]) -> Args:
     """
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", nargs="?")
-    name = first.parse_known_args(list(argv))[0].config
+    name = config_name(argv)
+    default = Args() if name is None else Args(name, load_model_config(name)[0].model)
     return tyro.cli(
         Args,
         prog="gpt2 verify",
         args=list(argv),
-        default=Args() if name is None else Args(config=name, model=_read(name)),
+        default=default,
         description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
@@ -57,10 +54,3 @@ def run(args: Args) -> int:
     from app.evaluation.verify import verify_config
 
     return 0 if verify_config(args.model) else 1
-
-
-def _read(name: str) -> GPT2Config:
-    path = Path(name)
-    if path.suffix != ".json":
-        return load_config(name)[0].model
-    return GPT2Config.from_file(path)

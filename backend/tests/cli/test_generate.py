@@ -16,7 +16,7 @@ from app.models.transformer import GPT2Model, create_gpt2_model
 CHARS = CharTokenizer("\n .:abcdefghijklmnopqrstuvwxyzRJOMEU")
 
 
-def save(folder, tokenizer, context_size=32):
+def save(folder, tokenizer, context_size=32, **changes):
     torch.manual_seed(0)
     model = create_gpt2_model(
         vocab_size=tokenizer.vocab_size + 3,
@@ -25,6 +25,7 @@ def save(folder, tokenizer, context_size=32):
         n_head=2,
         n_embed=16,
         tie_weights=False,
+        **changes,
     )
     model.save_pretrained(folder)
     tokenizer.save(folder)
@@ -34,6 +35,12 @@ def save(folder, tokenizer, context_size=32):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(tmp_path_factory.mktemp("chars"), CHARS)
+
+
+@pytest.fixture(scope="module")
+def rope(tmp_path_factory):
+    window = {"attention_pattern": "local(6)", "position": "rope"}
+    return save(tmp_path_factory.mktemp("rope"), CHARS, **window)
 
 
 def gpt2(capsys, *argv):
@@ -113,11 +120,42 @@ def test_by_default_it_goes_to_the_end_of_the_context_and_says_so(folder, capsys
     code, out, err = gpt2(capsys, folder, "--prompt", "ab", "--seed", "3")
     text = expected(folder, "ab", 3, max_new_tokens=30).text
     assert (code, out) == (0, f"ab{text}\n")
-    assert "30 new tokens, to the end of context_size=32" in err
+    assert "30 new tokens, to the end of context_size=32; --overflow slide goes on" in err
     code, out, err = gpt2(capsys, folder, "--prompt", "ab", "--overflow", "slide", "--seed", "3")
     text = expected(folder, "ab", 3, max_new_tokens=200, overflow="slide").text
     assert (code, out) == (0, f"ab{text}\n")
     assert "note" not in err
+
+
+@pytest.mark.parametrize("mode", ["extend", "sinks", "slide"])
+def test_three_times_the_context(rope, capsys, mode):
+    argv = ["--prompt", "RO", "--max-new-tokens", "96", "--overflow", mode, "--seed", "1"]
+    code, out, err = gpt2(capsys, rope, *argv)
+    text = expected(rope, "RO", 1, max_new_tokens=96, overflow=mode).text
+    assert (code, out) == (0, f"RO{text}\n")
+    # 窗口 6 加上一块 32 的余量减一：比 97 个少，而一个上下文 32 比它还少。
+    ring = "note: layers with local(6) use a ring cache of 37 keys, however long the text\n"
+    assert err.startswith(ring) == (mode == "extend")
+
+
+def test_the_note_names_what_this_model_can_use(rope, capsys):
+    _, _, err = gpt2(capsys, rope, "--prompt", "a")
+    assert "--overflow slide or extend or sinks goes on past it" in err
+    _, _, err = gpt2(capsys, rope, "--prompt", "a", "--overflow", "extend", "--stop", "a")
+    assert "note" in err and "new tokens" not in err
+
+
+@pytest.mark.parametrize("argv, wanted", [([], None), (["--cache-dtype", "int8"], "int8")])
+def test_an_int8_cache(rope, capsys, monkeypatch, argv, wanted):
+    real, asked = GPT2Model.new_cache, []
+
+    def new_cache(model, *args, **options):
+        asked.append(options["quantize"])
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(GPT2Model, "new_cache", new_cache)
+    code, out, _ = gpt2(capsys, rope, "--prompt", "RO", "--max-new-tokens", "20", *argv)
+    assert (code, asked) == (0, [wanted]) and out.startswith("RO")
 
 
 def test_bytes_come_out_as_whole_characters(tmp_path, capsys):
@@ -138,8 +176,11 @@ def test_bytes_come_out_as_whole_characters(tmp_path, capsys):
         ("num_samples=0", ["--num-samples", "0"]),
         ("batch_size=0", ["--batch-size", "0"]),
         ("max_new_tokens=0", ["--max-new-tokens", "0"]),
+        ("prefill_chunk=0", ["--prefill-chunk", "0"]),
         ("seed=-1", ["--seed", "-1"]),
         ("empty", ["--stop", ""]),
+        ("overflow='sinks' needs position='rope'", ["--overflow", "sinks"]),
+        ("trained for context_size=32 positions: use overflow='slide'", ["--overflow", "extend"]),
         ("device='toaster'", ["--device", "toaster"]),
         ("nowhere.txt", ["--prompts-file", "nowhere.txt"]),
     ],

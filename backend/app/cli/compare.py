@@ -1,0 +1,84 @@
+"""`gpt2 compare`：几次训练的表与曲线。"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from typing_extensions import Doc
+
+from app.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from app.training.compare import Group
+
+SUMMARY = "Compare runs over tokens and over time; runs that differ only in the seed are grouped."
+EXAMPLES = """\
+  gpt2 compare runs/a runs/b
+  gpt2 compare runs/norms/*/ --out norms.png"""
+
+_KINDS = (".html", ".png")
+
+
+@dataclass(frozen=True)
+class Args:
+    """哪几次，画到哪里。"""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], Doc("run folders, at least two")]
+    out: Annotated[Path, Doc("page (.html) or picture (.png) to write; never overwritten")] = Path(
+        "compare.html"
+    )
+
+
+def run(args: Args) -> None:
+    """
+    Raises:
+        ValueError: 少于两个、同一个两次、没有指标的文件夹，或 --out 已经存在。
+    """
+    from app.training.compare import (
+        check_same_data,
+        compare_charts,
+        compare_page,
+        group_runs,
+        load_run,
+    )
+    from app.viz.picture import check_out
+
+    folders = [Path(name) for name in args.runs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a run is given twice: give each once")
+    if len(folders) < 2:
+        raise ValueError(f"{len(folders)} run given, at least 2 are needed to compare")
+    check_out(args.out, _KINDS)
+    notes: list[str] = []
+    loaded = [load_run(folder) for folder in folders]
+    check_same_data(loaded, notes.append)
+    groups = group_runs(loaded)
+    if args.out.suffix.lower() == ".html":
+        page = compare_page(groups, notes)
+        with args.out.open("xb") as file:
+            file.write(page)
+    else:
+        from app.viz.curves import draw_charts
+
+        draw_charts(compare_charts(groups), args.out)
+    show(groups, notes)
+    print(f"drawn in {args.out}")
+
+
+def show(groups: Sequence[Group], notes: Sequence[str]) -> None:
+    """在终端上打印两张表。"""
+    from app.training.compare import HEAD, differing, row, settings_rows
+
+    for note in notes:
+        print(note)
+    print_table([HEAD, *map(row, groups)])
+    names = differing([run for group in groups for run in group.runs])
+    if names:
+        labels = [", ".join(Path(run.name).name for run in group.runs) for group in groups]
+        print_table([("differs", *labels), *settings_rows(groups, names)])
+    else:
+        print("no setting differs but the seed\n")

@@ -1,0 +1,237 @@
+"""`gpt2 plan`：先说会跑什么：参数、运算量、内存、时间、图样、后端与理由；放不下的拒绝。"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typing_extensions import Doc
+
+from app.cli.runfile import (
+    RunArgs,
+    config_name,
+    fit_vocabulary,
+    load_model_config,
+    names_vocabulary,
+)
+from app.cli.tables import Table, print_table, size
+from app.models.transformer.config import GPT2Config
+from app.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from app.evaluation.sizes import CacheSize
+    from app.models.transformer.backends import Choice
+    from app.training.runtime import Runtime
+
+SUMMARY = (
+    "what `gpt2 train` would run: parameters, compute, memory, attention backends and why; "
+    "refuses what does not fit. Allocates nothing, unless --probe measures time and memory."
+)
+EXAMPLES = """\
+  gpt2 plan --config recipes/gpt2-small.yaml --micro-batch 1
+  gpt2 plan --config quickstart --probe
+  gpt2 plan --config runs/train/best/config.json --length 4096
+  gpt2 plan --model.attention-pattern "local(256) | global(16)" --model.position rope"""
+
+# 长文的例子：窗口与整个上下文的缓存在这里差得最清楚。
+_LONG = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """训练的一切设置（把 `gpt2 train` 换成 `gpt2 plan` 就能先看一眼），外加要看的长度与试跑。"""
+
+    config: Annotated[
+        str | None,
+        Doc("config.json of a model, or a run file (path, or name in recipes/); flags override it"),
+    ] = None
+    length: Annotated[
+        int | None, Doc("tokens at once in the attention and cache tables; None = context_size")
+    ] = None
+    probe: Annotated[
+        bool, Doc("train a few steps of a model with few layers and extrapolate time and memory")
+    ] = False
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """--config 的文件作默认值；没有写明词表大小时，与训练一样取数据集的。
+
+    Raises:
+        ValueError: 文件找不到或读不懂。
+    """
+    import tyro
+
+    name = config_name(argv)
+    base, named = (TrainConfig(), True) if name is None else load_model_config(name)
+    args = tyro.cli(
+        Args,
+        prog="gpt2 plan",
+        args=list(argv),
+        default=Args(
+            config=name, **{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+        ),
+        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+    if named or names_vocabulary(argv):
+        return args
+    if not (Path(args.data.folder) / "train").is_dir():
+        print(
+            f"note: vocabulary {args.model.vocab_size} for now: training takes that of the data, "
+            f"and {args.data.folder} does not exist yet",
+            file=sys.stderr,
+        )
+    fitted = fit_vocabulary(args.train_config())
+    return dataclasses.replace(args, model=fitted.model)
+
+
+def run(args: Args) -> None:
+    """
+    Raises:
+        ValueError: 长度放不下，没有这个设备，点名的后端做不了训练，或内存不够。
+    """
+    from app.cli.estimates import show_training
+    from app.training.runtime import choose_runtime
+
+    shape = args.model
+    length = shape.context_size if args.length is None else args.length
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1")
+    if shape.position == "learned" and length > shape.context_size:
+        raise ValueError(
+            f"length={length} is beyond context_size={shape.context_size}: learned positions end "
+            "there; use a smaller --length, a larger --model.context-size, or position='rope'"
+        )
+    config = args.train_config()
+    runtime = choose_runtime(config)
+    print_table(_summary(shape, runtime))
+    refused = _show_attention(shape, runtime, length)
+    _show_cache(shape, length)
+    if refused is not None:
+        raise ValueError(f"training cannot run on {runtime.device}: {refused}")
+    refused = show_training(config, runtime, args.probe)
+    for note in _notes(args, config):
+        print(note)
+    if refused is not None:
+        raise ValueError(refused)
+
+
+def _notes(args: Args, config: TrainConfig) -> list[str]:
+    from app.evaluation.sizes import parameters_by_part
+    from app.training.guidance import token_notes
+
+    preset = None
+    if args.config is not None and Path(args.config).suffix != ".json":
+        preset, _ = load_model_config(args.config)
+    return token_notes(config, sum(parameters_by_part(config.model).values()), preset)
+
+
+def _summary(shape: GPT2Config, runtime: Runtime) -> Table:
+    from app.evaluation.sizes import FLOAT32_BYTES, parameters_by_part
+
+    parts = parameters_by_part(shape)
+    total = sum(parts.values())
+    positions = " and learned positions" if shape.position == "learned" else ""
+    notes = {
+        "embedding": f"{shape.vocab_size:,} tokens{positions}",
+        "attention": f"{shape.n_head} heads of {shape.head_dim}, {shape.kv_heads} for keys",
+        "mlp": f"{shape.activation}, width {shape.mlp_hidden}",
+        "norms": f"{shape.norm}, {shape.norm_type}",
+        "head": "tied to the embedding: no weights of its own" if shape.tie_weights else "untied",
+    }
+    return [
+        ("device", str(runtime.device), runtime.device_why),
+        ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
+        (
+            "model",
+            f"{total:,} parameters",
+            f"{shape.n_layer} layers, width {shape.n_embed}, context {shape.context_size:,}, "
+            f"positions {shape.position}",
+        ),
+        *((f"  {part}", f"{count:,}", notes[part]) for part, count in parts.items()),
+        ("weights", size(total * FLOAT32_BYTES), "float32"),
+    ]
+
+
+def _show_attention(shape: GPT2Config, runtime: Runtime, length: int) -> str | None:
+    """打印两张表；点名的后端做不了训练时返回理由（生成也做不了则直接抛出）。"""
+    from app.evaluation.coverage import coverage
+    from app.models.transformer.backends import explain_backends
+
+    prompts = explain_backends(shape, device=runtime.device, length=length)
+    training: list[Choice] | None = None
+    refused = None
+    try:
+        training = explain_backends(
+            shape, device=runtime.device, dtype=runtime.dtype, training=True, length=length
+        )
+    except ValueError as error:
+        refused = str(error)
+    seen: Table = [("layers", "pattern", "keys per query", "at most", "of the causal scores")]
+    why: Table = [("layers", "when", "backend", "why")]
+    for index, prompt in enumerate(prompts):
+        found, layers = coverage(prompt.pattern, length), layer_names(prompt.layers)
+        about = "" if found.exact else "~"
+        row = (f"{about}{found.mean:,.1f}", f"{about}{found.most:,}", f"{about}{found.share:.1%}")
+        seen.append((layers, str(prompt.pattern), *row))
+        generated = (prompt.backend, prompt.reason)
+        trained = ("none", refused or "")
+        if training is not None:
+            trained = (training[index].backend, training[index].reason)
+        if trained == generated:
+            why.append((layers, "training, prompt", *trained))
+        else:
+            why += [(layers, "training", *trained), ("", "prompt", *generated)]
+    print(f"attention, {length:,} tokens at once")
+    print_table(seen)
+    print_table(why)
+    return refused
+
+
+def _show_cache(shape: GPT2Config, length: int) -> None:
+    from app.evaluation.sizes import cache_sizes
+
+    learned = shape.position == "learned"
+    lengths = [length] if learned else sorted({length, _LONG})
+    by_column = {
+        f"{'float32' if kind is None else kind} at {n:,}": cache_sizes(shape, n, kind)
+        for n in lengths
+        for kind in (None, "int8")
+    }
+    slots = {f"slots at {n:,}": by_column[f"float32 at {n:,}"] for n in lengths}
+    table: Table = [("layers", *slots, *by_column)]
+    patterns = dict.fromkeys(shape.patterns)
+    for pattern in patterns:
+        layers = [i for i, other in enumerate(shape.patterns) if other == pattern]
+        held = [f"{column[layers[0]].slots:,}" for column in slots.values()]
+        table.append((layer_names(layers), *held, *_sums(by_column.values(), layers)))
+    if len(patterns) > 1:
+        everything = range(shape.n_layer)
+        table.append(("all", *[""] * len(slots), *_sums(by_column.values(), everything)))
+    print("KV cache of one row")
+    print_table(table)
+    if learned:
+        print(f"  learned positions end at {shape.context_size:,} tokens: no cache is longer")
+
+
+def _sums(columns: Iterable[tuple[CacheSize, ...]], layers: Sequence[int]) -> list[str]:
+    return [size(sum(column[i].nbytes for i in layers)) for column in columns]
+
+
+def layer_names(layers: Sequence[int]) -> str:
+    """层号：连着的写成 0-11，等距的写成 0, 2, .., 10，其余逐段写。"""
+    steps = {b - a for a, b in zip(layers, layers[1:], strict=False)}
+    if len(layers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{layers[0]}, {layers[1]}, .., {layers[-1]}"
+    runs = []
+    for _, group in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    if len(runs) > 4:
+        runs = [*runs[:2], "..", runs[-1]]
+    return ", ".join(runs)

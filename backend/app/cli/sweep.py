@@ -1,0 +1,102 @@
+"""`gpt2 sweep`：同样的数据与种子，换一个开关，逐个训练，然后对照。"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from typing_extensions import Doc
+
+from app.cli.compare import show
+from app.cli.runfile import config_name, fit_vocabulary, load_config, names_vocabulary
+from app.cli.train import Args as TrainArgs
+from app.cli.train import show_plan
+from app.training.config import TrainConfig
+
+SUMMARY = "Train the same data and seeds with one switch changed, then compare."
+EXAMPLES = """\
+  gpt2 sweep --config quickstart --vary model.norm=post,pre,keel --seeds 0 1 --out runs/norms
+  gpt2 sweep --config quickstart --vary optim.lr=1e-3,3e-3 --steps 300 --out runs/rates
+
+The same command again goes on where it stopped; finished runs are not repeated.
+"""
+
+_PAGE = "compare.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(TrainArgs):
+    """训练的全部设置是共同的底子，外加换什么、用哪些种子。"""
+
+    vary: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        Doc("setting=value,value,...; given twice or more: every combination"),
+    ] = ()
+    seeds: Annotated[tuple[int, ...], Doc("seeds of each setting; none = the one of --seed")] = ()
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """
+    Raises:
+        ValueError: 文件找不到或读不懂。
+    """
+    name = config_name(argv)
+    base, named = (TrainConfig(), False) if name is None else load_config(name)
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(TrainConfig)}
+    args = tyro.cli(
+        Args,
+        prog="gpt2 sweep",
+        args=list(argv),
+        default=Args(config=name, **values | {"out": "runs/sweep"}),
+        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
+        config=(tyro.conf.HelptextFromCommentsOff,),
+    )
+    if named or names_vocabulary(argv):
+        return args
+    return dataclasses.replace(args, model=fit_vocabulary(args.train_config()).model)
+
+
+def run(args: Args) -> int:
+    """
+    Raises:
+        ValueError: 没有要换的，或哪一个组合不行；那时什么也没有写。
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from app.data.files import write_atomic
+    from app.training.compare import check_same_data, compare_page, group_runs, load_run
+    from app.training.sweep import expand, parse_switch, run_sweep
+
+    seeds = args.seeds or (args.seed,)
+    if args.resume != "none":
+        raise ValueError(f"resume={args.resume}: a sweep resumes by itself, leave --resume out")
+    if not args.vary and len(seeds) < 2:
+        raise ValueError("nothing varies: give --vary name=value,value or several --seeds")
+    configs = expand(args.train_config(), [parse_switch(text) for text in args.vary], seeds)
+    print(f"{len(configs)} runs in {args.out}", flush=True)
+    outcome = run_sweep(configs, show_plan, lambda text: print(text, flush=True))
+    if outcome.stopped:
+        print(f"stopped by {outcome.stopped}; the same command goes on")
+        return 0
+    for folder, reason in outcome.failed:
+        print(f"not finished: {folder}: {reason}")
+    if not outcome.done:
+        return 1
+    runs = [load_run(folder) for folder in (*outcome.done, *(path for path, _ in outcome.failed))]
+    notes = [f"not finished: {folder}: {reason}" for folder, reason in outcome.failed]
+    check_same_data(runs, notes.append)
+    groups = group_runs(runs)
+    path = Path(args.out) / _PAGE
+    write_atomic(path, compare_page(groups, notes))
+    show(groups, notes)
+    print(f"drawn in {path}\nagain, or with others:\n  gpt2 compare {_quoted(outcome.done)}")
+    return 0
+
+
+def _quoted(folders: Sequence[Path]) -> str:
+    return " ".join(shlex.quote(os.fspath(folder)) for folder in folders)

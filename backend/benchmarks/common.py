@@ -58,4 +58,6 @@ def write_result(name: str, command: str, body: str) -> None:
 
 def table(header: list[str], rows: list[list[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in lines)
+    # 图样的文本里有竖线。
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

@@ -86,7 +86,7 @@ def quickstart() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    install("[dev,hf]")
+    install("[dev,hf,export,eval,tensorboard]")
     run([PYTHON, "-m", "pytest", *arguments], cwd=BACKEND)
     return 0
 

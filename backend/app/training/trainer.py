@@ -246,12 +246,13 @@ class Trainer:
         try:
             write_checkpoint(self.run_folder, self.step, self._fill)
         except OSError as error:
+            last = "none yet" if self.saved is None else self._folder(self.saved)
+            said = f"no checkpoint at step {self.step}: {error}"
             if must:
-                raise
-            self.progress.tell(
-                f"warning: no checkpoint at step {self.step}: {error}; training goes on, "
-                f"last good one: {self.saved if self.saved is not None else 'none yet'}"
-            )
+                raise OSError(
+                    f"{said}; last good one: {last}; free some space, then --resume auto"
+                ) from error
+            self.progress.tell(f"warning: {said}; training goes on; last good one: {last}")
             return
         self.saved = self.step
         prune(self.run_folder, self.config.keep_last)

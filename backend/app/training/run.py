@@ -27,7 +27,7 @@ from .plot import PLOT, plot_losses
 from .progress import Progress
 from .report import REPORT, Reporter
 from .resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
-from .runtime import Runtime, choose_runtime
+from .runtime import Runtime, choose_runtime, memory_error
 from .samples import encode_prompt
 from .signals import Interrupted, StopSignal
 from .state import read_state, restore, versions
@@ -88,7 +88,8 @@ def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell =
     run.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, run_lock(run, note):
         sweep(run)
-        trainer = _assemble(config, runtime, data, note)
+        with memory_error(config, 0):
+            trainer = _assemble(config, runtime, data, note)
         write_atomic(run / RUN_FILE, _as_yaml(config))
         plan = describe(trainer, _compile(trainer, stop, note))
         write_facts(run, _facts(trainer, data, plan, notes))
@@ -170,7 +171,7 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
     if config.tensorboard and (events := open_tensorboard(run, trainer.step, progress.tell)):
         metrics.add(events)
     try:
-        with progress, metrics:
+        with memory_error(config, trainer.micro), progress, metrics:
             trainer.run(metrics, progress, stop)
     finally:
         # 中途失败时，曲线正是要看的东西。

@@ -37,7 +37,7 @@ from .metrics import Metrics
 from .optim import build_optimizer
 from .plateau import PlateauWatch, unigram_entropy
 from .progress import Progress
-from .runtime import Runtime, compile_blocks, memory_error
+from .runtime import Runtime, compile_blocks
 from .samples import sample_text
 from .schedule import learning_rate
 from .signals import StopSignal
@@ -128,20 +128,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(group["initial_lr"])
         inputs, targets = self.sampler.batch(self.data, self.step)
-        with memory_error(self.micro, self.config):
-            mean = accumulate(self.model, inputs, targets, self.micro, self.runtime)
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            # 每步只在这里与设备同步一次。
-            loss, size = torch.stack((mean, norm.to(mean.dtype))).tolist()
-            good = math.isfinite(loss) and math.isfinite(size)
-            if good and _due(self.step, self.config.eval_every):
-                norms = gradient_norms(self.model.named_parameters())
-                self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
-            spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
-            if good and not (spike and self.config.spike == "skip"):
-                if optim.grad_clip:
-                    nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
-                self.optimizer.step()
+        mean = accumulate(self.model, inputs, targets, self.micro, self.runtime)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # 每步只在这里与设备同步一次。
+        loss, size = torch.stack((mean, norm.to(mean.dtype))).tolist()
+        good = math.isfinite(loss) and math.isfinite(size)
+        if good and _due(self.step, self.config.eval_every):
+            norms = gradient_norms(self.model.named_parameters())
+            self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
+        spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
+        if good and not (spike and self.config.spike == "skip"):
+            if optim.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
+            self.optimizer.step()
         where = "" if good else first_bad_place(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

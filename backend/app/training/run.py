@@ -105,7 +105,10 @@ def open_data(config: TrainConfig, tell: Tell) -> Data:
     folder, verify = Path(config.data.folder), config.data.verify
     size = sum(path.stat().st_size for path in folder.glob("*/tokens-*.bin"))
     if verify == "sha256" and size > _SAY_BYTES:
-        tell(f"note: reading {size / 1e9:.1f} GB of data once to check it; --data.verify size skips that")
+        tell(
+            f"note: reading {size / 1e9:.1f} GB of data once to check it; "
+            "--data.verify size skips that"
+        )
     train = TokenDataset.open(folder / "train", verify)
     if train.vocab_size > config.model.vocab_size:
         raise ValueError(

@@ -56,7 +56,9 @@ def leave(bytes_free):
 real = trainer_module.write_checkpoint
 """
 
-FAILING_SAVES = FILL + """
+FAILING_SAVES = (
+    FILL
+    + """
 source, failures, size = random.Random(0), [], []
 def write(run, step, fill):
     if step % 2 == 0 or not size:
@@ -77,6 +79,7 @@ result = train(config)
 shutil.copytree(result.checkpoint, sys.argv[2] + "-copy")
 print(json.dumps({"failures": failures, "newest": newest()}))
 """
+)
 
 
 def test_saves_on_a_full_disk(make: Make, tmpfs: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -97,7 +100,9 @@ def test_saves_on_a_full_disk(make: Make, tmpfs: tuple[Path, list[str]], tmp_pat
     assert same_weights(whole.checkpoint, tmp_path / "disk-copy")
 
 
-FULL_TO_THE_END = FILL + """
+FULL_TO_THE_END = (
+    FILL
+    + """
 from app.cli import main as cli
 plain = trainer_module.Trainer._train_step
 def step(self):
@@ -118,6 +123,7 @@ after = sorted(p.name for p in run.iterdir())
 print()
 print(json.dumps({"code": code, "before": before, "kept": kept, "after": after}))
 """
+)
 
 
 def test_a_disk_that_stays_full(make: Make, tmpfs: tuple[Path, list[str]], tmp_path: Path) -> None:

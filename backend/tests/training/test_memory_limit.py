@@ -39,7 +39,8 @@ def attempt(micro, extra):
         said = file.read()
     code = os.waitstatus_to_exitcode(os.wait()[1])
     metrics = folder / f"{micro}-{extra}" / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    text = metrics.read_text() if metrics.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines()]
     return code, said, [row["loss"] for row in rows if row["kind"] == "train"]
 extra, tries = int(os.environ["EXTRA"]), []
 micro = config.batch_size

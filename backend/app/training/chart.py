@@ -96,7 +96,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """[low, high] 里 1、2、5 乘十的幂的整数倍。"""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.76)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -151,7 +151,9 @@ def y_range(chart: Chart, lines: list[Line]) -> tuple[float, float]:
 
 def _svg(chart: Chart, lines: list[Line]) -> str:
     left, right = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    left, right = (left, right) if right > left else (left - 0.5, right + 0.5)
+    # 两边留一点，边上的圆点才不被切掉一半。
+    edge = 0.012 * (right - left) if right > left else 0.5
+    left, right = left - edge, right + edge
     low, high = y_range(chart, lines)
     wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     bend = np.log10 if chart.log else np.asarray

@@ -21,6 +21,7 @@ from app.models.transformer.backends import explain_backends
 from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
 from .facts import Facts, write_facts
+from .guidance import small_step
 from .lock import run_lock
 from .metrics import METRICS, Metrics
 from .plot import PLOT, plot_losses
@@ -64,8 +65,13 @@ Plan = list[tuple[str, str, str]]
 _SAY_BYTES = 2e9
 
 
-def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell = print) -> Result:
-    """按 config 训练到底，或到收到停止信号为止。
+def train(
+    config: TrainConfig,
+    show_plan: Callable[[Plan], object],
+    tell: Tell = print,
+    preset: TrainConfig | None = None,
+) -> Result:
+    """按 config 训练到底，或到收到停止信号为止；preset 是运行文件原来的设置，只用来提醒。
 
     Raises:
         ValueError: 配置、数据、训练文件夹或检查点不可用；那时什么也没有写。
@@ -90,6 +96,8 @@ def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell =
         sweep(run)
         with memory_error(config, 0):
             trainer = _assemble(config, runtime, data, note)
+        if warning := small_step(config, trainer.model.num_parameters(), preset):
+            note(warning)
         write_atomic(run / RUN_FILE, _as_yaml(config))
         plan = describe(trainer, _compile(trainer, stop, note))
         write_facts(run, _facts(trainer, data, plan, notes))

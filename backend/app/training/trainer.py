@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +219,11 @@ class Trainer:
         self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
         if better:
             self._save()
-            if self.saved == self.step:
+            if self.saved == self.step and self._tidy(
+                "record the best checkpoint", lambda: mark_best(self.run_folder, self.step, loss)
+            ):
                 self.best = (self.step, loss)
-                mark_best(self.run_folder, *self.best)
-                prune(self.run_folder, self.config.keep_last)
+                self._prune()
 
     def _sample(self) -> None:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
@@ -254,7 +256,19 @@ class Trainer:
             self.progress.tell(f"warning: {said}; training goes on; last good one: {last}")
             return
         self.saved = self.step
-        prune(self.run_folder, self.config.keep_last)
+        self._prune()
+
+    def _prune(self) -> None:
+        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, self.config.keep_last))
+
+    def _tidy(self, what: str, action: Callable[[], object]) -> bool:
+        """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""
+        try:
+            action()
+        except OSError as error:
+            self.progress.tell(f"warning: cannot {what}: {error}; training goes on")
+            return False
+        return True
 
     def _fill(self, folder: Path) -> None:
         facts = {

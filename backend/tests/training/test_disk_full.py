@@ -12,7 +12,7 @@ import pytest
 
 from app.training import run as run_module
 from app.training import trainer as trainer_module
-from app.training.checkpoint import list_steps, step_folder
+from app.training.checkpoint import list_steps, read_best, step_folder
 from app.training.metrics import METRICS, Metrics
 from app.training.plot import PLOT
 from app.training.report import REPORT
@@ -204,6 +204,33 @@ def test_a_failing_logger_is_one_warning_plot(
     assert result.plot == (None if name == PLOT else run / PLOT)
     whole = train(make(out=str(tmp_path / "whole")))
     assert same_weights(whole.checkpoint, result.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["mark_best", "prune"])
+def test_tidying_up_fails(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """检查点已存好，只是记不下最好的一步、删不掉旧的：提醒后继续；最好的仍是记下的那个。"""
+    real, calls = getattr(trainer_module, name), [0]
+
+    def fail_once(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError("Device or resource busy")
+        real(*args)
+
+    told: list[str] = []
+    monkeypatch.setattr(trainer_module.Progress, "tell", lambda self, text: told.append(text))
+    monkeypatch.setattr(trainer_module, name, fail_once)
+    values = iter([9.0, 3.0, 2.0, 5.0])
+    monkeypatch.setattr(trainer_module.Validation, "loss", lambda *args: next(values))
+    config = make(eval_every=2, save_every=2, keep_last=1)
+    result = train(config)
+    assert len([text for text in told if "Device or resource busy; training" in text]) == 1
+    best = 2 if name == "mark_best" else 4
+    assert result.step == 6 and result.best is not None and result.best[0] == best
+    assert read_best(Path(config.out)) == result.best
+    assert step_folder(Path(config.out), best) in [path for _, path in list_steps(Path(config.out))]
 
 
 def test_a_failing_plot_does_not_hide_the_error(

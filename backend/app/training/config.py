@@ -29,6 +29,10 @@ class DataConfig:
     """读哪个数据集。"""
 
     folder: Annotated[str, Doc("dataset folder written by `gpt2 prepare`")] = "data/stdlib"
+    verify: Annotated[
+        Literal["sha256", "size"],
+        Doc("before training, check the content of every data file, or only its size"),
+    ] = "sha256"
 
     def __post_init__(self) -> None:
         check_types(self)

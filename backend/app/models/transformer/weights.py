@@ -23,6 +23,7 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def save_model(model: GPT2Model, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if folder.is_file():
@@ -32,7 +33,12 @@ def save_model(model: GPT2Model, folder: Path) -> None:
         raise ValueError("the model is on the meta device and has no weights to save")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(state, temporary, metadata={"format": "pt"})
+    try:
+        save_file(state, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        # 盘满时它抛的不是 OSError：谁也不会去接，而这正是要接的。
+        raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from error
     os.replace(temporary, folder / WEIGHTS_FILE)
     temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
     temporary.write_text(model.config.to_json(), encoding="utf-8")

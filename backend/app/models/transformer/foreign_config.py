@@ -253,7 +253,9 @@ def write_config(family: Family, config: GPT2Config) -> dict[str, Any]:
     if reason is not None:
         raise ValueError(reason)
     key, _ = family.activation
-    activations = {ours: theirs for theirs, ours in reversed(family.activations.items())}
+    activations: dict[Activation, str] = {}
+    for theirs, ours in family.activations.items():
+        activations.setdefault(ours, theirs)
     raw: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.architecture],

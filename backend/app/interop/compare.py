@@ -61,14 +61,19 @@ def sample_ids(model: GPT2Model, rows: int = _ROWS, length: int = _LENGTH) -> Te
 
 
 def compare(
-    model: GPT2Model, theirs: Callable[[Tensor], Tensor], runtime: str, ids: Tensor | None = None
+    model: GPT2Model,
+    theirs: Callable[[Tensor], Tensor],
+    runtime: str,
+    ids: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Comparison:
-    """theirs (B, T) -> (B, T, V')；多出的词表行不比。model 应在 CPU 上。"""
+    """theirs (B, T) -> (B, T, V')；多出的词表行、mask 为 0 的位置不比。model 应在 CPU 上。"""
     if ids is None:
         ids = sample_ids(model)
+    real = torch.ones_like(ids) if mask is None else mask
     with torch.no_grad():
-        mine = model(ids)["logits"].double()
-        other = theirs(ids).double()[..., : mine.shape[-1]]
+        mine = model(ids, attention_mask=mask)["logits"][real != 0].double()
+        other = theirs(ids)[real != 0].double()[:, : mine.shape[-1]]
     return Comparison(
         runtime,
         difference=(mine - other).abs().max().item(),

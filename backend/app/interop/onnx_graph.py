@@ -34,6 +34,7 @@ from app.models.transformer.plan import MaskPlan
 from app.models.transformer.rope import Rotary
 
 MODEL_FILE = "model.onnx"
+_NUMPY = {"tensor(float)": "f4", "tensor(double)": "f8", "tensor(float16)": "f2"}
 
 
 class _Past:
@@ -183,8 +184,7 @@ class OnnxModel:
         import numpy as np
 
         if past is None:
-            kind = np.float16 if "float16" in self._past[0].type else np.float32
-            kind = np.float64 if "double" in self._past[0].type else kind
+            kind = np.dtype(_NUMPY[self._past[0].type])
             past = [np.zeros((ids.shape[0], i.shape[1], 0, i.shape[3]), kind) for i in self._past]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         feed = {

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,18 @@ def gradients(ours: GPT2Model, theirs: nn.Module, layout: str) -> list[tuple[Ten
     return [(translated[name], wanted[name].grad) for name in translated]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt", "opt before", "opt after"])
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 2e-5), (torch.float64, 1e-10)], ids=["f32", "f64"]
-)
+def cases() -> Iterator[Any]:
+    """最宽的两种在 float64 里要几十秒，放到 slow。"""
+    for shape in SHAPES:
+        for kind in ("gpt2", "openai-gpt", "opt before", "opt after"):
+            for dtype, limit in ((torch.float32, 2e-5), (torch.float64, 1e-10)):
+                heavy = shape in ("large", "xl") and dtype == torch.float64
+                marks = [pytest.mark.slow] if heavy else []
+                name = f"{kind}-{shape}-{dtype}"
+                yield pytest.param(kind, shape, dtype, limit, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "shape", "dtype", "limit"), list(cases()))
 def test_logits_loss_and_gradients(
     kind: str, shape: str, dtype: torch.dtype, limit: float, tmp_path: Path
 ) -> None:

@@ -27,9 +27,9 @@ class Weights:
 
     @classmethod
     def of(cls, model: GPT2Model, dtype: torch.dtype | None = None) -> Weights:
-        state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-        if any(tensor.is_meta for tensor in state.values()):
+        if model.device.type == "meta":
             raise ValueError("the model is on the meta device and has no weights to export")
+        state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
         weights = cls(model.config, state)
         return weights if dtype is None else weights.to(dtype)
 

@@ -42,11 +42,12 @@ def export(
     check_target(target, model.config)
     check_free(folder)
     model = model.eval().cpu()
-    weights = Weights.of(model, None if dtype is None else getattr(torch, dtype))
+    wanted = None if dtype is None else getattr(torch, dtype)
     if target == "gguf":
         from app.interop.gguf_file import export_gguf
 
-        return export_gguf(model, weights, tokenizer, folder, quantize)
+        return export_gguf(model, tokenizer, folder, wanted, quantize)
+    weights = Weights.of(model, wanted)
     if target == "onnx":
         from app.interop.onnx_graph import export_onnx
 

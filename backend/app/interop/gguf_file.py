@@ -53,19 +53,20 @@ def gguf_name(ours: str) -> str:
 
 def export_gguf(
     model: GPT2Model,
-    weights: Weights,
     tokenizer: Tokenizer | None,
     folder: Path,
+    dtype: torch.dtype | None,
     quantize: Literal["q8_0"] | None,
 ) -> Exported:
-    """
+    """矩阵用 dtype（None = 模型的）或 Q8_0；恒为 float32 的那些不先降到 dtype。
+
     Raises:
         ValueError: folder 已有东西，或精度写不成（float64）。
         ImportError: 没有装 gguf。
     """
     gguf = _library()
-    weights = with_biases(weights)
-    dtype = weights.state[WPE].dtype
+    weights = with_biases(Weights.of(model))
+    dtype = dtype or weights.state[WPE].dtype
     if dtype not in _TYPES:
         raise ValueError(f"{dtype} does not exist in GGUF: use --dtype float32 or float16")
     kind = "Q8_0" if quantize == "q8_0" else _TYPES[dtype]

@@ -23,11 +23,10 @@ from app.data.tokenizers import Tokenizer
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import Weights
 from app.interop.hf import write_folder
-from app.interop.targets import family_name
 from app.interop.tokens import tokenizer_files
-from app.models.transformer import GPT2Model, Positions
+from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.context import Context
-from app.models.transformer.foreign_config import FAMILIES, write_config
+from app.models.transformer.foreign_config import FAMILIES, why_not, write_config
 from app.models.transformer.linear import linear
 from app.models.transformer.masking import visible
 from app.models.transformer.plan import MaskPlan
@@ -114,8 +113,7 @@ def export_onnx(
 
     def fill(new: Path) -> None:
         _trace(copy.eval(), new / MODEL_FILE)
-        family = family_name(config)
-        raw = config.to_dict() if family is None else write_config(FAMILIES[family], config)
+        raw = _foreign_config(config) or config.to_dict()
         (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             for name, text in tokenizer_files(tokenizer, config.context_size).items():
@@ -125,6 +123,14 @@ def export_onnx(
     return Exported(
         folder / MODEL_FILE, "onnx", weights.notes, compare_onnx(model, folder / MODEL_FILE)
     )
+
+
+def _foreign_config(config: GPT2Config) -> dict[str, Any] | None:
+    """图的输入输出照 optimum，配置也写成它认得的；deepnorm 没有折叠，不能自称 OPT。"""
+    for family in (FAMILIES["gpt2"], FAMILIES["opt"]):
+        if why_not(family, config) is None:
+            return write_config(family, config)
+    return None
 
 
 def _trace(model: GPT2Model, path: Path) -> None:

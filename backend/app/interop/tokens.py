@@ -20,7 +20,8 @@ from app.data.tokenizers import (
 )
 
 PAD_TEXT = "<|pad|>"
-_WORDS = "(?s:.)"
+# 任何一个字符，含换行；tokenizers 的正则引擎不认 (?s:.)。
+_ANY = r"[\s\S]"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _characters(tokenizer: CharTokenizer) -> dict[str, Any]:
         "added_tokens": [_special(end, SEPARATOR_TEXT)],
         "normalizer": None,
         "pre_tokenizer": {
-            "type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False,
+            "type": "Split", "pattern": {"Regex": _ANY}, "behavior": "Isolated", "invert": False,
         },
         "post_processor": None,
         "decoder": {"type": "Fuse"},

@@ -60,11 +60,11 @@ def test_a_batch_of_two_lengths(gpt2: GPT2Model, real_data: Path) -> None:
     prompts = ["Hello, my dog is a little", "Today, I"]
     want = [
         " bit of a mess. I'm not sure if he's going",
-        "'m going to be doing a lot of research on",
+        "'m going to be doing a lot of research on this. I",
     ]
     got = generate(
         gpt2, [tokenizer.encode(p) for p in prompts], max_new_tokens=12,
         sampling=SamplingConfig(temperature=0.0),
     )  # fmt: skip
     for tokens, text in zip(got, want, strict=True):
-        assert tokenizer.decode(tokens).startswith(text)
+        assert text.startswith(tokenizer.decode(tokens))

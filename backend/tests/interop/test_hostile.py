@@ -89,8 +89,8 @@ def _overlap(path: Path, marker: Path) -> None:
 
 
 PICKLES: dict[str, Callable[[Path, Path], None]] = {
-    "os.system in a zip": lambda path, marker: as_zip(path, pickle.dumps(Run(marker))),
-    "os.system raw": lambda path, marker: path.write_bytes(pickle.dumps(Run(marker))) and None,
+    "os.system in a zip": lambda path, marker: as_zip(path, pickle.dumps(Run(marker), 2)),
+    "os.system raw": lambda path, marker: path.write_bytes(pickle.dumps(Run(marker), 2)) and None,
     "shared lists": _shared_list,
     "deep lists": _deep_list,
     "zip bomb": _bomb,
@@ -150,13 +150,13 @@ def _trust(folder: Path, marker: Path) -> None:
 def _dcp(folder: Path, marker: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    (folder / ".metadata").write_bytes(pickle.dumps(Run(marker)))
+    (folder / ".metadata").write_bytes(pickle.dumps(Run(marker), 2))
 
 
 def _pt2(folder: Path, marker: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
-    as_zip(folder / "model.pt2", pickle.dumps(Run(marker)))
+    as_zip(folder / "model.pt2", pickle.dumps(Run(marker), 2))
 
 
 REFUSED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
@@ -182,7 +182,7 @@ def test_ignored(tmp_path: Path) -> None:
     """旁边的 pickle、指到外面的名字、聊天模板、自带代码的分词器：不看，所以不碍事。"""
     folder, marker = tmp_path / "hub", tmp_path / "marker"
     model = hub_folder(folder)
-    as_zip(folder / "pytorch_model.bin", pickle.dumps(Run(marker)))
+    as_zip(folder / "pytorch_model.bin", pickle.dumps(Run(marker), 2))
     (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
     edit(folder / "config.json", _name_or_path="../../x", trust_remote_code=True)
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"

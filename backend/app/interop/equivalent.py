@@ -60,7 +60,7 @@ def as_post(weights: Weights) -> Weights:
     让残差流里流的是 x' = α·x：嵌入与各个 LayerNorm 的输出乘 α，分支的第一个矩阵除 α，
     于是 x' + F(x'/α) 就是 α·x + F(x)，连 LayerNorm 里的 ε 也照旧。最后一个 LayerNorm 之后
     没有残差：输出头与嵌入共享时它除 α，抵消嵌入里多出的 α；不共享时不动。
-    把 1/α 折进分支出口的写法（F(x)/α）也说得通，但 ε 相对变大，误差大几个数量级，
+    把 1/α 折进分支出口的写法（F(x)/α）也说得通，但 ε 相对变大，误差大得多，
     见 docs/decisions/011-interop.md。
     """
     config = weights.config

@@ -26,14 +26,16 @@ class Weights:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: GPT2Model, dtype: torch.dtype | None = None) -> Weights:
+    def of(cls, model: GPT2Model) -> Weights:
         if model.device.type == "meta":
             raise ValueError("the model is on the meta device and has no weights to export")
         state = {k: v.detach().cpu() for k, v in model.state_dict().items()}
-        weights = cls(model.config, state)
-        return weights if dtype is None else weights.to(dtype)
+        return cls(model.config, state)
 
-    def to(self, dtype: torch.dtype) -> Weights:
+    def to(self, dtype: torch.dtype | None) -> Weights:
+        """换精度，在一切改写之后：先舍入再折叠会舍入两次。None = 不换。"""
+        if dtype is None:
+            return self
         return replace(self, state={k: v.to(dtype) for k, v in self.state.items()})
 
     def changed(self, config: GPT2Config, state: dict[str, Tensor], note: str) -> Weights:

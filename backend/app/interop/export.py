@@ -47,15 +47,15 @@ def export(
         from app.interop.gguf_file import export_gguf
 
         return export_gguf(model, tokenizer, folder, wanted, quantize)
-    weights = Weights.of(model, wanted)
+    weights = Weights.of(model)
     if target == "onnx":
         from app.interop.onnx_graph import export_onnx
 
-        return export_onnx(model, weights, tokenizer, folder)
+        return export_onnx(model, weights.to(wanted), tokenizer, folder)
     family = family_name(model.config) if target == "hf" else target
     if family is None:
         return _own_code(model, tokenizer, folder)
-    written = write_hf(weights, family, tokenizer, folder)
+    written = write_hf(weights, family, tokenizer, folder, wanted)
     return Exported(folder, family, written.notes, compare_hf(model, folder))
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from app.data.tokenizers import Tokenizer
 from app.interop import tokens
 from app.interop.compare import Comparison, compare
@@ -41,7 +43,13 @@ def as_post_if_deep(weights: Weights) -> Weights:
     return as_post(weights) if weights.config.norm == "deepnorm" else weights
 
 
-def write_hf(weights: Weights, family: str, tokenizer: Tokenizer | None, folder: Path) -> Weights:
+def write_hf(
+    weights: Weights,
+    family: str,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> Weights:
     """
     Returns:
         写出的（改写过的）权重与说明。
@@ -51,7 +59,7 @@ def write_hf(weights: Weights, family: str, tokenizer: Tokenizer | None, folder:
     from safetensors.torch import save_file
 
     trained = weights.config.vocab_size
-    weights = for_family(weights, family, tokenizer)
+    weights = for_family(weights, family, tokenizer).to(dtype)
     raw = write_config(FAMILIES[family], weights.config)
     raw |= {"dtype": str(next(iter(weights.state.values())).dtype).removeprefix("torch.")}
     if weights.config.vocab_size != trained:

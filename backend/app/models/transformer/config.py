@@ -19,12 +19,12 @@ from .pattern_text import parse
 from .validate import check_types, nearest
 
 SCHEMA_VERSION = 1
-_MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 
 Norm = Literal["post", "pre", "deepnorm", "keel"]
 NormType = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope", "none"]
-Activation = Literal["gelu_tanh", "gelu", "relu2", "swiglu", "silu"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "silu"]
 Backend = Literal["auto", "reference", "sdpa", "blocked", "flex"]
 RoPELayout = Literal["half", "interleaved"]
 RoPEScaling = Literal["none", "linear", "ntk", "yarn"]
@@ -287,9 +287,9 @@ class GPT2Config:
         Raises:
             ValueError: 文件大得不像配置、不是 UTF-8，或内容不对。
         """
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}: "
+                f"{path} has {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}: "
                 "this is no model config"
             )
         try:

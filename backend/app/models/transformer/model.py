@@ -185,19 +185,29 @@ class GPT2Model(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        source: str | Path,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        **wanted: Any,
     ) -> GPT2Model:
-        """读 save_pretrained 写的文件夹；dtype=None 保持文件里的精度。返回的模型处于 eval 状态。
+        """读 save_pretrained 写的文件夹、Hugging Face 的文件夹，或 hub 上的名字。
+
+        GPT-2（norm="pre"）、GPT-1（"post"）、OPT（按 do_layer_norm_before）都按表换名与转置。
+        返回的模型处于 eval 状态；dtype=None 保持文件里的精度。
+
+        Args:
+            wanted: GPT2Config 的字段。dropout 与 attention_backend 照给的用；别的要与权重相符，
+                如 norm="post" 遇上 GPT-2 的权重就是错。
 
         Raises:
-            ValueError: 文件夹、配置或权重不对；在分配内存之前就检查名字、形状与头的大小。
+            ValueError: 找不到、配置没有对应物、权重不合、或与 wanted 不符；在分配内存之前就检查
+                名字、形状与头的大小。
+            ImportError: 要从 hub 取而没有装 huggingface_hub。
         """
-        from .weights import load_model
+        from .pretrained import load_pretrained
 
-        return load_model(cls, Path(folder), torch.device(device), dtype)
+        return load_pretrained(cls, source, torch.device(device), dtype, wanted)
 
 
 def _coordinates(

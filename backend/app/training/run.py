@@ -233,6 +233,7 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
         ("device", str(runtime.device), runtime.device_why),
         ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
         ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
+        *_recompute_line(config),
         *(
             ("attention", choice.backend, choice.reason)
             for choice in explain_backends(
@@ -258,6 +259,14 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
         ),
         ("threads", str(torch.get_num_threads()), f"of {os.cpu_count()} processors; {_waiting()}"),
     ]
+
+
+def _recompute_line(config: TrainConfig) -> Plan:
+    every = config.activation_checkpointing
+    if every == 0:
+        return []
+    which = "every block" if every == 1 else f"every {every}th block from the first"
+    return [("recompute", which, "activation checkpointing: less memory, same result, slower")]
 
 
 def _waiting() -> str:

@@ -38,6 +38,7 @@ from .metrics import Metrics
 from .optim import build_optimizer
 from .plateau import PlateauWatch, unigram_entropy
 from .progress import Progress
+from .recompute import checkpoint_blocks
 from .runtime import Runtime, compile_blocks
 from .samples import sample_text
 from .schedule import learning_rate
@@ -84,6 +85,7 @@ class Trainer:
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
+        checkpoint_blocks(model, config.recomputed_layers)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.parameters = list(model.parameters())
         self.expected_loss = expected_initial_loss(model)
@@ -139,7 +141,8 @@ class Trainer:
             self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
         spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
         if good and not (spike and self.config.spike == "skip"):
-            if optim.grad_clip:
+            # 不必裁剪时系数恰为 1（分母里的 1e-6 是 torch 的）：省去读写一遍梯度。
+            if optim.grad_clip and size + 1e-6 > optim.grad_clip:
                 nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
             self.optimizer.step()
         where = "" if good else first_bad_place(self.model)

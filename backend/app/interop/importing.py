@@ -90,9 +90,11 @@ def write_model(imported: Imported, folder: Path) -> None:
 
 
 def _with_tokenizer(model: GPT2Model, given: Path | None, source: Path) -> Imported:
+    tokenizer: Tokenizer | None
+    why = ""
     if given is not None:
         ours = (given / "tokenizer_meta.json").is_file()
-        tokenizer, why = load_tokenizer(given) if ours else read_hub_tokenizer(given), ""
+        tokenizer = load_tokenizer(given) if ours else read_hub_tokenizer(given)
     elif source.is_dir():
         tokenizer, why = _tokenizer(source)
     else:

@@ -188,6 +188,8 @@ def test_options_that_do_not_belong(tmp_path: Path) -> None:
     model = tiny_model(torch.float32, norm="pre")
     with pytest.raises(ValueError, match=r"quantize='q8_0' is for --to gguf only, not --to hf"):
         export(model, None, "hf", tmp_path / "out", quantize="q8_0")
+    with pytest.raises(ValueError, match=r"bfloat16: onnxruntime's CPU kernels know no bfloat16"):
+        export(model, None, "onnx", tmp_path / "out", dtype="bfloat16")
     with torch.device("meta"):
         empty = GPT2Model(tiny_config(norm="pre"))
     with pytest.raises(ValueError, match="meta device"):

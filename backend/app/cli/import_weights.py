@@ -15,7 +15,7 @@ SUMMARY = "turn weights from Hugging Face or nanoGPT into a model folder"
 EXAMPLES = """\
   gpt2 import openai-community/gpt2 --out models/gpt2
   gpt2 import ./gpt2-xl --out models/xl --dtype float16
-  gpt2 import nanoGPT/out/ckpt.pt --allow-pickle --out models/nano
+  gpt2 import nanoGPT/out/ckpt.pt --allow-pickle --tokenizer models/gpt2 --out models/nano
 
 GPT-2 becomes norm="pre", GPT-1 (openai-gpt) norm="post", OPT either, as its config says. A name
 is looked up on the hub, without a network in its cache. Only safetensors are read unless you say
@@ -32,6 +32,10 @@ class Args:
     ]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     norm: Annotated[Norm | None, Doc("refuse weights of another norm; None = what they are")] = None
+    tokenizer: Annotated[
+        Path | None,
+        Doc("folder with another tokenizer: GPT-2's two files, tokenizer.json, or one of ours"),
+    ] = None
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         Doc("precision to keep; None = the file's"),
@@ -55,6 +59,7 @@ def run(args: Args) -> None:
     found = import_model(
         args.source,
         allow_pickle=args.allow_pickle,
+        tokenizer=args.tokenizer,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
         wanted={} if args.norm is None else {"norm": args.norm},
     )

@@ -47,12 +47,14 @@ def import_model(
     source: str,
     *,
     allow_pickle: bool = False,
+    tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
     wanted: Mapping[str, Any] | None = None,
 ) -> Imported:
     """
     Args:
         source: 文件夹、hub 上的名字，或 nanoGPT 的 ckpt.pt（要 allow_pickle）。
+        tokenizer: 另一个文件夹，用它的分词器；None = source 自己的。
         wanted: 见 GPT2Model.from_pretrained。
 
     Raises:
@@ -61,9 +63,8 @@ def import_model(
     wanted = wanted or {}
     path = Path(source)
     if path.is_file():
-        return Imported(
-            _nanogpt(path, allow_pickle, dtype, wanted), None, "a checkpoint of nanoGPT has none"
-        )
+        model = _nanogpt(path, allow_pickle, dtype, wanted)
+        return _with_tokenizer(model, tokenizer, path)
     files = (*MODEL_FILES, *TOKENIZER_FILES, *((PICKLE_FILE,) if allow_pickle else ()))
     folder = find_folder(source, files)
     safe = any(folder.glob("*.safetensors"))
@@ -71,13 +72,7 @@ def import_model(
         model = _pickled(folder, dtype, wanted)
     else:
         model = load_pretrained(GPT2Model, folder, torch.device("cpu"), dtype, wanted)
-    tokenizer, why = _tokenizer(folder)
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
-            f"vocab_size={model.config.vocab_size}: they do not belong together"
-        )
-    return Imported(model, tokenizer, why)
+    return _with_tokenizer(model, tokenizer, folder)
 
 
 def write_model(imported: Imported, folder: Path) -> None:
@@ -92,6 +87,24 @@ def write_model(imported: Imported, folder: Path) -> None:
             imported.tokenizer.save(new)
 
     write_folder(folder, fill)
+
+
+def _with_tokenizer(model: GPT2Model, given: Path | None, source: Path) -> Imported:
+    tokenizer: Tokenizer | None
+    why = ""
+    if given is not None:
+        ours = (given / "tokenizer_meta.json").is_file()
+        tokenizer = load_tokenizer(given) if ours else read_hub_tokenizer(given)
+    elif source.is_dir():
+        tokenizer, why = _tokenizer(source)
+    else:
+        return Imported(model, None, "a checkpoint of nanoGPT has none; give --tokenizer")
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{given or source}: the tokenizer has {tokenizer.vocab_size} ids but the model only "
+            f"vocab_size={model.config.vocab_size}: they do not belong together"
+        )
+    return Imported(model, tokenizer, why)
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:

@@ -96,7 +96,7 @@ def export_onnx(
 ) -> Exported:
     """
     Raises:
-        ValueError: folder 已有东西。
+        ValueError: folder 已有东西，或精度是 bfloat16。
         ImportError: 没有装 onnx、onnxscript。
     """
     try:
@@ -106,7 +106,12 @@ def export_onnx(
         raise ImportError(
             f"--to onnx needs {error.name}: pip install 'gpt2-workbench[export]'"
         ) from None
-    config = model.config
+    config, dtype = model.config, weights.state["embed.wte.weight"].dtype
+    if dtype == torch.bfloat16:
+        raise ValueError(
+            f"{dtype}: onnxruntime's CPU kernels know no bfloat16, so the file could not be "
+            "checked: use --dtype float32 or float16"
+        )
     with torch.device("meta"):
         copy = GPT2Model(config)
     copy.load_state_dict(weights.state, assign=True)

@@ -123,7 +123,8 @@ def read_hub_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         ValueError: 没有分词器文件，坏了，或是这里没有的一种（点名是哪一种）。
     """
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    pairs = byte_level.VOCAB_FILE_NAMES
+    if any(all((folder / name).is_file() for name in pair) for pair in pairs):
         return BPETokenizer("gpt2", *byte_level.read_vocab_files(folder))
     path = folder / "tokenizer.json"
     if not path.is_file():

@@ -93,11 +93,16 @@ def test_the_hub_file_encodes_as_we_do(text: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_added_rows_never_win_and_take_little(tied: bool) -> None:
     model = tiny_model(norm="post", tie_weights=tied)
+    with torch.no_grad():
+        # 像训练好的 GPT-2：logits 全是负的，零行会赢过它们。
+        model.h["2"].ln_2.bias.add_(20.0)
+        model.head_weight.sub_(1.0)
     wide = widened(Weights.of(model), 48)
     other = GPT2Model(wide.config).double().eval()
     other.load_state_dict(wide.state)
     ids = tokens(4, 24)
     a, b = model(ids)["logits"], other(ids)["logits"]
+    assert a.max() < -100
     assert relative(b[..., :37], a) < 1e-12
     assert (b[..., 37:].amax(-1) < a.amax(-1)).all()
     share = b.softmax(-1)[..., 37:]
@@ -188,6 +193,8 @@ def test_options_that_do_not_belong(tmp_path: Path) -> None:
     model = tiny_model(torch.float32, norm="pre")
     with pytest.raises(ValueError, match=r"quantize='q8_0' is for --to gguf only, not --to hf"):
         export(model, None, "hf", tmp_path / "out", quantize="q8_0")
+    with pytest.raises(ValueError, match=r"bfloat16: onnxruntime's CPU kernels know no bfloat16"):
+        export(model, None, "onnx", tmp_path / "out", dtype="bfloat16")
     with torch.device("meta"):
         empty = GPT2Model(tiny_config(norm="pre"))
     with pytest.raises(ValueError, match="meta device"):

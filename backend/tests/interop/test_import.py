@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.data.tokenizers import CharTokenizer
 from app.interop.equivalent import Weights
 from app.interop.hf import write_hf
 from app.interop.importing import import_model, write_model
@@ -210,6 +211,10 @@ def test_nanogpt(prefix: str, bias: bool, tmp_path: Path) -> None:
         import_model(str(path))
     found = import_model(str(path), allow_pickle=True)
     assert equal(found.model, model) and found.model.config == model.config
+    assert found.tokenizer is None and "give --tokenizer" in found.why
+    CharTokenizer("abc").save(tmp_path / "chars")
+    given = import_model(str(path), allow_pickle=True, tokenizer=tmp_path / "chars").tokenizer
+    assert given is not None and given.encode("cab") == [2, 0, 1]
     with pytest.raises(ValueError, match="norm='post' was asked for"):
         import_model(str(path), allow_pickle=True, wanted={"norm": "post"})
     # nanoGPT 的矩阵不转置：当作 Hugging Face 的读，方阵 c_proj 会悄悄错，所以是两张表。

@@ -141,7 +141,7 @@ ATTACKS: dict[str, Callable[[Path], None]] = {
     "shape of booleans": entry(shape=[True, 768]),
     "shape as text": entry(shape="24x32"),
     "unknown dtype": entry(dtype="F8_E9"),
-    "duplicate key": text(lambda t: t[:-1] + f', "{W}": {{"dtype": "F32"}}}}'),
+    "duplicate key": text(lambda t: t[:-1] + f', "{W}": {json.dumps(json.loads(t)[W])}}}'),
     "100,000 deep": text(lambda t: '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
     "not UTF-8": text(lambda t: b"\xff\xfe" + t.encode()),
     "header of 101 MB": _sparse(101 << 20),

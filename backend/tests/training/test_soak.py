@@ -29,7 +29,7 @@ print(json.dumps(seen))
 
 @installed
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("steps", [400, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [240, pytest.param(2000, marks=pytest.mark.slow)])
 def test_memory_and_files_do_not_grow(make: Make, tmp_path: Path, steps: int) -> None:
     """头四分之一是预热；其后增加不到 20 MB，文件数不变。"""
     config = make(
@@ -40,7 +40,9 @@ def test_memory_and_files_do_not_grow(make: Make, tmp_path: Path, steps: int) ->
     assert len(seen) == 40 and seen[-1][0] == steps
     warm = seen[10:]
     assert max(used for _, used, _ in warm) - warm[0][1] < 20e6
-    assert len({files for _, _, files in warm}) == 1
+    files = [count for _, _, count in warm]
+    # 事件由另一个线程写，每次打开文件再关上：偶尔多数到一个。
+    assert min(files[-10:]) == min(files[:10]) and max(files) <= min(files) + 1
     run = Path(config.out)
     assert len(rows(run)) == steps and len(rows(run, "eval")) == steps // 10 + 1
     assert len(list_steps(run)) <= config.keep_last + 1

@@ -97,3 +97,18 @@ def test_names_copies_and_generation_stay() -> None:
     # 复制来的模型用自己的权重，不是原来那个的。
     checkpoint_blocks(twin, range(9))
     assert torch.allclose(twin.train()(ids)["logits"], want, atol=1e-6)
+
+
+def test_one_compilation_serves_every_block() -> None:
+    """层号不在块里：否则每层各编译一次，到 torch 的上限（8）以后的层悄悄不编译。"""
+    from torch._dynamo.testing import CompileCounter
+
+    model = GPT2Model(tiny_config(norm="pre", dropout=0.0, n_layer=10)).train()
+    ids = tokens(1, 8)
+    want = model(ids, targets=ids)["loss"]
+    counter = CompileCounter()
+    torch.compiler.reset()
+    for block in model.h.values():
+        block.compile(backend=counter)
+    assert torch.equal(model(ids, targets=ids)["loss"], want)
+    assert counter.frame_count == 1

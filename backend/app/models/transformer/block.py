@@ -70,7 +70,7 @@ class Block(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.plan = residual_plan(config, layer)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp = MLP(config)
         for i, plan in enumerate(self.plan, start=1):
             setattr(self, f"ln_{i}", make_norm(config))

@@ -111,10 +111,10 @@ class GPT2Model(nn.Module):
             ctx = self._context(where, step, frozenset(return_attention))
             x = self.embed(input_ids, where)
             hidden = {0: x}
-            for i, block in enumerate(self.h.values(), start=1):
-                x = block(x, ctx)
-                if i in return_hidden:
-                    hidden[i] = x
+            for i, block in enumerate(self.h.values()):
+                x = block(x, ctx.at(i))
+                if i + 1 in return_hidden:
+                    hidden[i + 1] = x
             if self.ln_f is not None:
                 x = self.ln_f(x)
 

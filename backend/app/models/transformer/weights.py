@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import struct
@@ -140,10 +141,25 @@ def check_header(header: dict[str, Any], config: GPT2Config, path: Path) -> None
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """配置推出的名字与形状。只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层。
+    """配置推出的名字与形状，缓冲区也算。
 
-    图样没有权重，而两层放不下更长的循环，所以换成默认的。
+    只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层；有 MoE 层时，全是稠密层的与
+    全是 MoE 层的各造一次。图样没有权重，而两层放不下更长的循环，所以换成默认的。
     """
+    dense, mixed = _two_layers(config.dense()), {}
+    if config.moe_layers:
+        everywhere = dataclasses.replace(config.moe, layers=None, every=1, first_dense=0)
+        mixed = _two_layers(config.replace(moe=everywhere))
+    shapes = {name: shape for name, shape in dense.items() if not name.startswith("h.")}
+    for layer in range(config.n_layer):
+        like = f"h.{min(layer, 1)}."
+        for name, shape in (mixed if layer in config.moe_layers else dense).items():
+            if name.startswith(like):
+                shapes[f"h.{layer}.{name.removeprefix(like)}"] = shape
+    return shapes
+
+
+def _two_layers(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     from .model import GPT2Model
 
     two = config.replace(
@@ -151,12 +167,7 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     )
     with torch.device("meta"):
         small = GPT2Model(two)
-    shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
-    ordinary = [name for name in shapes if name.startswith("h.1.")]
-    for layer in range(2, config.n_layer):
-        for name in ordinary:
-            shapes[f"h.{layer}.{name[4:]}"] = shapes[name]
-    return shapes
+    return {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

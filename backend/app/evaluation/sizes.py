@@ -24,7 +24,7 @@ class CacheSize:
 
 
 def parameters_by_part(config: GPT2Config) -> dict[str, int]:
-    """{部分: 参数量}，按 PARTS 的次序；共享权重时 head 是 0，没有 MoE 层时 router、experts 是 0。"""
+    """{部分: 参数量}，按 PARTS 的次序；没有的部分（共享权重时的 head、没有专家）是 0。"""
     counts = dict.fromkeys(PARTS, 0)
     for name, shape in parameter_shapes(config).items():
         counts[_part(name)] += math.prod(shape)

@@ -190,7 +190,7 @@ class GPT2Config:
         return self.moe.shared_experts * each
 
     def with_layers(self, n_layer: int, moe_layers: Iterable[int] | None = None) -> GPT2Config:
-        """同样的层，换成更少的层数；哪些是 MoE 照 moe_layers，或照原来的（一层也不剩时是最后一层）。"""
+        """换成更少的层数；哪些是 MoE 照 moe_layers，或照原来的（一层也不剩时取最后一层）。"""
         if not self.moe_layers:
             return self.replace(n_layer=n_layer)
         kept = tuple(i for i in self.moe_layers if i < n_layer) or (n_layer - 1,)

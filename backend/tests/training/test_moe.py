@@ -95,30 +95,30 @@ def test_the_bias_moves_once_per_step_towards_the_idle(make: Make) -> None:
     first, second = (model.h[str(i)].mlp.router.selection_bias for i in range(2))
     assert torch.allclose(first, torch.tensor([-0.01, 0.01, 0.0, 0.0])) and not second.any()
     # 训练里：两个微批一步只动一次；步数就是移动的上限。
-    config = make(model=loss_free(), steps=3)
+    config = make(model=loss_free(), steps=5)
     train(config)
-    bias = weights(step_folder(Path(config.out), 3))[BIAS]
+    bias = weights(step_folder(Path(config.out), 5))[BIAS]
     assert bias.any()
     assert torch.allclose(bias / 0.01, (bias / 0.01).round(), atol=1e-4)
-    assert bias.abs().max() <= 3 * 0.01 + 1e-6
+    assert bias.abs().max() <= 5 * 0.01 + 1e-6
 
 
-def test_the_bias_evens_out_the_load(make: Make) -> None:
+def test_the_bias_evens_out_the_load() -> None:
     """路由器先偏向一个专家；关掉均衡损失，只靠偏置，MaxVio 降下来。"""
     found = {}
-    for rate in (0.0, 0.05):
+    for rate in (0.0, 0.005):
         torch.manual_seed(0)
         config = shape(router="sigmoid", bias_update_rate=rate, aux_loss_coef=0.0, z_loss_coef=0.0)
         model = GPT2Model(config)
         for block in model.h.values():
             block.mlp.router.weight.data.normal_(std=0.5)
-        ids = torch.randint(0, 32, (16, 8))
-        for _ in range(60):
+        ids = torch.randint(0, 32, (64, 8))
+        for _ in range(200):
             with torch.no_grad():
                 load = model(ids)["expert_load"]
             update_selection_bias(model, load)
         found[rate] = max(layer_balance(one, 0)["max_vio"] for one in load.tolist())
-    assert found[0.05] < 0.2 < 0.5 < found[0.0], found
+    assert found[0.005] < 0.1 < 0.3 < found[0.0], found
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -187,7 +187,7 @@ def test_the_load_is_seen(make: Make) -> None:
     facts = json.loads((run / "facts.json").read_text())
     plan = {name: (value, why) for name, value, why in facts["plan"]}
     assert plan["dispatch"][0] == "sorted" and plan["experts"][0] == "4, top-2"
-    dense = make(model=shape().dense(), out=str(run.parent / "dense"), steps=2)
+    dense = make(model=shape().dense(), out=str(run.parent / "dense"), steps=5)
     train(dense)
     assert "Busiest expert" not in (Path(dense.out) / REPORT).read_text(encoding="utf-8")
     assert "aux_loss" not in rows(dense.out)[0] and rows(dense.out, "moe") == []
@@ -212,7 +212,7 @@ def test_a_bad_step_moves_no_bias(make: Make, monkeypatch: pytest.MonkeyPatch) -
             real(self)
 
     monkeypatch.setattr(Trainer, "_train_step", poisoned)
-    config = make(model=loss_free(), steps=3)
+    config = make(model=loss_free(), steps=5)
     result = train(config)
     assert result.skipped == 1 and rows(config.out, "skipped")[0]["where"].endswith("router.weight")
 

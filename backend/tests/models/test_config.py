@@ -69,7 +69,7 @@ def test_round_trip(name: str) -> None:
         ({"rope": {"thet": 1.0}}, "unknown model option 'rope.thet': did you mean 'theta'"),
         ({"rope": 3}, "rope=3 must be a mapping"),
         ({"position": "rope", "n_embed": 36}, "n_embed=36 / n_head=4 gives heads of width 9"),
-        ({"moe_num_experts": 8}, "moe_num_experts=8: mixture of experts is not available"),
+        ({"moe_num_experts": 1}, "moe_num_experts=1 must be between 2"),
         ({"moe_top_k": 0}, "moe_top_k=0"),
         ({"n_layr": 3}, "unknown model option 'n_layr': did you mean 'n_layer'"),
         ({"schema_version": 99}, "schema_version=99 but this version reads 1"),
@@ -158,7 +158,7 @@ def test_sparse_alone_means_the_default_pattern() -> None:
 
 
 def test_a_config_of_an_earlier_version_still_loads() -> None:
-    """当时还没有 rope 一项；attention_pattern 只有 null。"""
+    """当时还没有 rope、moe 两项；attention_pattern 只有 null。"""
     earlier = {
         "schema_version": 1, "vocab_size": 50257, "context_size": 64, "n_layer": 2, "n_head": 2,
         "n_embed": 16, "dropout": 0.1, "bias": True, "norm": "pre", "norm_type": "layernorm",

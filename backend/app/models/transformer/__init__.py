@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .config import GPT2Config as GPT2Config
-    from .config import RoPEConfig as RoPEConfig
     from .factory import create_gpt2_large as create_gpt2_large
     from .factory import create_gpt2_medium as create_gpt2_medium
     from .factory import create_gpt2_model as create_gpt2_model
     from .factory import create_gpt2_small as create_gpt2_small
     from .factory import create_gpt2_xl as create_gpt2_xl
     from .model import GPT2Model as GPT2Model
+    from .moe_config import MoEConfig as MoEConfig
     from .positions import Positions as Positions
+    from .rope_config import RoPEConfig as RoPEConfig
 
 _HOME = {
     "GPT2Config": "config",
     "GPT2Model": "model",
     "KVCache": "cache",
+    "MoEConfig": "moe_config",
     "Positions": "positions",
-    "RoPEConfig": "config",
+    "RoPEConfig": "rope_config",
     "create_gpt2_model": "factory",
     "create_gpt2_small": "factory",
     "create_gpt2_medium": "factory",

@@ -24,6 +24,7 @@ from .attention import Attention
 from .config import GPT2Config
 from .context import Context
 from .mlp import MLP
+from .moe import MoE
 from .norm import make_norm
 
 
@@ -71,7 +72,7 @@ class Block(nn.Module):
         super().__init__()
         self.plan = residual_plan(config, layer)
         self.attn = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
         for i, plan in enumerate(self.plan, start=1):
             setattr(self, f"ln_{i}", make_norm(config))
             if plan.inner and plan.outer:
@@ -80,7 +81,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。"""
         x = self._sublayer(1, x, lambda h: self.attn(h, ctx))
-        return self._sublayer(2, x, self.mlp)
+        moe = self.mlp if isinstance(self.mlp, MoE) else None
+        return self._sublayer(2, x, self.mlp if moe is None else lambda h: moe(h, ctx))
 
     def _sublayer(self, i: int, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         plan, norm = self.plan[i - 1], getattr(self, f"ln_{i}")

@@ -28,6 +28,7 @@ def check_call(
     logits_to_keep: int,
     return_attention: tuple[int, ...],
     return_hidden: tuple[int, ...],
+    return_routing: tuple[int, ...],
 ) -> None:
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
@@ -60,6 +61,12 @@ def check_call(
         )
     _layers("return_attention", return_attention, config.n_layer - 1)
     _layers("return_hidden", return_hidden, config.n_layer)
+    for layer in return_routing:
+        if layer not in config.moe_layers:
+            raise ValueError(
+                f"return_routing names layer {layer}, but the MoE layers are "
+                f"{list(config.moe_layers)} (moe_num_experts={config.moe_num_experts})"
+            )
     if _readable(input_ids):
         _check_values(config, input_ids, targets, attention_mask, segment_ids)
         if positions is not None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
+from .moe_config import MoEConfig, check_moe, expert_hidden, moe_layers
 from .pattern import CAUSAL, Pattern
 from .pattern_checks import check_pattern
 from .pattern_text import parse
+from .rope_config import RoPEConfig
 from .validate import check_types, nearest
 
 SCHEMA_VERSION = 1
@@ -26,8 +29,6 @@ NormType = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope", "none"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "silu"]
 Backend = Literal["auto", "reference", "sdpa", "blocked", "flex"]
-RoPELayout = Literal["half", "interleaved"]
-RoPEScaling = Literal["none", "linear", "ntk", "yarn"]
 
 # 上界只为在分配内存之前挡住荒唐的配置文件（GPT-3 175B 也远在其内）。
 _UPPER = {
@@ -37,66 +38,6 @@ _UPPER = {
     "n_head": 4096,
     "n_embed": 262_144,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoPEConfig:
-    """旋转位置编码（Su et al. 2021, arXiv:2104.09864）及其外推。
-
-    Raises:
-        ValueError: 值越界，或 scaling 与 factor 互相矛盾。
-    """
-
-    theta: Annotated[float, Doc("base of the frequencies; longer contexts use 500000")] = 10_000.0
-    layout: Annotated[RoPELayout, Doc("which pairs rotate: half (Llama), interleaved (GPT-J)")] = (
-        "half"
-    )
-    scaling: Annotated[RoPEScaling, Doc("how positions beyond the context are reached")] = "none"
-    factor: Annotated[float, Doc("how many times longer than original_context")] = 1.0
-    original_context: Annotated[
-        int | None, Doc("context before scaling (yarn); None = context_size")
-    ] = None
-
-    def __post_init__(self) -> None:
-        check_types(self, "rope.")
-        if self.theta <= 1.0:
-            raise ValueError(f"rope.theta={self.theta} must be above 1 (10000 is usual)")
-        if self.scaling == "none" and self.factor != 1.0:
-            raise ValueError(
-                f"rope.factor={self.factor} has no effect with rope.scaling='none': "
-                "use rope.factor=1 or a scaling (linear, ntk, yarn)"
-            )
-        if self.scaling != "none" and self.factor <= 1.0:
-            raise ValueError(
-                f"rope.scaling={self.scaling!r} with rope.factor={self.factor} stretches nothing: "
-                "use rope.factor above 1, or rope.scaling='none'"
-            )
-        if self.original_context is None:
-            return
-        if self.scaling != "yarn":
-            raise ValueError(
-                f"rope.original_context={self.original_context} has no effect with "
-                f"rope.scaling={self.scaling!r}: use None, or rope.scaling='yarn'"
-            )
-        if not 1 <= self.original_context <= _UPPER["context_size"]:
-            raise ValueError(
-                f"rope.original_context={self.original_context} must be between 1 and "
-                f"{_UPPER['context_size']}"
-            )
-
-    @classmethod
-    def from_dict(cls, data: Any) -> RoPEConfig:
-        """
-        Raises:
-            ValueError: 不是映射、未知的键（给出最近的名字），或坏值。
-        """
-        if not isinstance(data, dict):
-            raise ValueError(f"rope={data!r} must be a mapping of options")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in data:
-            if key not in known:
-                raise ValueError(f"unknown model option 'rope.{key}'{nearest(str(key), known)}")
-        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +75,9 @@ class GPT2Config:
     ] = None
     moe_num_experts: Annotated[int, Doc("experts per MoE layer; 0 = dense MLP")] = 0
     moe_top_k: Annotated[int, Doc("experts per token")] = 2
+    moe: Annotated[MoEConfig, Doc("router, balance, layers; used with moe_num_experts")] = (
+        MoEConfig()
+    )
     attention_backend: Annotated[Backend, Doc("attention implementation")] = "auto"
 
     def __post_init__(self) -> None:
@@ -156,13 +100,7 @@ class GPT2Config:
                 f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: "
                 "use None (= n_head) or a divisor"
             )
-        if self.moe_top_k < 1:
-            raise ValueError(f"moe_top_k={self.moe_top_k} must be at least 1")
-        if self.moe_num_experts != 0:
-            raise ValueError(
-                f"moe_num_experts={self.moe_num_experts}: mixture of experts is not available "
-                "in this version: use moe_num_experts=0"
-            )
+        check_moe(self)
         self._check_rope()
         self._check_patterns()
 
@@ -235,11 +173,41 @@ class GPT2Config:
             return -(-8 * self.n_embed // (3 * 64)) * 64
         return 4 * self.n_embed
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """哪些层的前馈是混合专家。"""
+        return moe_layers(self)
+
+    @property
+    def expert_hidden(self) -> int:
+        """一个路由专家的宽度。"""
+        return expert_hidden(self)
+
+    @property
+    def shared_hidden(self) -> int:
+        """各共享专家的宽度之和：并排的几个专家就是一个宽的前馈。"""
+        each = self.expert_hidden if self.moe.shared_hidden is None else self.moe.shared_hidden
+        return self.moe.shared_experts * each
+
+    def with_layers(self, n_layer: int, moe_layers: Iterable[int] | None = None) -> GPT2Config:
+        """换成更少的层数；哪些是 MoE 照 moe_layers，或照原来的（一层也不剩时取最后一层）。"""
+        if not self.moe_layers:
+            return self.replace(n_layer=n_layer)
+        kept = tuple(i for i in self.moe_layers if i < n_layer) or (n_layer - 1,)
+        chosen = kept if moe_layers is None else tuple(moe_layers)
+        moe = dataclasses.replace(self.moe, layers=chosen, every=1, first_dense=0)
+        return self.replace(n_layer=n_layer, moe=moe)
+
+    def dense(self) -> GPT2Config:
+        """同样的形状，前馈都是稠密的。"""
+        return self.replace(moe_num_experts=0, moe_top_k=2, moe=MoEConfig())
+
     def replace(self, **changes: Any) -> GPT2Config:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         data = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        data["moe"] = self.moe.to_dict()
         if isinstance(self.attention_pattern, tuple):
             data["attention_pattern"] = list(self.attention_pattern)
         return data
@@ -264,9 +232,9 @@ class GPT2Config:
         for key in data:
             if key not in known:
                 raise ValueError(f"unknown model option {key!r}{nearest(str(key), known)}")
-        rope = data.get("rope", RoPEConfig())
-        if not isinstance(rope, RoPEConfig):
-            data["rope"] = RoPEConfig.from_dict(rope)
+        for key, kind in (("rope", RoPEConfig), ("moe", MoEConfig)):
+            if key in data and not isinstance(data[key], kind):
+                data[key] = kind.from_dict(data[key])
         return cls(**data)
 
     def to_json(self) -> str:

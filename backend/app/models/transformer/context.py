@@ -13,12 +13,30 @@ from .rope import Rotary
 
 
 @dataclass(frozen=True)
+class Load:
+    """一个 MoE 层这一次的负载，填充不算。
+
+    Attributes:
+        load: (E,) int64，挑中每个专家的 (词元, 专家) 对数，丢弃之前。
+        dropped: 标量 int64，超出容量而丢掉的对数。
+        balance, z: 标量，没有乘系数的均衡损失与 z 损失。
+    """
+
+    load: Tensor
+    dropped: Tensor
+    balance: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
 class Context:
     """plans 每层一个（同一图样的层共用）；rotary 只在 position='rope' 时有。
 
     maps 收集被点名的层的注意力图 {层: (B, H, Tq, Tk)}；want_maps 是点名的层。
-    layer、plan、want_map 只在 at(layer) 给这一层的里面有意义。层号若存在层里，逐块编译时
-    每层都要另编一次，到第八层就不再编译了。
+    loads 收集各层的负载，键是 "load"，只有 MoE 层写；routing 收集被点名的层的 (专家, 权重)，各
+    (B, T, k)，专家 E = 没有去任何专家。重算激活时同一层写两遍也是同样的值。
+    layer、plan、want_map、want_route、load 只在 at(layer) 给这一层的里面有意义。层号若存在层里，
+    或作为字典的键，逐块编译时每层都要另编一次，到第八层就不再编译了。
     """
 
     positions: Positions
@@ -27,8 +45,14 @@ class Context:
     step: Step | None = None
     want_maps: frozenset[int] = frozenset()
     maps: dict[int, Tensor] = field(default_factory=dict)
+    want_loads: bool = False
+    loads: dict[int, dict[str, Load]] = field(default_factory=dict)
+    want_routing: frozenset[int] = frozenset()
+    routing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layer: int = -1
     want_map: bool = False
+    want_route: bool = False
+    load: dict[str, Load] = field(default_factory=dict)
 
     @property
     def plan(self) -> MaskPlan:
@@ -36,5 +60,12 @@ class Context:
 
     def at(self, layer: int) -> Context:
         """第 layer 层看到的。"""
-        wanted = layer in self.want_maps
-        return replace(self, plans=(self.plans[layer],), layer=layer, want_map=wanted)
+        load = self.loads[layer] = {}
+        return replace(
+            self,
+            plans=(self.plans[layer],),
+            layer=layer,
+            want_map=layer in self.want_maps,
+            want_route=layer in self.want_routing,
+            load=load,
+        )

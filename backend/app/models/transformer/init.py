@@ -16,12 +16,17 @@ from torch import nn
 from .block import Block
 from .config import GPT2Config
 from .embeddings import Embedding
+from .grouped import GroupedLinear
 from .linear import Linear
+from .mlp import MLP
+from .router import Router
 
 if TYPE_CHECKING:
     from .model import GPT2Model
 
 _REFERENCE_WIDTH = 768
+# 路由器的打分起初要小而各不相同：大了一开始就偏，全零则次次选前 k 号。
+ROUTER_STD = 0.006
 
 
 def base_std(config: GPT2Config) -> float:
@@ -53,14 +58,35 @@ def initialize(model: GPT2Model) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear | nn.Embedding):
             raise TypeError(f"{type(module).__name__} would keep torch's own initialisation")
+        elif isinstance(module, GroupedLinear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=ROUTER_STD)
+            if module.selection_bias is not None:
+                nn.init.zeros_(module.selection_bias)
     for block in model.h.values():
         assert isinstance(block, Block)
         if config.norm == "deepnorm":
             xavier(block, deepnorm_gain(config.n_layer))
             continue
         # keel 也一样：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004。
-        for projection in (block.attn.c_proj, block.mlp.c_proj):
+        for projection in (block.attn.c_proj, *(second for _, second in feed_forwards(block))):
             nn.init.normal_(projection.weight, std=residual_std(config))
+
+
+Layer = Linear | GroupedLinear
+
+
+def feed_forwards(block: Block) -> list[tuple[Layer, Layer]]:
+    """一层里各前馈的 (c_fc, c_proj)：稠密的一个；MoE 是叠起来的专家，与共享专家。"""
+    if isinstance(block.mlp, MLP):
+        return [(block.mlp.c_fc, block.mlp.c_proj)]
+    pairs: list[tuple[Layer, Layer]] = [(block.mlp.experts.c_fc, block.mlp.experts.c_proj)]
+    if block.mlp.shared is not None:
+        pairs.append((block.mlp.shared.c_fc, block.mlp.shared.c_proj))
+    return pairs
 
 
 def xavier(block: Block, gain: float) -> None:
@@ -70,5 +96,7 @@ def xavier(block: Block, gain: float) -> None:
     q, k, v = attn.c_attn.weight.split([attn.heads * attn.head_dim, width, width])
     for weight, g in ((q, 1.0), (k, 1.0), (v, gain)):
         nn.init.xavier_normal_(weight, g)
-    for module in (attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-        nn.init.xavier_normal_(module.weight, gain)
+    for module in (attn.c_proj, *(layer for pair in feed_forwards(block) for layer in pair)):
+        # 叠起来的专家各是一个矩阵；对三维张量算 Xavier 会把专家数当成输出宽。
+        for weight in module.weight if isinstance(module, GroupedLinear) else (module.weight,):
+            nn.init.xavier_normal_(weight, gain)

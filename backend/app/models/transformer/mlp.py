@@ -38,11 +38,14 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPT2Config) -> None:
+    """hidden：中间的宽度，默认 config.mlp_hidden。"""
+
+    def __init__(self, config: GPT2Config, hidden: int | None = None) -> None:
         super().__init__()
         gates = 2 if config.activation == "swiglu" else 1
-        self.c_fc = Linear(config.n_embed, gates * config.mlp_hidden, bias=config.bias)
-        self.c_proj = Linear(config.mlp_hidden, config.n_embed, bias=config.bias)
+        hidden = config.mlp_hidden if hidden is None else hidden
+        self.c_fc = Linear(config.n_embed, gates * hidden, bias=config.bias)
+        self.c_proj = Linear(hidden, config.n_embed, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 

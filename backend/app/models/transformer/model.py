@@ -21,6 +21,7 @@ from .embeddings import Embeddings
 from .init import initialize
 from .linear import Linear, linear
 from .loss import head_cross_entropy
+from .moe import Experts
 from .norm import make_norm
 from .plan import MaskPlan
 from .positions import PADDING, Positions
@@ -28,19 +29,28 @@ from .rope import Rotary
 
 
 class GPT2Output(TypedDict, total=False):
-    """logits (B, K, V)；loss 标量；attentions {层: (B, H, T, S)}；hidden {层: (B, T, C)}。"""
+    """logits (B, K, V)；loss 标量；attentions {层: (B, H, T, S)}；hidden {层: (B, T, C)}。
+
+    有 MoE 层且没有用缓存时另有：aux_loss 标量，已乘系数的均衡与 z 损失，不在 loss 里（两个模型的
+    loss 才可比），训练时相加；expert_load (M, E) 与 expert_dropped (M,)，M 个 MoE 层的负载。
+    routing {层: (专家, 权重)}，各 (B, T, k)；专家 E = 填充，或超出容量。
+    """
 
     logits: Tensor
     loss: Tensor
     cache: KVCache
     attentions: dict[int, Tensor]
     hidden: dict[int, Tensor]
+    aux_loss: Tensor
+    expert_load: Tensor
+    expert_dropped: Tensor
+    routing: dict[int, tuple[Tensor, Tensor]]
 
 
 class GPT2Model(nn.Module):
     """GPT-2 形状的语言模型。
 
-    没有任何缓冲区：掩码与位置都由输入算出，所以 meta 设备、分片、转换都不必照顾它们。
+    掩码与位置都由输入算出，没有缓冲区；唯一的例外是 sigmoid 路由器的 selection_bias。
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -71,6 +81,7 @@ class GPT2Model(nn.Module):
         logits_to_keep: int = 0,
         return_attention: tuple[int, ...] = (),
         return_hidden: tuple[int, ...] = (),
+        return_routing: tuple[int, ...] = (),
     ) -> GPT2Output:
         """一次前向。
 
@@ -87,6 +98,7 @@ class GPT2Model(nn.Module):
             logits_to_keep: 只要最后几列的 logits；0 = 全部（有 targets 时 = 不要）。
             return_attention: 要哪些层的注意力图，由参考路径计算，不论运行的是哪个后端。
             return_hidden: i = 第 i 层之后的残差流（0 = 嵌入之后），末尾归一化之前。
+            return_routing: 要哪些 MoE 层的路由。
 
         Raises:
             ValueError: 形状、类型、词表外的 id、超长、开关互相矛盾；都点名两个值与改法。
@@ -94,7 +106,7 @@ class GPT2Model(nn.Module):
         check_call(
             self.config, input_ids, targets, attention_mask, positions, segment_ids,
             global_attention_mask, cache, use_cache, return_cache, logits_to_keep,
-            return_attention, return_hidden,
+            return_attention, return_hidden, return_routing,
         )  # fmt: skip
         if use_cache and cache is None:
             # 点名的全局词元、每篇文档各自的前缀都要留着，环形缓存留不住。
@@ -108,7 +120,7 @@ class GPT2Model(nn.Module):
 
         # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
-            ctx = self._context(where, step, frozenset(return_attention))
+            ctx = self._context(where, step, frozenset(return_attention), frozenset(return_routing))
             x = self.embed(input_ids, where)
             hidden = {0: x}
             for i, block in enumerate(self.h.values()):
@@ -118,7 +130,8 @@ class GPT2Model(nn.Module):
             if self.ln_f is not None:
                 x = self.ln_f(x)
 
-            out = GPT2Output()
+            balanced = ctx.want_loads and self.config.moe_layers
+            out = self._balance(ctx) if balanced else GPT2Output()
             if targets is not None:
                 out["loss"] = head_cross_entropy(x, self.head_weight, targets)
             if targets is None or logits_to_keep:
@@ -131,9 +144,29 @@ class GPT2Model(nn.Module):
             out["attentions"] = {i: ctx.plans[i].in_order(ctx.maps[i]) for i in return_attention}
         if return_hidden:
             out["hidden"] = {i: hidden[i] for i in return_hidden}
+        if return_routing:
+            out["routing"] = {i: ctx.routing[i] for i in return_routing}
         return out
 
-    def _context(self, where: Positions, step: Step | None, want_maps: frozenset[int]) -> Context:
+    def _balance(self, ctx: Context) -> GPT2Output:
+        """各 MoE 层的负载；均衡损失取各层的平均，所以系数不随层数改变分量。"""
+        moe = self.config.moe
+        loads = [ctx.loads[i]["load"] for i in self.config.moe_layers]
+        total = sum(moe.aux_loss_coef * one.balance + moe.z_loss_coef * one.z for one in loads)
+        assert isinstance(total, Tensor)
+        return GPT2Output(
+            aux_loss=total / len(loads),
+            expert_load=torch.stack([one.load for one in loads]),
+            expert_dropped=torch.stack([one.dropped for one in loads]),
+        )
+
+    def _context(
+        self,
+        where: Positions,
+        step: Step | None,
+        want_maps: frozenset[int],
+        want_routing: frozenset[int] = frozenset(),
+    ) -> Context:
         """各层共用的东西，每种图样只备一次。"""
         config, dtype = self.config, self.embed.wte.weight.dtype
         plans = {
@@ -152,7 +185,10 @@ class GPT2Model(nn.Module):
         rotary = None
         if config.position == "rope":
             rotary = Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
-        return Context(where, tuple(plans[p] for p in self.patterns), rotary, step, want_maps)
+        return Context(
+            where, tuple(plans[p] for p in self.patterns), rotary, step, want_maps,
+            want_loads=step is None, want_routing=want_routing,
+        )  # fmt: skip
 
     @property
     def head_weight(self) -> Tensor:
@@ -165,6 +201,14 @@ class GPT2Model(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def active_parameters(self) -> int:
+        """一个词元用到的参数量：每个 MoE 层只有它那 k 个专家。没有专家时等于 num_parameters。"""
+        idle = 1 - self.config.moe_top_k / max(1, self.config.moe_num_experts)
+        experts = [m for m in self.modules() if isinstance(m, Experts)]
+        return self.num_parameters() - round(
+            idle * sum(p.numel() for m in experts for p in m.parameters())
+        )
 
     def new_cache(self, batch_size: int, max_len: int | None = None, **options: Any) -> KVCache:
         """与本模型的设备、精度相配的缓存；options 见 KVCache.for_model。"""

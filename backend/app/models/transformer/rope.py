@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import RoPEConfig, RoPELayout
+from .rope_config import RoPEConfig, RoPELayout
 
 # YaRN 的两个边界（Peng et al. 2023, arXiv:2309.00071, 第 3.2 节）：在原上下文里转过这么多圈的
 # 维保持不动，不足一圈的维整个内插。

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -13,6 +15,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(known)}"
+
+
+def from_mapping(kind: type[T], data: Any, where: str) -> T:
+    """由映射构造一个配置类；where 是报错时键之前的部分。
+
+    Raises:
+        ValueError: 不是映射、未知的键（给出最近的名字），或坏值。
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}={data!r} must be a mapping of options")
+    known = list(get_type_hints(kind))
+    for key in data:
+        if key not in known:
+            raise ValueError(f"unknown model option '{where}.{key}'{nearest(str(key), known)}")
+    return kind(**data)
 
 
 def check_types(config: Any, prefix: str = "") -> None:

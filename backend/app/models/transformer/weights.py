@@ -105,20 +105,28 @@ def _norm_hint(config: GPT2Config, missing: list[str], extra: list[str]) -> str:
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """配置推出的名字与形状。只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层。
+    """配置推出的名字与形状，缓冲区也算。
 
-    图样没有权重，而两层放不下更长的循环，所以换成默认的。
+    只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层；有 MoE 层时，全是稠密层的与
+    全是 MoE 层的各造一次。图样没有权重，而两层放不下更长的循环，所以换成默认的。
     """
+    plain = config.replace(attention_pattern=None, use_sparse_attention=False)
+    few = min(config.n_layer, 2)
+    dense, mixed = _shapes(plain.dense().replace(n_layer=few)), {}
+    if config.moe_layers:
+        mixed = _shapes(plain.with_layers(few, range(few)))
+    shapes = {name: shape for name, shape in dense.items() if not name.startswith("h.")}
+    for layer in range(config.n_layer):
+        like = f"h.{min(layer, 1)}."
+        for name, shape in (mixed if layer in config.moe_layers else dense).items():
+            if name.startswith(like):
+                shapes[f"h.{layer}.{name.removeprefix(like)}"] = shape
+    return shapes
+
+
+def _shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     from .model import GPT2Model
 
-    two = config.replace(
-        n_layer=min(config.n_layer, 2), attention_pattern=None, use_sparse_attention=False
-    )
     with torch.device("meta"):
-        small = GPT2Model(two)
-    shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
-    ordinary = [name for name in shapes if name.startswith("h.1.")]
-    for layer in range(2, config.n_layer):
-        for name in ordinary:
-            shapes[f"h.{layer}.{name[4:]}"] = shapes[name]
-    return shapes
+        small = GPT2Model(config)
+    return {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}

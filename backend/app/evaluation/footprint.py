@@ -194,8 +194,8 @@ def _saved_per_token(config: GPT2Config, layer: int, dtype: torch.dtype) -> tupl
 
 
 def _hidden_copies(config: GPT2Config) -> int:
-    """激活函数的输入与输出；swiglu 另有门过 SiLU 的那一份。"""
-    return 4 if config.activation == "swiglu" else 2
+    """激活函数的输入与输出；swiglu 另有门过 SiLU 的那一份，relu 的反向只要输出。"""
+    return {"swiglu": 4, "relu": 1}.get(config.activation, 2)
 
 
 def _saved_by_experts(config: GPT2Config, dtype: torch.dtype) -> tuple[int, int]:

@@ -13,7 +13,15 @@ from torch import nn
 import app.models.transformer as transformer
 from app.evaluation import checks, structure, verify
 from app.evaluation.subject import MAX_PARAMETERS, Subject, count_parameters
-from app.models.transformer import GPT2Config, GPT2Model, KVCache, MoEConfig, masking, weights
+from app.models.transformer import (
+    GPT2Config,
+    GPT2Model,
+    KVCache,
+    MoEConfig,
+    masking,
+    pretrained,
+    weights,
+)
 from app.models.transformer import attend as attend_module
 from app.models.transformer import attention as attention_module
 from app.models.transformer import model as model_module
@@ -105,14 +113,14 @@ def untied_head(patch):
 
 def second_head(patch):
     """存盘时共享，读回来成了两份。"""
-    real = weights.load_model
+    real = pretrained.load_pretrained
 
     def load(*args):
         model = real(*args)
         model.spare = nn.Parameter(model.embed.wte.weight.detach().clone())
         return model
 
-    patch.setattr(weights, "load_model", load)
+    patch.setattr(pretrained, "load_pretrained", load)
 
 
 def dropout_in_eval(patch):

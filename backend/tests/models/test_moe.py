@@ -260,7 +260,7 @@ def test_gradients_of_a_layer_numerically() -> None:
         ctx = context(length=3)
         named = dict(zip(names, values, strict=True))
         y = torch.func.functional_call(layer, named, (x, ctx))
-        return torch.cat([y.flatten(), ctx.loads[0].balance[None], ctx.loads[0].z[None]])
+        return torch.cat([y.flatten(), ctx.load["load"].balance[None], ctx.load["load"].z[None]])
 
     inputs = [torch.randn(1, 3, 4, dtype=torch.float64), *(p.detach() for p in layer.parameters())]
     assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in inputs])
@@ -330,7 +330,7 @@ def test_the_order_of_the_experts_does_not_matter() -> None:
     x = torch.randn(1, 24, 32, dtype=torch.float64)
     one, two = context(), context()
     assert relative(layer(x, one), other(x, two)) < 1e-12
-    assert torch.equal(one.loads[0].load[order], two.loads[0].load)
+    assert torch.equal(one.load["load"].load[order], two.load["load"].load)
 
 
 def test_the_shared_expert_is_added() -> None:

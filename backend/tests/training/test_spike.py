@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from app.training import trainer as trainer_module
 from app.training.checkpoint import step_folder
 from app.training.spike import LEAST_RISE, NEEDED, NEW_LEVEL, SIGMAS, WINDOW, SpikeWatch
+from app.training.step import Sums
 
 from .conftest import Make, rows, same_weights, train
 
@@ -92,15 +92,15 @@ def inject(patch: pytest.MonkeyPatch, step: int, what: str) -> None:
         now[0] = self.step + 1
         plain(self)
 
-    def accumulate(model: Any, *args: Any) -> torch.Tensor:
-        loss = real(model, *args)
+    def accumulate(model: Any, *args: Any) -> Sums:
+        sums = real(model, *args)
         if now[0] != step:
-            return loss
+            return sums
         if what == "loss":
-            return loss * 100
+            return sums._replace(loss=sums.loss * 100)
         for p in model.parameters():
             p.grad.mul_(100)
-        return loss
+        return sums
 
     patch.setattr(trainer_module.Trainer, "_train_step", train_step)
     patch.setattr(trainer_module, "accumulate", accumulate)

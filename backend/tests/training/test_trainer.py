@@ -20,6 +20,7 @@ from app.training.config import ScheduleConfig
 from app.training.lock import LOCK, RunLocked, run_lock
 from app.training.schedule import learning_rate
 from app.training.signals import StopSignal
+from app.training.step import Sums
 from app.training.trainer import TrainingDiverged
 
 from .conftest import Make, rows, same_weights, train, weights
@@ -88,17 +89,17 @@ def _poison(patch: pytest.MonkeyPatch, steps: set[int], value: float, where: str
     """在指定的步里把损失、一个梯度或一个权重换成 value。"""
     real, calls = trainer_module.accumulate, [0]
 
-    def accumulate(model: Any, *args: Any) -> torch.Tensor:
+    def accumulate(model: Any, *args: Any) -> Sums:
         calls[0] += 1
         matrix = next(p for p in model.h["1"].parameters() if p.ndim == 2)
         if calls[0] in steps and where == "weight":
             matrix.data[0, 0] = value
-        loss = real(model, *args)
+        sums = real(model, *args)
         if calls[0] in steps and where == "loss":
-            return loss * value
+            return sums._replace(loss=sums.loss * value)
         if calls[0] in steps and where == "gradient":
             matrix.grad[0, 0] = value
-        return loss
+        return sums
 
     patch.setattr(trainer_module, "accumulate", accumulate)
 

@@ -134,9 +134,9 @@ def _special_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def _generation(raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """分词器之外的 id（填充符与空行）没有文字，生成时不许出现。"""
-    settings = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer is None:
         return {}
+    settings = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {**settings, "suppress_tokens": [*range(tokenizer.vocab_size, raw["vocab_size"])]}
 
 

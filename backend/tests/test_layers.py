@@ -32,7 +32,7 @@ LEVELS = {
     "moe": 7,
     "block": 8,
     "init": 9,
-    "weights": 10,
+    **dict.fromkeys(("weights", "upcycle"), 10),
     "model": 11,
     "factory": 12,
     "__init__": 13,

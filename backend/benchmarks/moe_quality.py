@@ -30,7 +30,7 @@ from app.training.schedule import learning_rate
 
 from .common import table, write_result
 
-BATCH, STEPS, FURTHER, PEAK = 8, 300, 200, 3e-3
+BATCH, STEPS, FURTHER, PEAK = 8, 240, 120, 3e-3
 RATE = 0.01
 SHAPE: dict[str, Any] = {
     "n_layer": 4, "n_head": 4, "n_embed": 192, "context_size": 128, "norm": "pre", "dropout": 0.0,
@@ -184,9 +184,9 @@ def report(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> No
     body = (
         f"Equal active products, equal tokens: {STEPS} steps of {tokens} tokens.\n\n"
         + table([*head, *losses, *tail], rows(EQUAL, "dense"))
-        + f"\n\nEqual further tokens: {FURTHER} steps after the dense run's {STEPS}, on the batches "
-        "that follow; from scratch has seen only these. Experts as wide as the dense MLP, so "
-        "top-2 multiplies twice as much in these layers.\n\n"
+        + f"\n\nEqual further tokens: {FURTHER} steps after the dense run's {STEPS}, on the "
+        "batches that follow; from scratch has seen only these. Experts as wide as the dense MLP, "
+        "so top-2 multiplies twice as much in these layers.\n\n"
         + table(
             [*head, *(f"before, seed {s}" for s in seeds), *losses, *tail],
             rows(ONWARD, "dense, going on"),

@@ -141,7 +141,20 @@ def test_importing_the_backbone_is_silent_and_pulls_in_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "prepare", "train", "sweep", "compare", "generate", "plan", "show", "verify"]
+    "command",
+    [
+        "",
+        "prepare",
+        "train",
+        "sweep",
+        "compare",
+        "generate",
+        "plan",
+        "show",
+        "verify",
+        "upcycle",
+        "experts",
+    ],
 )
 def test_help_answers_without_torch(command: str) -> None:
     done = run(

@@ -20,7 +20,9 @@ COMMANDS = {
     "generate": "continue prompts with a trained model",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
     "plan": "what will run: parameters, memory, attention backends and why",
-    "show": "draw attention maps and attention patterns",
+    "show": "draw attention maps, attention patterns and expert routing",
+    "upcycle": "turn a dense model into experts that compute the same, to train on",
+    "experts": "average a model's experts into a dense one, or prune those little used",
     "verify": "check a configuration: causality, cache, padding, counts, save and load",
 }
 

@@ -175,4 +175,3 @@ def _check_copies(config: GPT2Config) -> None:
             f"experts of width {config.expert_hidden} but the dense MLP is {config.mlp_hidden} "
             f"wide: only moe.hidden={config.mlp_hidden} makes an expert a whole dense MLP"
         )
-

@@ -22,7 +22,7 @@ from app.models.transformer.positions import Positions
 from .common import interleaved, table, write_result
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 4096, 768, 8, 2
-ROUNDS = 7
+ROUNDS = 11
 
 
 def config(activation: str, bias: bool, **moe: object) -> GPT2Config:

@@ -63,6 +63,14 @@ def test_the_python_of_the_attention_guide_runs() -> None:
     attention_guide(compiled=False)
 
 
+def test_the_python_of_the_moe_guide_runs() -> None:
+    names: dict[str, object] = {}
+    for kind, text in blocks(ROOT / "docs" / "moe.md"):
+        if kind == "python":
+            exec(text, names)
+    assert names["load"].shape == (3, 8)  # type: ignore[attr-defined]
+
+
 @pytest.mark.slow
 def test_the_whole_attention_guide_runs() -> None:
     attention_guide(compiled=True)

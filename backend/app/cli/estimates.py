@@ -110,6 +110,9 @@ def refusal(
         return text + f"use --micro-batch {micro} (the result stays the same)"
     one, given = config.replace(micro_batch=1), config.model.attention_pattern
     cycle = len(given) if isinstance(given, tuple) else 1
+    if config.model.moe_layers:
+        # 再少就没有 MoE 层，或名单里的层不在了。
+        cycle = max(cycle, config.model.moe_layers[-1 if config.model.moe.layers else 0] + 1)
     layers = largest(
         lambda n: n < cycle or fits(one.replace(model=config.model.replace(n_layer=n))),
         config.model.n_layer - 1,
@@ -140,12 +143,12 @@ def _probe(config: TrainConfig, runtime: Runtime, parameters: int) -> tuple[Esti
 def probe_rows(config: TrainConfig, runtime: Runtime) -> int:
     """试跑一次前向几条序列：GPU 上是整个微批，CPU 上以 _PROBE_FLOPS 为限。"""
     from app.evaluation.flops import flops_per_token
-    from app.training.probe import probe_layers
+    from app.training.probe import few_layers, probe_layers
 
     rows = config.micro_batch or config.batch_size
     if runtime.device.type != "cpu":
         return rows
-    small = config.model.replace(n_layer=probe_layers(config)[-1])
+    small = few_layers(config.model, probe_layers(config)[-1])
     passes = min(2, -(-config.batch_size // rows))
     row = flops_per_token(small).total * small.context_size * passes * _PROBE_STEPS
     return max(1, min(rows, int(_PROBE_FLOPS / row)))

@@ -132,7 +132,8 @@ def _notes(args: Args, config: TrainConfig) -> list[str]:
 
 
 def _summary(shape: GPT2Config, runtime: Runtime) -> Table:
-    from app.evaluation.sizes import FLOAT32_BYTES, parameters_by_part
+    from app.evaluation.sizes import FLOAT32_BYTES, active_parameters, parameters_by_part
+    from app.models.transformer.dispatch import explain_dispatch
 
     parts = parameters_by_part(shape)
     total = sum(parts.values())
@@ -144,6 +145,18 @@ def _summary(shape: GPT2Config, runtime: Runtime) -> Table:
         "norms": f"{shape.norm}, {shape.norm_type}",
         "head": "tied to the embedding: no weights of its own" if shape.tie_weights else "untied",
     }
+    if shape.moe_layers:
+        layers = layer_names(shape.moe_layers)
+        notes["router"] = f"{shape.moe.router}, top-{shape.moe_top_k} of {shape.moe_num_experts}"
+        notes["experts"] = f"width {shape.expert_hidden}, in layers {layers}"
+    experts: Table = []
+    found = explain_dispatch(shape, device=runtime.device, dtype=runtime.dtype)
+    if found is not None:
+        active = active_parameters(shape)
+        experts = [
+            ("active", f"{active:,} parameters", f"per token, {active / total:.0%} of all"),
+            ("dispatch", *found),
+        ]
     return [
         ("device", str(runtime.device), runtime.device_why),
         ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
@@ -153,7 +166,12 @@ def _summary(shape: GPT2Config, runtime: Runtime) -> Table:
             f"{shape.n_layer} layers, width {shape.n_embed}, context {shape.context_size:,}, "
             f"positions {shape.position}",
         ),
-        *((f"  {part}", f"{count:,}", notes[part]) for part, count in parts.items()),
+        *(
+            (f"  {part}", f"{count:,}", notes[part])
+            for part, count in parts.items()
+            if part in notes
+        ),
+        *experts,
         ("weights", size(total * FLOAT32_BYTES), "float32"),
     ]
 

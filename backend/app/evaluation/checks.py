@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,23 @@ def expected_parameters(subject: Subject) -> int:
     """V·d + C·d + 各层 + 各归一化；默认 pre 时即 V·d + C·d + L·(12d² + 13d) + 2d。"""
     c = subject.asked
     d, bias = c.n_embed, int(c.bias)
-    qkv, hidden = (c.n_head + 2 * c.kv_heads) * c.head_dim, c.mlp_hidden
-    up = hidden * (2 if c.activation == "swiglu" else 1)
-    products = (d * qkv + bias * qkv) + (d * d + bias * d) + (d * up + bias * up)
-    products += hidden * d + bias * d + (2 * c.head_dim if c.qk_norm else 0)
+    qkv = (c.n_head + 2 * c.kv_heads) * c.head_dim
+    products = (d * qkv + bias * qkv) + (d * d + bias * d) + (2 * c.head_dim if c.qk_norm else 0)
+
+    def mlp(hidden: int) -> int:
+        up = hidden * (2 if c.activation == "swiglu" else 1)
+        return (d * up + bias * up) + (hidden * d + bias * d)
+
+    mixed = len(c.moe_layers)
+    feeds = (c.n_layer - mixed) * mlp(c.mlp_hidden)
+    feeds += mixed * c.moe_num_experts * (mlp(c.expert_hidden) + d)
+    feeds += mixed * (mlp(c.shared_hidden) if c.moe.shared_experts else 0)
     norm = d * (1 + (bias if c.norm_type == "layernorm" else 0))
     norms = {"post": 2 * c.n_layer, "deepnorm": 2 * c.n_layer, "pre": 2 * c.n_layer + 1}
     norms["keel"] = 4 * c.n_layer - 1  # 每个子层内外两个，第一个注意力没有外面的
     tables = c.vocab_size * (1 if c.tie_weights else 2)
     tables += c.context_size if c.position == "learned" else 0
-    return tables * d + c.n_layer * products + norms[c.norm] * norm
+    return tables * d + c.n_layer * products + feeds + norms[c.norm] * norm
 
 
 def check_tying(subject: Subject) -> Result:
@@ -127,7 +135,7 @@ def check_causality(subject: Subject) -> Result:
         ids, other = subject.ids(2, length, trial), subject.ids(2, length, 100 + trial)
         cut = int(torch.randint(length, (), generator=torch.Generator().manual_seed(trial)))
         changed = torch.where(torch.arange(length) >= cut, other, ids)
-        before, after = (logits(subject.model, x) for x in (ids, changed))
+        before, after = (logits(subject.steady, x) for x in (ids, changed))
         if cut:
             leak = max(leak, gap(before[:, :cut], after[:, :cut]))
         if not torch.equal(ids, changed):
@@ -188,15 +196,15 @@ def check_padding(subject: Subject) -> Result:
     """左右填充：真词元处与单独时相同；填充处写什么号，一位也不影响。"""
     lengths = [subject.length(21), subject.length(8), 1]
     rows = [subject.ids(1, n, i)[0] for i, n in enumerate(lengths)]
-    alone = [logits(subject.model, row[None])[0] for row in rows]
+    alone = [logits(subject.steady, row[None])[0] for row in rows]
     worst, leak = 0.0, 0.0
     for side in (_left, _right):
         ids, mask = side(rows)
-        got = logits(subject.model, ids, attention_mask=mask)
+        got = logits(subject.steady, ids, attention_mask=mask)
         for i, wanted in enumerate(alone):
             worst = max(worst, relative(got[i][mask[i] == 1], wanted))
         junk = torch.where(mask == 1, ids, subject.ids_like(ids, 9))
-        other = logits(subject.model, junk, attention_mask=mask)
+        other = logits(subject.steady, junk, attention_mask=mask)
         leak = max(leak, gap(got[mask == 1], other[mask == 1]))
     ok = worst <= EXACT and leak == 0.0
     return ok, f"左右填充的相对误差 {worst:.1e}（限 1e-12），填充内容的影响 {leak:g}（要求恰为 0）"
@@ -209,11 +217,11 @@ def check_packing(subject: Subject) -> Result:
         return True, "不适用：context_size=1 放不下两个文档"
     first, second = subject.ids(2, half, 0), subject.ids(2, half, 1)
     segments = torch.tensor([[0] * half + [1] * half] * 2)
-    got = logits(subject.model, torch.cat([first, second], 1), segment_ids=segments)
+    got = logits(subject.steady, torch.cat([first, second], 1), segment_ids=segments)
     other = torch.cat([subject.ids(2, half, 2), second], 1)
-    changed = logits(subject.model, other, segment_ids=segments)
+    changed = logits(subject.steady, other, segment_ids=segments)
     leak = gap(got[:, half:], changed[:, half:])
-    parts = [logits(subject.model, part) for part in (first, second)]
+    parts = [logits(subject.steady, part) for part in (first, second)]
     worst = relative(got, torch.cat(parts, 1))
     ok = leak == 0.0 and worst <= EXACT
     return ok, f"前一文档的影响 {leak:g}（要求恰为 0），与单独算的相对误差 {worst:.1e}（限 1e-12）"
@@ -250,6 +258,27 @@ def check_backends(subject: Subject) -> Result:
         got, wanted = (logits(model, ids, **options)[real] for model in (fast, slow))
         worst = max(worst, relative(got, wanted))
     return worst <= EXACT, f"相对误差 {worst:.1e}（限 1e-12；因果、填充、打包）"
+
+
+def check_dispatch(subject: Subject) -> Result:
+    """各专家只算自己的词元，与每个专家算每个词元的参考相同：输出、负载与梯度。"""
+    config = subject.config
+    if not config.moe_layers:
+        return True, "不适用：没有专家"
+    ids, results = subject.ids(2, subject.length(24), 11), []
+    mask = torch.ones_like(ids)
+    mask[1, : ids.shape[1] // 2] = 0
+    for dispatch in ("sorted", "reference"):
+        model = subject.fresh(moe=replace(config.moe, dispatch=dispatch))
+        out = model(ids, targets=subject.ids_like(ids, 12), attention_mask=mask)
+        (out["loss"] + out["aux_loss"]).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((out["loss"].detach(), out["expert_load"], grads))
+    (loss, load, slope), (wanted, true_load, true_slope) = results
+    worst = max(relative(loss, wanted), relative(slope, true_slope))
+    ok = worst <= EXACT and torch.equal(load, true_load)
+    share = load.double() / load.sum(1, keepdim=True)
+    return ok, f"损失与梯度的相对误差 {worst:.1e}（限 1e-12），最忙的专家占 {share.max():.0%}"
 
 
 def check_loss(subject: Subject) -> Result:

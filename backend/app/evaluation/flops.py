@@ -2,8 +2,8 @@
 
     前向 = 2·W + 4·C·Σ_层 k        反向 = 2·前向
 
-W 进矩阵乘的权重数（词嵌入只查表，不算；输出头算，共享与否都一样），C 宽度，k 这一层每个
-查询平均看见的键数：分数 q·k 与加权的 v 各是每对 2·C。略去注意力就是 Kaplan et al. 2020
+W 进矩阵乘的权重数（词嵌入只查表，不算；输出头算，共享与否都一样；专家只算挑中的），C 宽度，
+k 这一层每个查询平均看见的键数：分数 q·k 与加权的 v 各是每对 2·C。略去注意力就是 Kaplan et al. 2020
 （arXiv:2001.08361 第 2.1 节）的 6N；PaLM（arXiv:2204.02311 附录 B）的 6N + 12·L·H·Q·T 连看不见的
 对也数，这里只数图样看得见的。为省内存而重算的不数，与 PaLM 的 MFU 一致。
 """
@@ -50,11 +50,10 @@ class Flops:
 
 def product_weights(config: GPT2Config) -> int:
     """每个词元都要乘一遍的权重数：各层的矩阵与输出头。"""
-    blocks = sum(
-        math.prod(shape)
-        for name, shape in expected_shapes(config).items()
-        if len(shape) == 2 and name.startswith("h.")
-    )
+    blocks = 0
+    for name, shape in expected_shapes(config).items():
+        if name.startswith("h.") and name.endswith(".weight") and len(shape) >= 2:
+            blocks += math.prod(shape[-2:]) * (config.moe_top_k if len(shape) == 3 else 1)
     return blocks + config.vocab_size * config.n_embed
 
 

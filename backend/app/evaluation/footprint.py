@@ -16,9 +16,8 @@ from app.models.transformer.backends import explain_backends
 from app.models.transformer.block import residual_plan
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.loss import CHUNK_BYTES
-from app.models.transformer.weights import expected_shapes
 
-from .sizes import FLOAT32_BYTES
+from .sizes import FLOAT32_BYTES, parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,11 @@ def footprint(
     Raises:
         ValueError: 点名的后端做不了训练。
     """
-    shapes = expected_shapes(config)
+    shapes = parameter_shapes(config)
     weights = FLOAT32_BYTES * sum(map(math.prod, shapes.values()))
     matrices = [FLOAT32_BYTES * n for n in _block_matrices(shapes)]
+    hidden = config.moe_top_k * config.expert_hidden + config.shared_hidden
+    hidden = max(hidden if config.moe_layers else 0, config.mlp_hidden)
     tokens, narrow = rows * config.context_size, dtype.itemsize
     return Footprint(
         weights=weights,
@@ -79,7 +80,7 @@ def footprint(
         activations=activation_bytes(config, rows=rows, device=device, dtype=dtype),
         logits=_logits(config, tokens),
         # 前馈的隐层与它的输入各一份梯度。
-        working=tokens * narrow * 2 * config.mlp_hidden,
+        working=tokens * narrow * 2 * hidden,
         # 正交化之前的更新，另加同形的矩阵叠成的一摞与迭代里的两份。
         updating=sum(matrices) + 3 * max(matrices) * config.n_layer if muon else 0,
         head=FLOAT32_BYTES * config.vocab_size * config.n_embed,
@@ -113,16 +114,19 @@ def activation_bytes(
         total += len(choice.layers) * maps
     if dtype != torch.float32:
         # autocast 把矩阵另存一份低精度的，反向完了才放。
-        total += narrow * sum(_block_matrices(expected_shapes(config)))
+        total += narrow * sum(_block_matrices(parameter_shapes(config)))
     return total
 
 
 def _block_matrices(shapes: dict[str, tuple[int, ...]]) -> list[int]:
-    """各块里每个矩阵的权重数。"""
+    """各块里每个矩阵（叠起来的专家算一个）的权重数；路由器不算，它总在 float32 里、用 AdamW。"""
     return [
         math.prod(shape)
         for name, shape in shapes.items()
-        if len(shape) == 2 and name.startswith("h.")
+        if name.startswith("h.")
+        and name.endswith(".weight")
+        and len(shape) >= 2
+        and ".router." not in name
     ]
 
 
@@ -137,11 +141,11 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 
 def _saved_per_token(config: GPT2Config, layer: int, dtype: torch.dtype) -> tuple[int, int]:
     """(计算精度的, float32 的) 数，一层、一个词元。"""
-    width, groups, hidden = config.n_embed, config.kv_heads * config.head_dim, config.mlp_hidden
+    width, groups = config.n_embed, config.kv_heads * config.head_dim
     norms = sum(plan.inner + plan.outer for plan in residual_plan(config, layer))
     wide = norms * (width + _statistics(config))
-    # c_attn 的输入、q k v、注意力的输出（也是 c_proj 的输入）、c_fc 的输入。
-    narrow = width + (width + 2 * groups) + width + width
+    # c_attn 的输入、q k v、注意力的输出（也是 c_proj 的输入）。
+    narrow = width + (width + 2 * groups) + width
     if config.position == "rope" or config.qk_norm:
         narrow += width + groups
     if config.qk_norm:
@@ -152,11 +156,31 @@ def _saved_per_token(config: GPT2Config, layer: int, dtype: torch.dtype) -> tupl
             # autocast 把 q 与 k 升到 float32 再规范化。
             wide += width + groups
     wide += config.n_head
-    # 激活函数的输入与输出；swiglu 另有门过 SiLU 的那一份。
-    narrow += (4 if config.activation == "swiglu" else 2) * hidden
+    if layer in config.moe_layers:
+        more_narrow, more_wide = _saved_by_experts(config, dtype)
+        narrow, wide = narrow + more_narrow, wide + more_wide
+    else:
+        narrow += width + _hidden_copies(config) * config.mlp_hidden
     if config.dropout:
         narrow += 2 * width
     return narrow, wide
+
+
+def _hidden_copies(config: GPT2Config) -> int:
+    """激活函数的输入与输出；swiglu 另有门过 SiLU 的那一份。"""
+    return 4 if config.activation == "swiglu" else 2
+
+
+def _saved_by_experts(config: GPT2Config, dtype: torch.dtype) -> tuple[int, int]:
+    """同上，一个 MoE 层的前馈。"""
+    k, width, mixed = config.moe_top_k, config.n_embed, dtype != torch.float32
+    # 每个词元抄成 k 份进各自的专家，出来的 k 份在乘权重之前留着。
+    narrow = k * (2 * width + _hidden_copies(config) * config.expert_hidden)
+    if config.moe.shared_experts:
+        narrow += _hidden_copies(config) * config.shared_hidden + width * mixed
+        narrow += width * bool(config.dropout)
+    # 路由器的输入（就是前馈的输入）与各种打分：softmax、logsumexp、挑中的权重。
+    return narrow, width + 2 * config.moe_num_experts + 1 + 3 * k
 
 
 def _statistics(config: GPT2Config) -> int:

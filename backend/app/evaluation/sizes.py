@@ -9,7 +9,9 @@ from app.models.transformer.cache import KVCache, Quantize
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.weights import expected_shapes
 
-PARTS = ("embedding", "attention", "mlp", "norms", "head")
+PARTS = ("embedding", "attention", "mlp", "router", "experts", "norms", "head")
+# 随权重存取而不训练的张量。
+BUFFERS = ("selection_bias",)
 FLOAT32_BYTES = 4
 
 
@@ -22,11 +24,26 @@ class CacheSize:
 
 
 def parameters_by_part(config: GPT2Config) -> dict[str, int]:
-    """{部分: 参数量}，按 PARTS 的次序；共享权重时 head 是 0。"""
+    """{部分: 参数量}，按 PARTS 的次序；没有的部分（共享权重时的 head、没有专家）是 0。"""
     counts = dict.fromkeys(PARTS, 0)
-    for name, shape in expected_shapes(config).items():
+    for name, shape in parameter_shapes(config).items():
         counts[_part(name)] += math.prod(shape)
     return counts
+
+
+def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """expected_shapes 里会训练的那些。"""
+    return {
+        name: shape for name, shape in expected_shapes(config).items() if not name.endswith(BUFFERS)
+    }
+
+
+def active_parameters(config: GPT2Config) -> int:
+    """一个词元用到的参数量；等于 GPT2Model.active_parameters。"""
+    counts = parameters_by_part(config)
+    experts = counts.get("experts", 0)
+    used = experts * config.moe_top_k // config.moe_num_experts if experts else 0
+    return sum(counts.values()) - experts + used
 
 
 def cache_sizes(
@@ -39,7 +56,7 @@ def cache_sizes(
     """
     patterns = tuple(dict.fromkeys(config.patterns))
     # 同一图样的层一样大，所以每种只在 meta 设备上造一层。
-    one_each = config.replace(
+    one_each = config.dense().replace(
         n_layer=len(patterns),
         attention_pattern=tuple(map(str, patterns)),
         use_sparse_attention=False,
@@ -60,4 +77,6 @@ def _part(name: str) -> str:
         return "embedding"
     if any(word.startswith("ln_") or word.endswith("_norm") for word in words):
         return "norms"
+    if words[3] in ("router", "experts"):
+        return "router" if words[3] == "router" else "experts"
     return {"attn": "attention", "mlp": "mlp"}[words[2]]

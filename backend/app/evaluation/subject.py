@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 
 # 双精度的检查要做几百次前向；更大的模型不会查出别的错，只会更慢。
 MAX_PARAMETERS = 20_000_000
@@ -34,7 +35,7 @@ class Subject:
         config = _shrink(asked)
         names = (
             "vocab_size", "context_size", "n_layer", "n_head", "n_kv_head", "n_embed",
-            "attention_pattern",
+            "attention_pattern", "moe_layers", "expert_hidden",
         )  # fmt: skip
         changes = [
             f"{name} {getattr(asked, name)}→{getattr(config, name)}"
@@ -48,6 +49,16 @@ class Subject:
     def model(self) -> GPT2Model:
         """双精度、eval、种子固定；检查不得改动它的权重。"""
         return self.fresh()
+
+    @cached_property
+    def steady(self) -> GPT2Model:
+        """同一个模型，给要求逐位相同的检查：有专家时每个专家算每个词元。
+
+        别的分派里一个专家有几行要看其余的词元，矩阵乘换了形状，末位就可能不同。
+        """
+        if not self.config.moe_layers:
+            return self.model
+        return self.fresh(moe=dataclasses.replace(self.config.moe, dispatch="reference"))
 
     def fresh(self, **changes: object) -> GPT2Model:
         """同一种子的新模型；changes 覆盖配置里不改变权重的字段。"""
@@ -80,13 +91,16 @@ def _shrink(config: GPT2Config) -> GPT2Config:
     small = config.replace(vocab_size=min(config.vocab_size, MAX_VOCAB))
     if _size(small) <= MAX_PARAMETERS:
         return small
-    context = max(_MAX_CONTEXT, _widest(config))
+    context = max(_MAX_CONTEXT, _widest(config), _room(config))
     small = small.replace(context_size=min(config.context_size, context))
     room = MAX_PARAMETERS - _count(small, 1)
     cycle = tuple(dict.fromkeys(config.patterns)) if config.attention_pattern else ()
     layers = min(config.n_layer, max(2, len(cycle), 1 + room // block_size(small)))
     if layers < config.n_layer:
-        small = small.replace(n_layer=layers, attention_pattern=cycle or None)
+        small = small.replace(attention_pattern=None, use_sparse_attention=False)
+        small = small.with_layers(layers).replace(
+            attention_pattern=cycle or None, use_sparse_attention=config.use_sparse_attention
+        )
     group = config.n_head // config.kv_heads
     while _size(small) > MAX_PARAMETERS and small.n_head > group:
         heads = max(group, small.n_head // 2 // group * group)
@@ -94,8 +108,26 @@ def _shrink(config: GPT2Config) -> GPT2Config:
             n_head=heads,
             n_kv_head=None if config.n_kv_head is None else heads // group,
             n_embed=heads * config.head_dim,
+            moe=_narrower(small.moe, small.n_head // heads),
         )
     return small
+
+
+def _narrower(moe: MoEConfig, times: int) -> MoEConfig:
+    """写明的专家宽度随模型的宽度缩。"""
+    return dataclasses.replace(
+        moe,
+        hidden=None if moe.hidden is None else max(1, moe.hidden // times),
+        shared_hidden=None if moe.shared_hidden is None else max(1, moe.shared_hidden // times),
+    )
+
+
+def _room(config: GPT2Config) -> int:
+    """容量放得下一个词元要多长的上下文。"""
+    factor = config.moe.capacity_factor
+    if factor is None:
+        return 1
+    return math.ceil(config.moe_num_experts / (factor * config.moe_top_k))
 
 
 def _widest(config: GPT2Config) -> int:
@@ -118,6 +150,6 @@ def block_size(config: GPT2Config) -> int:
 
 
 def _count(config: GPT2Config, layers: int) -> int:
-    """换了层数的参数量；图样没有参数，而循环可能比这几层长，所以拿掉。"""
+    """换了层数的参数量，有专家就每层都有；图样没有参数，而循环可能比这几层长，所以拿掉。"""
     plain = config.replace(attention_pattern=None, use_sparse_attention=False)
-    return count_parameters(plain.replace(n_layer=layers))
+    return count_parameters(plain.with_layers(layers, range(layers)))

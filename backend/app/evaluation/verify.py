@@ -10,7 +10,7 @@ import torch
 
 from app.evaluation import checks, structure
 from app.evaluation.subject import Subject
-from app.models.transformer import GPT2Config
+from app.models.transformer import GPT2Config, MoEConfig
 
 Result = tuple[bool, str]
 Check = tuple[str, Callable[[], Result]]
@@ -35,6 +35,7 @@ BEHAVIOUR: tuple[tuple[str, Callable[[Subject], Result]], ...] = (
     ("成批等于单独", checks.check_batch),
     ("评估时没有 dropout", checks.check_eval_mode),
     ("SDPA 等于参考实现", checks.check_backends),
+    ("专家的分派等于参考实现", checks.check_dispatch),
     ("分块损失等于整体", checks.check_loss),
     ("梯度到达每个参数", checks.check_gradients),
     ("存取逐位相同", checks.check_saving),
@@ -50,6 +51,7 @@ def verify_implementation(say: Say = print) -> bool:
         base.replace(norm="deepnorm", bias=False),
         base.replace(norm="keel", n_kv_head=2, qk_norm=True, activation="swiglu"),
         base.replace(tie_weights=False, norm_type="rmsnorm", position="none"),
+        base.replace(moe_num_experts=4, moe=MoEConfig(router="sigmoid", shared_experts=1, every=2)),
     )
     subjects = [Subject.of(config) for config in variants]
     behaviour = [(title, partial(_worst, check, subjects)) for title, check in BEHAVIOUR]

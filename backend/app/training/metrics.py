@@ -46,6 +46,7 @@ class Metrics:
     """追加写。写不下去（盘满）时警告一次，训练照常。
 
     行的 kind："train" 完成了第 step 步；"skipped" 那一步没有更新；"groups" 那一步各层组的梯度；
+    "moe" 那一步各 MoE 层的负载；
     "eval"、"memory"、"sample" 做完 step 步后的验证、内存、样文。
     JSON 没有 NaN，非有限数写成 null。
     """

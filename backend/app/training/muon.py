@@ -34,7 +34,7 @@ class MuonAdamW(torch.optim.Optimizer):
     p 先乘 1 - lr·weight_decay，这里的 lr 不带形状的缩放。
 
     Args:
-        matrices: Muon 的组：params 都是矩阵，parts 是各矩阵按行分成几块的行数，
+        matrices: Muon 的组：params 都是矩阵（或叠起来的），parts 是各矩阵按行分成几块的行数，
             另有 lr 与 weight_decay。
         adamw: 管其余参数的 AdamW。
     """
@@ -62,7 +62,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             direction = self._nesterov(matrix)
             matrix.mul_(1 - lr * group["weight_decay"])
-            pairs = zip(matrix.split(rows), direction.split(rows), strict=True)
+            # 叠起来的专家 (E, A, B) 当作 E·A 行。
+            flat, wanted_flat = matrix.view(-1, matrix.shape[-1]), direction.flatten(0, -2)
+            pairs = zip(flat.split(rows), wanted_flat.split(rows), strict=True)
             for part, wanted in pairs:
                 by_shape.setdefault(part.shape, []).append((part, wanted))
         # 同形的叠在一起做：小模型里时间全在一次次的调用上。
@@ -72,7 +74,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 part.add_(update, alpha=-lr * ADAMW_RMS * math.sqrt(max(shape)))
 
     def _nesterov(self, matrix: Tensor) -> Tensor:
-        """(A, B) 的动量，向前多看一步。"""
+        """矩阵的动量，向前多看一步。"""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -81,14 +82,22 @@ class Estimate:
 
 
 def probe_layers(config: TrainConfig) -> tuple[int, ...]:
-    """量几层的模型：一轮与两轮图样；层数不比那更多就只量整个模型。"""
+    """量几层的模型：一轮与两轮图样（与 MoE 层的间隔）；层数不比那更多就只量整个模型。"""
     cycle = len(dict.fromkeys(config.model.patterns))
     given = config.model.attention_pattern
     if isinstance(given, tuple):
         cycle = len(given)
+    cycle = math.lcm(cycle, config.model.moe.every)
     if config.model.n_layer <= max(_WHOLE, 2 * cycle):
         return (config.model.n_layer,)
     return cycle, 2 * cycle
+
+
+def few_layers(model: GPT2Config, layers: int) -> GPT2Config:
+    """layers 层的模型。MoE 层不是等距的，就每层都是：运算量相近，内存只会估多。"""
+    if layers == model.n_layer or not (model.moe.layers or model.moe.first_dense):
+        return model.replace(n_layer=layers)
+    return model.with_layers(layers, range(layers))
 
 
 def probe(config: TrainConfig, parameters: int, *, rows: int, limit: float) -> Estimate:
@@ -168,7 +177,7 @@ def _measure(config: TrainConfig, layers: int, rows: int) -> Measured:
     clock = Clock(runtime.device)
     _touch_everything(config, runtime)
     base = clock.resident()
-    model = GPT2Model(config.model.replace(n_layer=layers)).to(runtime.device).train()
+    model = GPT2Model(few_layers(config.model, layers)).to(runtime.device).train()
     optimizer, _ = build_optimizer(model, config.optim)
     clock.watch(model)
     # 从第二次前向起梯度已经在了，第三次起就与第二次一样。

@@ -30,7 +30,13 @@ REPORT = "report.html"
 _REST = 50.0
 _MOST_SAMPLES, _MOST_EVENTS = 24, 200
 _SPEED_POINTS = 200
-_QUIET_KINDS = {"eval", "sample", "memory", "groups"}
+_EXPERT_CHARTS = (
+    ("max_vio", "Busiest expert", "load over the mean - 1"),
+    ("entropy", "Balance of the experts", "entropy of the load, 1 = even"),
+    ("drop_rate", "Dropped by capacity", "part of the choices"),
+    ("dead", "Experts without a token", "in one step"),
+)
+_QUIET_KINDS = {"eval", "sample", "memory", "groups", "moe"}
 
 
 class Reporter:
@@ -157,6 +163,11 @@ def charts(history: History, facts: Facts | None) -> list[Chart]:
     if facts is not None and facts.unigram is not None:
         levels.append((f"token frequencies alone: {facts.unigram:.3f}", facts.unigram))
     memory = history.of("memory")
+    experts = [
+        chart(title, label, *_expert_lines(history, name))
+        for name, title, label in _EXPERT_CHARTS
+        if history.of("moe")
+    ]
     return [
         chart(
             "Loss", "nats per token",
@@ -168,6 +179,7 @@ def charts(history: History, facts: Facts | None) -> list[Chart]:
         chart("Learning rate", "", Line("", step, rate, 2)),
         chart("Gradient norm", "before clipping", Line("", step, norm, 3), log=True),
         chart("Gradient norm by layer", "before clipping", *_group_lines(history), log=True),
+        *experts,
         chart("Speed", "tokens/s", Line("", *speeds(history), 4)),
         chart("Peak memory", "GiB", *_memory_lines(memory)),
     ]  # fmt: skip
@@ -189,14 +201,29 @@ def speeds(history: History, most: int = _SPEED_POINTS) -> tuple[np.ndarray, np.
 
 
 def _group_lines(history: History) -> Iterable[Line]:
-    """各块由浅到深一串渐变的颜色；块多时图例只写首尾两块。"""
     rows = [row for row in history.of("groups") if isinstance(row.get("norms"), dict)]
-    names = list(dict.fromkeys(name for row in rows for name in row["norms"]))
+    yield from _layer_lines([(row["step"], row["norms"]) for row in rows])
+
+
+def _expert_lines(history: History, name: str) -> Iterable[Line]:
+    """每个 MoE 层一条线。"""
+    rows = [row for row in history.of("moe") if isinstance(row.get("layers"), dict)]
+    yield from _layer_lines(
+        [
+            (row["step"], {f"block {i}": one.get(name) for i, one in row["layers"].items()})
+            for row in rows
+        ]
+    )
+
+
+def _layer_lines(rows: list[tuple[int, dict[str, Any]]]) -> Iterable[Line]:
+    """rows 是 (步, {名字: 值})。各块由浅到深一串渐变的颜色；块多时图例只写首尾两块。"""
+    names = list(dict.fromkeys(name for _, values in rows for name in values))
     blocks = [name for name in names if name.startswith("block ")]
     named = set(blocks) if len(blocks) <= 6 else {blocks[0], blocks[-1]}
     others = 0
     for name in names:
-        seen = [(row["step"], row["norms"][name]) for row in rows if name in row["norms"]]
+        seen = [(step, values[name]) for step, values in rows if name in values]
         points = np.array([(s, np.nan if v is None else v) for s, v in seen], dtype=float)
         color: int | str
         if name in blocks:

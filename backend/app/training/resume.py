@@ -17,7 +17,10 @@ SILENT = {
     "sample_tokens", "save_every", "keep_last", "data.folder", "tensorboard", "init_from",
 }  # fmt: skip
 # 模型里可以变的：不改变权重的形状与含义。
-_MODEL_FREE = {"model.dropout", "model.attention_backend"}
+_MODEL_FREE = {
+    "model.dropout", "model.attention_backend", "model.moe.dispatch", "model.moe.jitter_noise",
+    "model.moe.aux_loss_coef", "model.moe.z_loss_coef", "model.moe.bias_update_rate",
+}  # fmt: skip
 # 决定优化器状态里有什么。
 _STATE_SHAPE = {"optim.name"}
 

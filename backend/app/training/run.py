@@ -17,6 +17,7 @@ from app.data.files import write_atomic
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
 from app.models.transformer.backends import explain_backends
+from app.models.transformer.dispatch import explain_dispatch
 
 from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
@@ -209,6 +210,7 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
                 shape, device=runtime.device, dtype=runtime.dtype, training=True
             )
         ),
+        *_experts(trainer),
         (
             "model",
             f"{model.num_parameters():,} parameters",
@@ -227,6 +229,23 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
             f"{total:,} tokens, {epochs:.2f} times the data in {config.data.folder}",
         ),
         ("threads", str(torch.get_num_threads()), f"of {os.cpu_count()} processors; {_waiting()}"),
+    ]
+
+
+def _experts(trainer: Trainer) -> Plan:
+    shape, runtime = trainer.config.model, trainer.runtime
+    found = explain_dispatch(shape, device=runtime.device, dtype=runtime.dtype)
+    if found is None:
+        return []
+    active = trainer.model.active_parameters()
+    of = f"{len(shape.moe_layers)} of {shape.n_layer} layers, {shape.moe.router}"
+    return [
+        ("dispatch", *found),
+        (
+            "experts",
+            f"{shape.moe_num_experts}, top-{shape.moe_top_k}",
+            f"{of}, width {shape.expert_hidden}; {active:,} parameters active per token",
+        ),
     ]
 
 

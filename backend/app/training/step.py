@@ -6,6 +6,7 @@ B 批大小，T 上下文长度。
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,26 +19,51 @@ from .runtime import Runtime
 IGNORE = -100
 
 
+class Sums(NamedTuple):
+    """一批的结果，都不带图。
+
+    Attributes:
+        loss: 标量，语言模型的平均损失；aux_loss：标量，均衡损失（没有 MoE 层为 0）。
+        load: (M, E) 与 dropped (M,)：M 个 MoE 层各微批之和；没有 MoE 层为 None。
+    """
+
+    loss: Tensor
+    aux_loss: Tensor
+    load: Tensor | None
+    dropped: Tensor | None
+
+
 def accumulate(
     model: GPT2Model, inputs: np.ndarray, targets: np.ndarray, micro: int, runtime: Runtime
-) -> Tensor:
-    """对 (B, T) 的一批求梯度，加进 .grad；返回整批的平均损失（标量，不带图）。
+) -> Sums:
+    """对 (B, T) 的一批求梯度，加进 .grad。
 
     每个微批的平均损失乘以它的有效词元占全批的份额：先各自平均再平均，
     会在长短不一时算错（transformers #34191 即此）。
+
+    均衡损失按微批定义：各微批在自己的词元上算，再按同样的份额平均。它是两个平均的乘积，所以切法
+    不同值也不同（与 transformers、Megatron 的做法一致）；负载则是整批的。
     """
     valid = int(np.count_nonzero(targets != IGNORE)) or 1
-    total = torch.zeros((), device=runtime.device)
+    total, aux = torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
+    load = dropped = None
     for first in range(0, len(inputs), micro):
         x = torch.from_numpy(inputs[first : first + micro]).to(runtime.device, non_blocking=True)
         part = targets[first : first + micro]
         y = torch.from_numpy(part).to(runtime.device, non_blocking=True)
         with runtime.autocast():
-            loss = model(x, targets=y)["loss"]
-        loss = loss * (int(np.count_nonzero(part != IGNORE)) / valid)
-        loss.backward()
+            out = model(x, targets=y)
+        share = int(np.count_nonzero(part != IGNORE)) / valid
+        loss = wanted = out["loss"] * share
+        if "aux_loss" in out:
+            wanted = loss + out["aux_loss"] * share
+            aux = aux + out["aux_loss"].detach() * share
+            load = out["expert_load"] if load is None else load + out["expert_load"]
+            lost = out["expert_dropped"]
+            dropped = lost if dropped is None else dropped + lost
+        wanted.backward()
         total = total + loss.detach()
-    return total
+    return Sums(total, aux, load, dropped)
 
 
 def first_bad_weight(model: GPT2Model) -> str | None:

@@ -10,7 +10,12 @@ from .checkpoint import Tell
 from .metrics import METRICS, read_metrics
 
 EVENTS = "tensorboard"
-_TRAIN = {"loss": "loss/train", "grad_norm": "gradient/norm", "lr": "learning rate"}
+_TRAIN = {
+    "loss": "loss/train",
+    "aux_loss": "loss/experts",
+    "grad_norm": "gradient/norm",
+    "lr": "learning rate",
+}
 
 
 def require_tensorboard() -> None:
@@ -60,6 +65,12 @@ class TensorBoard:
             values["speed/seconds per step"] = row.get("seconds")
         elif kind == "eval":
             values = {"loss/validation": row.get("loss")}
+        elif kind == "moe":
+            values = {
+                f"experts {name}/layer {layer}": one[name]
+                for layer, one in row["layers"].items()
+                for name in ("max_vio", "entropy", "drop_rate", "dead")
+            }
         elif kind == "groups":
             values = {f"gradient/{name}": value for name, value in row["norms"].items()}
         elif kind == "memory":

@@ -19,6 +19,7 @@ from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 
+from .balance import balance_row, update_selection_bias
 from .checkpoint import (
     BEST,
     CheckpointError,
@@ -44,6 +45,7 @@ from .signals import StopSignal
 from .spike import SpikeWatch
 from .state import fill_checkpoint
 from .step import (
+    Sums,
     accumulate,
     expected_initial_loss,
     first_bad_place,
@@ -129,10 +131,11 @@ class Trainer:
             group["lr"] = self._learning_rate(group["initial_lr"])
         inputs, targets = self.sampler.batch(self.data, self.step)
         with memory_error(self.micro, self.config):
-            mean = accumulate(self.model, inputs, targets, self.micro, self.runtime)
+            sums = accumulate(self.model, inputs, targets, self.micro, self.runtime)
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             # 每步只在这里与设备同步一次。
-            loss, size = torch.stack((mean, norm.to(mean.dtype))).tolist()
+            three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
+            loss, size, aux = torch.stack(three).tolist()
             good = math.isfinite(loss) and math.isfinite(size)
             if good and _due(self.step, self.config.eval_every):
                 norms = gradient_norms(self.model.named_parameters())
@@ -142,11 +145,13 @@ class Trainer:
                 if optim.grad_clip:
                     nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
                 self.optimizer.step()
+                if sums.load is not None:
+                    update_selection_bias(self.model, sums.load)
         where = "" if good else first_bad_place(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += inputs.size
-        self._record(loss, size, lr, time.perf_counter() - start)
+        self._record(loss, size, lr, time.perf_counter() - start, sums, aux)
         self._count_bad(good, where)
         if spike:
             self._note_spike(spike)
@@ -158,9 +163,17 @@ class Trainer:
         config = self.config
         return learning_rate(self.step, peak=peak, steps=config.steps, schedule=config.schedule)
 
-    def _record(self, loss: float, norm: float, lr: float, seconds: float) -> None:
+    def _record(
+        self, loss: float, norm: float, lr: float, seconds: float, sums: Sums, aux: float
+    ) -> None:
         row = {"kind": "train", "step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
-        self.metrics.write(row | {"tokens": self.tokens, "seconds": round(seconds, 6)})
+        row |= {"tokens": self.tokens, "seconds": round(seconds, 6)}
+        if sums.load is not None and sums.dropped is not None:
+            row["aux_loss"] = aux
+            if _due(self.step - 1, self.config.eval_every):
+                layers = balance_row(self.config.model.moe_layers, sums.load, sums.dropped)
+                self.metrics.write({"kind": "moe", "step": self.step, "layers": layers})
+        self.metrics.write(row)
         if self.step == 1:
             self.progress.tell(initial_loss_line(self.model, loss, self.expected_loss))
         self.progress.step(self.step, loss, lr, seconds)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.evaluation.flops import flops_per_token, product_weights
-from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 
 from ..models.helpers import VARIANTS, tiny_config, tokens
 
@@ -30,6 +30,16 @@ def test_the_six_n_rule() -> None:
     config = GPT2Config(norm="pre", bias=False, tie_weights=False)
     found = flops_per_token(config)
     assert 3 * found.dense == 6 * product_weights(config)
+
+
+def test_only_the_chosen_experts_count() -> None:
+    """默认的宽度下，k 个专家的乘法就是稠密前馈的，另加路由器。"""
+    dense = tiny_config()
+    mixed = dense.replace(moe_num_experts=8, moe=MoEConfig(layers=(0, 2)))
+    assert product_weights(mixed) == product_weights(dense) + 2 * 8 * 32
+    shared = mixed.replace(moe=MoEConfig(layers=(1,), hidden=40, shared_experts=1))
+    changed = 2 * 32 * (3 * 40 - dense.mlp_hidden) + 8 * 32
+    assert product_weights(shared) == product_weights(dense) + changed
 
 
 def test_only_visible_pairs_count() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.evaluation.sizes import PARTS, cache_sizes, parameters_by_part
+from app.evaluation.sizes import PARTS, active_parameters, cache_sizes, parameters_by_part
 from app.models.transformer import GPT2Config, KVCache
 
 from ..models.helpers import VARIANTS, tiny_config, tiny_model
@@ -22,7 +22,11 @@ def test_the_parts_add_up_to_the_model(name: str) -> None:
     assert parts["attention"] == sum(
         p.numel() for n, p in model.named_parameters() if ".attn.c_" in n
     )
-    assert parts["mlp"] == sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
+    feeds = {n: p.numel() for n, p in model.named_parameters() if ".mlp." in n}
+    assert parts["mlp"] + parts["router"] + parts["experts"] == sum(feeds.values())
+    for part in ("router", "experts"):
+        assert parts[part] == sum(n for name, n in feeds.items() if f".{part}." in name)
+    assert active_parameters(model.config) == model.active_parameters()
     assert parts["norms"] == sum(
         p.numel() for n, p in model.named_parameters() if "ln_" in n or "_norm" in n
     )

@@ -13,7 +13,7 @@ from torch import nn
 import app.models.transformer as transformer
 from app.evaluation import checks, structure, verify
 from app.evaluation.subject import MAX_PARAMETERS, Subject, count_parameters
-from app.models.transformer import GPT2Config, GPT2Model, KVCache, masking, weights
+from app.models.transformer import GPT2Config, GPT2Model, KVCache, MoEConfig, masking, weights
 from app.models.transformer import attend as attend_module
 from app.models.transformer import attention as attention_module
 from app.models.transformer import model as model_module
@@ -53,6 +53,8 @@ def failures(config: GPT2Config = SMALL) -> dict[str, str]:
         {"position": "none", "tie_weights": False, "dropout": 0.0},
         {"attention_backend": "reference", "activation": "relu2"},
         {"n_layer": 1, "n_head": 1, "n_embed": 8, "context_size": 1, "vocab_size": 2},
+        {"moe_num_experts": 4, "moe": MoEConfig(router="sigmoid", shared_experts=1, layers=(1,))},
+        {"moe_num_experts": 3, "norm": "keel", "activation": "swiglu", "position": "rope"},
     ],
 )
 def test_the_real_model_passes_every_check(changes):

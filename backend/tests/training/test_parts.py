@@ -160,7 +160,7 @@ def test_optimizer_matches_the_plain_formula() -> None:
 def _gradients(micro: int, targets: np.ndarray, inputs: np.ndarray) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
     model = GPT2Model(tiny()).double()
-    loss = accumulate(model, inputs, targets, micro, CPU)
+    loss = accumulate(model, inputs, targets, micro, CPU).loss
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return float(loss), flat
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -187,6 +188,15 @@ class GPT2Config:
         """各共享专家的宽度之和：并排的几个专家就是一个宽的前馈。"""
         each = self.expert_hidden if self.moe.shared_hidden is None else self.moe.shared_hidden
         return self.moe.shared_experts * each
+
+    def with_layers(self, n_layer: int, moe_layers: Iterable[int] | None = None) -> GPT2Config:
+        """换成更少的层数；哪些是 MoE 照 moe_layers，或照原来的（一层也不剩时取最后一层）。"""
+        if not self.moe_layers:
+            return self.replace(n_layer=n_layer)
+        kept = tuple(i for i in self.moe_layers if i < n_layer) or (n_layer - 1,)
+        chosen = kept if moe_layers is None else tuple(moe_layers)
+        moe = dataclasses.replace(self.moe, layers=chosen, every=1, first_dense=0)
+        return self.replace(n_layer=n_layer, moe=moe)
 
     def dense(self) -> GPT2Config:
         """同样的形状，前馈都是稠密的。"""

@@ -28,13 +28,13 @@ class Groups:
 
     Attributes:
         token: (R,)，第 r 对的词元号。
-        pair: (R,)，它在 (k, N) 排成一列时的下标。
+        row: (R,)，词元 t 的第 j 个专家排在第 row[t·k + j] 对。
         ends: (E,)，每个专家的对到哪里为止；之后的对不归任何专家。
         complete: 静态事实：没有不归任何专家的对。
     """
 
     token: Tensor
-    pair: Tensor
+    row: Tensor
     ends: Tensor
     complete: bool
 
@@ -82,9 +82,12 @@ def group(expert: Tensor, experts: int, complete: bool) -> Groups:
 
     先排各词元的首选再排次选，同一专家之内因此首选在前、词元在前。
     """
+    n, k = expert.shape
     flat = expert.t().reshape(-1)
     pair = flat.argsort(stable=True)
-    return Groups(pair % expert.shape[0], pair, count(flat, experts).cumsum(0), complete)
+    row = torch.empty_like(pair).scatter_(0, pair, torch.arange(n * k, device=pair.device))
+    ends = count(flat, experts).cumsum(0)
+    return Groups(pair % n, row.view(k, n).t().reshape(-1), ends, complete)
 
 
 def count(expert: Tensor, experts: int) -> Tensor:

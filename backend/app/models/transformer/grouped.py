@@ -30,9 +30,10 @@ def sorted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) 
 
     autocast 时按它的精度算，与 F.linear 相同。
     """
-    x, weight, bias = _as_computed(x, weight, bias)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _sorted_linear(x, weight, bias, ends)
+        return _sorted_linear(*_as_computed(x, weight, bias), ends)
+    # 解码一个词元时只换它那几个专家的精度，不换整张权重。
+    x, _, _ = _as_computed(x, x, None)
     return _product(x, weight, bias, ends)
 
 
@@ -78,8 +79,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Te
     y = x.new_empty(x.shape[0], weight.shape[1])
     done = 0
     for expert, rows in _spans(ends):
-        each = None if bias is None else bias[expert]
-        _write(y[rows], x[rows], weight[expert], each)
+        each = None if bias is None else bias[expert].to(x.dtype)
+        _write(y[rows], x[rows], weight[expert].to(x.dtype), each)
         done = rows.stop
     y[done:] = 0.0
     return y

@@ -46,9 +46,9 @@ class Experts(nn.Module):
         rows = x.index_select(0, groups.token)  # (R, C)
         rows = self.activation(_product(way, rows, self.c_fc, groups))
         rows = _product(way, rows, self.c_proj, groups)
-        by_pair = weight.t().reshape(-1).to(rows.dtype)
-        rows = rows * by_pair.index_select(0, groups.pair)[:, None]
-        return torch.zeros_like(x, dtype=rows.dtype).index_add(0, groups.token, rows)
+        # 取回按词元排的 (N, k, C) 再一次乘加；index_add 会把乘过权重的那一份也留给反向。
+        back = rows.index_select(0, groups.row).view(*weight.shape, -1)
+        return torch.bmm(weight[:, None].to(back.dtype), back).squeeze(1)
 
     def reference(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """每个专家算每个词元，再按权重相加：慢，但一眼看得出是对的。"""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import struct
@@ -146,10 +145,11 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层；有 MoE 层时，全是稠密层的与
     全是 MoE 层的各造一次。图样没有权重，而两层放不下更长的循环，所以换成默认的。
     """
-    dense, mixed = _two_layers(config.dense()), {}
+    plain = config.replace(attention_pattern=None, use_sparse_attention=False)
+    few = min(config.n_layer, 2)
+    dense, mixed = _shapes(plain.dense().replace(n_layer=few)), {}
     if config.moe_layers:
-        everywhere = dataclasses.replace(config.moe, layers=None, every=1, first_dense=0)
-        mixed = _two_layers(config.replace(moe=everywhere))
+        mixed = _shapes(plain.with_layers(few, range(few)))
     shapes = {name: shape for name, shape in dense.items() if not name.startswith("h.")}
     for layer in range(config.n_layer):
         like = f"h.{min(layer, 1)}."
@@ -159,14 +159,11 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _two_layers(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+def _shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     from .model import GPT2Model
 
-    two = config.replace(
-        n_layer=min(config.n_layer, 2), attention_pattern=None, use_sparse_attention=False
-    )
     with torch.device("meta"):
-        small = GPT2Model(two)
+        small = GPT2Model(config)
     return {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
 
 

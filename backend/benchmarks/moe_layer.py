@@ -73,7 +73,7 @@ def contenders(activation: str, bias: bool, peer: bool) -> dict[str, tuple[Calla
     dense = filled(MLP(shape), base_std(shape))
     found: dict[str, tuple[Callable, nn.Module]] = {"dense": (dense, dense)}
     for dispatch in ("sorted", "grouped"):
-        moe = filled(MoE(config(activation, bias, dispatch=dispatch), 0), base_std(shape))
+        moe = filled(MoE(config(activation, bias, dispatch=dispatch)), base_std(shape))
         found[dispatch] = (lambda x, moe=moe: moe(x, ctx), moe)
     if peer:
         other = filled(mixtral(shape.expert_hidden), base_std(shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: this check needs the real input files")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_heard() -> None:
+    """在后台或 nohup 里跑测试时，有的信号被忽略，子进程也继承；那样就试不出什么。"""
+    for name, handler in (
+        ("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL),
+        ("SIGHUP", signal.SIG_DFL),
+    ):  # fmt: skip
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

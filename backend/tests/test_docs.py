@@ -80,3 +80,18 @@ def test_every_command_of_the_readme_exists() -> None:
     shell = "\n".join(text for kind, text in blocks(ROOT / "README.md") if kind == "bash")
     commands = [shlex.split(line) for line in shell.splitlines() if line.startswith("gpt2 ")]
     assert {words[1] for words in commands} == set(COMMANDS)
+
+
+NAMED = re.compile(r"`((?:\w+/)+test_\w+\.py)::(test_\w+)`")
+
+
+def test_every_fault_test_exists() -> None:
+    """docs/faults.md 点名的每个试验都在，两种语言点的一样。"""
+    pair = [ROOT / "docs" / f"faults{end}.md" for end in ("", ".zh-CN")]
+    named = [NAMED.findall(path.read_text(encoding="utf-8")) for path in pair]
+    assert named[0] == named[1] and len(named[0]) > 40
+    for file, name in named[0]:
+        text = (ROOT / "backend" / "tests" / file).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in text, f"{file}::{name}"
+    counts = [re.findall(r"\| (\d+) \|", path.read_text(encoding="utf-8")) for path in pair]
+    assert counts[0] == counts[1]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PROBE_FLOPS = 4e12
 _PROBE_STEPS = 4
 _PROBE_SECONDS = 150.0
+_RECOMPUTE = "--activation-checkpointing 1"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def _footprint(config: TrainConfig, runtime: Runtime) -> Footprint:
         muon=config.optim.name == "muon",
         device=runtime.device,
         dtype=runtime.dtype,
+        recompute=config.recomputed_layers,
     )
 
 
@@ -105,10 +107,17 @@ def refusal(
         f"sequences of {config.model.context_size:,} tokens at once, but {size(available)} are "
         f"available ({room.where}): "
     )
-    micro = largest(lambda m: fits(config.replace(micro_batch=m)), rows - 1)
-    if micro:
-        return text + f"use --micro-batch {micro} (the result stays the same)"
-    one, given = config.replace(micro_batch=1), config.model.attention_pattern
+    most = config.replace(activation_checkpointing=1)
+    ways = []
+    if micro := largest(lambda m: fits(config.replace(micro_batch=m)), rows - 1):
+        ways.append(f"--micro-batch {micro}")
+    if config.activation_checkpointing != 1 and fits(most):
+        ways.append(f"{_RECOMPUTE} (slower)")
+    elif not ways and (micro := largest(lambda m: fits(most.replace(micro_batch=m)), rows - 1)):
+        ways.append(f"--micro-batch {micro} {_RECOMPUTE} (slower)")
+    if ways:
+        return text + f"use {' or '.join(ways)} (the result stays the same)"
+    one, given = most.replace(micro_batch=1), config.model.attention_pattern
     cycle = len(given) if isinstance(given, tuple) else 1
     if config.model.moe_layers:
         # 再少就没有 MoE 层，或名单里的层不在了。
@@ -119,8 +128,8 @@ def refusal(
     )
     if layers >= cycle:
         return text + (
-            f"a smaller model fits, such as --micro-batch 1 --model.n-layer {layers} "
-            f"(instead of {config.model.n_layer})"
+            f"a smaller model fits, such as --micro-batch 1 {_RECOMPUTE} "
+            f"--model.n-layer {layers} (instead of {config.model.n_layer})"
         )
     return text + (
         f"not even {cycle} layer{'s' if cycle > 1 else ''} would fit: use a smaller "
@@ -180,6 +189,9 @@ def _print_memory(
     if config.optim.name == "muon":
         optimizer = "Muon's momentum for the matrices of the blocks, AdamW's moments for the rest"
     at_once = f"{rows:,} x {config.model.context_size:,} tokens at once"
+    if every := config.activation_checkpointing:
+        which = "every block" if every == 1 else f"one block in {every}"
+        at_once += f", {which} recomputed ({size(found.recomputed)} at a time)"
     table: Table = [
         ("weights", size(found.weights), "float32"),
         ("gradients", size(found.gradients), "float32"),

@@ -19,12 +19,16 @@ COMMANDS = {
     "compare": "draw runs over tokens and time, with a table and the seeds' spread",
     "generate": "continue prompts with a trained model",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
+    "import": "turn weights from Hugging Face or nanoGPT into a model folder",
+    "export": "write a trained model for transformers, llama.cpp, ONNX or CTranslate2",
     "plan": "what will run: parameters, memory, attention backends and why",
     "show": "draw attention maps, attention patterns and expert routing",
     "upcycle": "turn a dense model into experts that compute the same, to train on",
     "experts": "average a model's experts into a dense one, or prune those little used",
     "verify": "check a configuration: causality, cache, padding, counts, save and load",
 }
+# 模块不能叫 import。
+_MODULES = {"import": "import_weights"}
 
 
 class Command(Protocol):
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else "run `gpt2 --help` for the list"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
-    command = cast(Command, import_module(f"app.cli.{name}"))
+    command = cast(Command, import_module(f"app.cli.{_MODULES.get(name, name)}"))
     try:
         return command.run(_parse(name, command, rest)) or 0
     except BrokenPipeError:

@@ -62,7 +62,8 @@ def run(args: Args) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from app.training.run import train
 
-    result = train(args.train_config(), show_plan)
+    preset = None if args.config is None else load_config(args.config)[0]
+    result = train(args.train_config(), show_plan, preset=preset)
     for line in summary(result):
         print(line)
     return 0

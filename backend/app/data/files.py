@@ -12,11 +12,15 @@ _BLOCK = 1 << 20
 def write_atomic(path: Path, data: bytes) -> None:
     """先写旁边的临时文件并同步，再改名：任何时刻被杀，path 要么是旧的要么是新的。"""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

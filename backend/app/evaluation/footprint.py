@@ -7,7 +7,7 @@ C 宽度、H 查询头数、G 键值头的总宽、h 前馈的宽度、T 上下�
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,8 @@ class Footprint:
     """各部分的字节数。
 
     Attributes:
-        logits: 损失分块算，只有一两块同时存在。
+        recomputed: 反向里重算一块时多出来的激活（激活检查点）。
+        logits: 损失分块算，只有一块同时存在。
         working: 反向走过最上一层时的临时张量。
         updating: 更新时的临时张量。
         head: 输出头（词嵌入）那一张梯度；前向里算损失时就有了。
@@ -36,6 +37,7 @@ class Footprint:
     gradients: int
     optimizer: int
     activations: int
+    recomputed: int
     logits: int
     working: int
     updating: int
@@ -47,9 +49,11 @@ class Footprint:
         """反向从上往下，一层的激活放掉，梯度出现：最多的时刻不是刚开始就是结束。"""
         held = self.weights + self.optimizer
         early = self.gradients if self.accumulates else self.head
-        first = held + early + self.activations + max(self.logits, self.working)
+        first = held + early + self.activations
+        first += max(self.logits, self.recomputed + self.working)
         # 词嵌入的梯度先成一整张，再并进输出头的那一张。
-        return max(first, held + self.gradients + max(self.head, self.updating))
+        late = max(self.head, self.updating, self.recomputed)
+        return max(first, held + self.gradients + late)
 
 
 def footprint(
@@ -60,8 +64,11 @@ def footprint(
     muon: bool,
     device: torch.device,
     dtype: torch.dtype,
+    recompute: Collection[int] = (),
 ) -> Footprint:
     """rows 条序列一次、每步 passes 次前向；muon：各块的矩阵用 Muon，其余用 AdamW。
+
+    recompute：激活检查点重算哪些块。
 
     Raises:
         ValueError: 点名的后端做不了训练。
@@ -72,13 +79,18 @@ def footprint(
     hidden = config.moe_top_k * config.expert_hidden + config.shared_hidden
     hidden = max(hidden if config.moe_layers else 0, config.mlp_hidden)
     tokens, narrow = rows * config.context_size, dtype.itemsize
+    blocks = _block_bytes(config, rows=rows, device=device, dtype=dtype)
+    again = [size for layer, size in enumerate(blocks) if layer in recompute]
     return Footprint(
         weights=weights,
         gradients=weights,
         # AdamW 两个矩，Muon 一个动量。
         optimizer=2 * weights - sum(matrices) if muon else 2 * weights,
-        activations=activation_bytes(config, rows=rows, device=device, dtype=dtype),
-        logits=_logits(config, tokens),
+        activations=activation_bytes(
+            config, rows=rows, device=device, dtype=dtype, recompute=recompute
+        ),
+        recomputed=max(again, default=0),
+        logits=_logits(config, tokens, dtype),
         # 前馈的隐层与它的输入各一份梯度。
         working=tokens * narrow * 2 * hidden,
         # 正交化之前的更新，另加同形的矩阵叠成的一摞与迭代里的两份。
@@ -89,33 +101,48 @@ def footprint(
 
 
 def activation_bytes(
-    config: GPT2Config, *, rows: int, device: torch.device, dtype: torch.dtype
+    config: GPT2Config,
+    *,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    recompute: Collection[int] = (),
 ) -> int:
-    """整个模型为反向留下的字节数，参数与输入的 id 不算。
+    """整个模型为反向留下的字节数，参数与输入的 id 不算；重算的块只留输入。
 
     Raises:
         ValueError: 点名的后端做不了训练。
     """
-    tokens, narrow = rows * config.context_size, dtype.itemsize
-    total = 0
-    for layer in range(config.n_layer):
-        small, wide = _saved_per_token(config, layer, dtype)
-        total += tokens * (small * narrow + wide * FLOAT32_BYTES)
+    tokens = rows * config.context_size
+    blocks = _block_bytes(config, rows=rows, device=device, dtype=dtype)
+    inputs = tokens * config.n_embed * FLOAT32_BYTES
+    total = sum(inputs if layer in recompute else size for layer, size in enumerate(blocks))
     # 末尾的归一化、进输出头的那一份与它的梯度。
     ends = 2 * config.n_embed
     if config.norm == "pre":
         ends += config.n_embed + _statistics(config)
     if config.dropout:
         ends += config.n_embed
-    total += tokens * ends * FLOAT32_BYTES
-    choices = explain_backends(config, device=device, dtype=dtype, training=True)
-    for choice in choices:
-        maps = _map_bytes(choice.backend, config, rows, device, dtype)
-        total += len(choice.layers) * maps
+    return total + tokens * ends * FLOAT32_BYTES
+
+
+def _block_bytes(
+    config: GPT2Config, *, rows: int, device: torch.device, dtype: torch.dtype
+) -> list[int]:
+    """各块为反向留下的字节数。"""
+    tokens, narrow = rows * config.context_size, dtype.itemsize
+    blocks = []
+    for layer in range(config.n_layer):
+        small, wide = _saved_per_token(config, layer, dtype)
+        blocks.append(tokens * (small * narrow + wide * FLOAT32_BYTES))
+    for choice in explain_backends(config, device=device, dtype=dtype, training=True):
+        for layer in choice.layers:
+            blocks[layer] += _map_bytes(choice.backend, config, rows, device, dtype)
     if dtype != torch.float32:
         # autocast 把矩阵另存一份低精度的，反向完了才放。
-        total += narrow * sum(_block_matrices(parameter_shapes(config)))
-    return total
+        casts = narrow * sum(_block_matrices(parameter_shapes(config))) // config.n_layer
+        blocks = [size + casts for size in blocks]
+    return blocks
 
 
 def _block_matrices(shapes: dict[str, tuple[int, ...]]) -> list[int]:
@@ -203,8 +230,8 @@ def _map_bytes(
     return 0
 
 
-def _logits(config: GPT2Config, tokens: int) -> int:
-    """一块的 logits 与它的梯度；不止一块时，前一块的梯度也还在。"""
+def _logits(config: GPT2Config, tokens: int, dtype: torch.dtype) -> int:
+    """一块 logits，梯度就地写在里面；低精度的另有 float32 的一份。"""
     row = FLOAT32_BYTES * config.vocab_size
-    chunk = max(1, CHUNK_BYTES // row)
-    return row * (2 * tokens if tokens <= chunk else 3 * chunk)
+    most = min(tokens, max(1, CHUNK_BYTES // row))
+    return most * (row if dtype == torch.float32 else row + dtype.itemsize * config.vocab_size)

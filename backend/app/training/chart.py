@@ -58,6 +58,7 @@ class Chart:
     Attributes:
         second: 横轴每个刻度下的第二行字。
         levels: 水平的参考线 (名字, 高度)；不参与定范围。
+        bands: 水平的带 (名字, 下, 上)；不参与定范围。
     """
 
     title: str
@@ -67,6 +68,7 @@ class Chart:
     log: bool = False
     second: Callable[[float], str] | None = None
     levels: tuple[tuple[str, float], ...] = ()
+    bands: tuple[tuple[str, float, float], ...] = ()
 
 
 def short(value: float) -> str:
@@ -94,7 +96,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """[low, high] 里 1、2、5 乘十的幂的整数倍。"""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.76)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -117,12 +119,15 @@ def figure(chart: Chart) -> str:
     if not lines:
         return f"<figure><figcaption>{title}</figcaption><p>nothing measured yet</p></figure>"
     legend = "".join(
-        f'<span><i style="background:{html.escape(line.paint)}"></i>{html.escape(line.name)}</span>'
+        f'<span><i class="{line.kind}" style="background:{html.escape(line.paint)}"></i>'
+        f"{html.escape(line.name)}</span>"
         for line in lines
         if line.name
     )
+    aside = [("level", name) for name, _ in chart.levels]
+    aside += [("band", name) for name, *_ in chart.bands]
     legend += "".join(
-        f'<span><i class="level"></i>{html.escape(name)}</span>' for name, _ in chart.levels
+        f'<span><i class="{kind}"></i>{html.escape(name)}</span>' for kind, name in aside
     )
     return (
         f"<figure><figcaption>{title}</figcaption>"
@@ -146,7 +151,9 @@ def y_range(chart: Chart, lines: list[Line]) -> tuple[float, float]:
 
 def _svg(chart: Chart, lines: list[Line]) -> str:
     left, right = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    left, right = (left, right) if right > left else (left - 0.5, right + 0.5)
+    # 两边留一点，边上的圆点才不被切掉一半。
+    edge = 0.012 * (right - left) if right > left else 0.5
+    left, right = left - edge, right + edge
     low, high = y_range(chart, lines)
     wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     bend = np.log10 if chart.log else np.asarray
@@ -182,10 +189,18 @@ def _svg(chart: Chart, lines: list[Line]) -> str:
         f"{html.escape(chart.y_label)}</text>"
         f'<svg x="{_LEFT}" y="{_TOP}" width="{wide}" height="{tall}">'
     )
+    for name, under, over in chart.bands:
+        y, end = (float(place_y(np.array(edge))) for edge in (over, under))
+        parts.append(
+            f'<rect class="band" y="{y:.1f}" width="{wide}" height="{end - y:.1f}">'
+            f"<title>{html.escape(name)}</title></rect>"
+        )
     for name, height in chart.levels:
-        y = float(place_y(np.array(height)))
-        name = html.escape(name)
-        parts.append(f'<path class="level" d="M0 {y:.1f}h{wide}"><title>{name}</title></path>')
+        y, name = float(place_y(np.array(height))), html.escape(name)
+        parts.append(
+            f'<path class="level" d="M0 {y:.1f}h{wide}"><title>{name}</title></path>'
+            f'<text x="{wide - 4}" y="{y - 4:.1f}" text-anchor="end">{name}</text>'
+        )
     for line in lines:
         parts += _draw(line, place_x(line.x), place_y(line.y))
     return "".join(parts) + "</svg></svg>"

@@ -28,7 +28,7 @@ from .resume import RUN_FILE, flat
 # 不算作设置的差别：在哪里、怎样看着，不改变训练。
 _ASIDE = {
     "out", "resume", "seed", "sample_every", "sample_prompt", "sample_tokens", "save_every",
-    "keep_last", "tensorboard", "data.folder", "eval_every",
+    "keep_last", "tensorboard", "data.folder", "data.verify", "eval_every",
 }  # fmt: skip
 
 HEAD = (

@@ -29,6 +29,10 @@ class DataConfig:
     """读哪个数据集。"""
 
     folder: Annotated[str, Doc("dataset folder written by `gpt2 prepare`")] = "data/stdlib"
+    verify: Annotated[
+        Literal["sha256", "size"],
+        Doc("before training, check the content of every data file, or only its size"),
+    ] = "sha256"
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -119,6 +123,10 @@ class TrainConfig:
     compile: Annotated[Switch, Doc("torch.compile per block; auto = where it pays and works")] = (
         "auto"
     )
+    activation_checkpointing: Annotated[
+        int,
+        Doc("recompute the activations of every n-th block: less memory, same result; 0 = off"),
+    ] = 0
     spike: Annotated[
         SpikePolicy,
         Doc("a step 6 sigma above the last 128 in loss or gradient: warn, skip its update, or off"),
@@ -140,7 +148,14 @@ class TrainConfig:
         check_types(self)
         for name in ("steps", "batch_size", "keep_last"):
             _between(self, name, 1, 1 << 40)
-        for name in ("eval_every", "eval_batches", "sample_every", "sample_tokens", "save_every"):
+        for name in (
+            "eval_every",
+            "eval_batches",
+            "sample_every",
+            "sample_tokens",
+            "save_every",
+            "activation_checkpointing",
+        ):
             _between(self, name, 0, 1 << 40)
         _between(self, "seed", 0, (1 << 63) - 1)
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
@@ -176,6 +191,12 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.context_size
+
+    @property
+    def recomputed_layers(self) -> range:
+        """激活检查点重算哪些块（从 0 数）。"""
+        every = self.activation_checkpointing
+        return range(0, self.model.n_layer if every else 0, every or 1)
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

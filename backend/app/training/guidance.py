@@ -15,18 +15,25 @@ _CHINCHILLA = 20
 
 def token_notes(config: TrainConfig, parameters: int, preset: TrainConfig | None) -> list[str]:
     """英文的提醒，可以没有；preset 是运行文件原来的设置。"""
-    mine, notes = config.tokens_per_step, []
-    if preset is not None and mine * _FAR <= preset.tokens_per_step:
-        notes.append(_small_step(mine, preset.tokens_per_step, "the run file"))
-    elif (usual := _usual(parameters)) is not None and mine * _FAR <= usual:
-        notes.append(_small_step(mine, usual, f"GPT-3 models near {parameters / 1e6:,.0f}M"))
-    ratio = config.steps * mine / parameters
+    warning = small_step(config, parameters, preset)
+    notes = [] if warning is None else [warning]
+    ratio = config.steps * config.tokens_per_step / parameters
     if ratio * _FAR <= _CHINCHILLA:
         notes.append(
             f"note: {ratio:.2g} tokens per parameter in this run; about {_CHINCHILLA} use the "
             "compute best (arXiv:2203.15556), fewer are fine for a trial"
         )
     return notes
+
+
+def small_step(config: TrainConfig, parameters: int, preset: TrainConfig | None) -> str | None:
+    """每步的词元远少于运行文件的（或 GPT-3 同样大小的）就是一句提醒。"""
+    mine = config.tokens_per_step
+    if preset is not None and mine * _FAR <= preset.tokens_per_step:
+        return _small_step(mine, preset.tokens_per_step, "the run file")
+    if (usual := _usual(parameters)) is not None and mine * _FAR <= usual:
+        return _small_step(mine, usual, f"GPT-3 models near {parameters / 1e6:,.0f}M")
+    return None
 
 
 def _usual(parameters: int) -> float | None:

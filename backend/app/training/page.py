@@ -22,6 +22,8 @@ svg text{fill:var(--soft);font-size:11px}svg path{fill:none;stroke-width:1.6}
 svg path.faint{stroke-width:1;opacity:.3}svg path.grid{stroke:var(--rule);stroke-width:.7}
 svg path.level{stroke:var(--soft);stroke-dasharray:5 4;stroke-width:1}.legend i.level{height:0;
 border-top:1px dashed var(--soft)}
+.legend i.faint{opacity:.35}.legend i.band{height:10px;background:var(--soft);opacity:.25}
+svg rect.band{fill:var(--soft);opacity:.16}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:14px}
 td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from app.data.files import write_atomic
 
 from .metrics import METRICS, read_metrics
 
@@ -31,9 +34,9 @@ def plot_losses(run: Path) -> Path | None:
     lr_axes.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     lr_axes.grid(alpha=0.3)
     path = run / PLOT
-    temporary = path.with_name(f".tmp-{PLOT}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write_atomic(path, drawn.getvalue())
     return path
 
 

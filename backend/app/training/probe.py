@@ -26,6 +26,7 @@ from app.models.transformer import GPT2Config, GPT2Model
 
 from .config import TrainConfig
 from .optim import build_optimizer
+from .recompute import checkpoint_blocks
 from .runtime import Runtime, choose_runtime
 from .step import accumulate
 
@@ -82,12 +83,12 @@ class Estimate:
 
 
 def probe_layers(config: TrainConfig) -> tuple[int, ...]:
-    """量几层的模型：一轮与两轮图样（与 MoE 层的间隔）；层数不比那更多就只量整个模型。"""
+    """量几层的模型：图样、重算与 MoE 层的一轮与两轮；层数不比那更多就只量整个模型。"""
     cycle = len(dict.fromkeys(config.model.patterns))
     given = config.model.attention_pattern
     if isinstance(given, tuple):
         cycle = len(given)
-    cycle = math.lcm(cycle, config.model.moe.every)
+    cycle = math.lcm(cycle, max(1, config.activation_checkpointing), config.model.moe.every)
     if config.model.n_layer <= max(_WHOLE, 2 * cycle):
         return (config.model.n_layer,)
     return cycle, 2 * cycle
@@ -178,6 +179,7 @@ def _measure(config: TrainConfig, layers: int, rows: int) -> Measured:
     _touch_everything(config, runtime)
     base = clock.resident()
     model = GPT2Model(few_layers(config.model, layers)).to(runtime.device).train()
+    checkpoint_blocks(model, config.recomputed_layers)
     optimizer, _ = build_optimizer(model, config.optim)
     clock.watch(model)
     # 从第二次前向起梯度已经在了，第三次起就与第二次一样。
@@ -239,8 +241,7 @@ def _update(
     """与训练循环里的一样：范数、裁剪、更新、清零。"""
     parameters = list(model.parameters())
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm.item()
-    if config.optim.grad_clip:
+    if config.optim.grad_clip and norm.item() + 1e-6 > config.optim.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -23,6 +23,7 @@ from .metrics import METRICS
 from .page import page, table
 from .plot import smooth
 from .resume import RUN_FILE, flat
+from .step import INITIAL_LOSS_OFF
 
 REPORT = "report.html"
 
@@ -126,7 +127,7 @@ def _status(history: History, steps: int | None) -> str:
         parts.append(f"{short(float(np.nan_to_num(history.column('tokens')[-1])))} tokens")
         speed = speeds(history)[1]
         if len(speed):
-            parts.append(f"{short(float(np.median(speed)))} tokens/s")
+            parts.append(f"{float(np.median(speed)):,.0f} tokens/s")
     at, losses = history.evals()
     if len(losses):
         best = int(losses.argmin())
@@ -156,10 +157,11 @@ def charts(history: History, facts: Facts | None) -> list[Chart]:
 
     good = np.isfinite(loss)
     at, val = history.evals()
-    levels = []
+    levels, bands = [], []
     if facts is not None:
-        height = facts.expected_loss
-        levels.append((f"expected before training: {height:.3f}", height))
+        start, far = facts.expected_loss, INITIAL_LOSS_OFF
+        name = f"expected before training: {start:.3f} ± {far:g}"
+        bands.append((name, start - far, start + far))
     if facts is not None and facts.unigram is not None:
         levels.append((f"token frequencies alone: {facts.unigram:.3f}", facts.unigram))
     memory = history.of("memory")
@@ -174,7 +176,7 @@ def charts(history: History, facts: Facts | None) -> list[Chart]:
             Line("training", step[good], loss[good], 0, "faint"),
             Line("training, smoothed", step[good], smooth(loss[good]), 0),
             Line("validation", at, val, 1, "points"),
-            levels=tuple(levels),
+            levels=tuple(levels), bands=tuple(bands),
         ),
         chart("Learning rate", "", Line("", step, rate, 2)),
         chart("Gradient norm", "before clipping", Line("", step, norm, 3), log=True),

@@ -14,7 +14,8 @@ RUN_FILE = "run.yaml"
 # 不影响训练出的权重的设置；变了不必提。
 SILENT = {
     "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
-    "sample_tokens", "save_every", "keep_last", "data.folder", "tensorboard", "init_from",
+    "sample_tokens", "save_every", "keep_last", "data.folder", "data.verify", "tensorboard",
+    "activation_checkpointing", "init_from",
 }  # fmt: skip
 # 模型里可以变的：不改变权重的形状与含义。
 _MODEL_FREE = {

@@ -22,16 +22,17 @@ from app.models.transformer.dispatch import explain_dispatch
 from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
 from .facts import Facts, write_facts
+from .guidance import small_step
 from .initial import initialize_from
 from .lock import run_lock
 from .metrics import METRICS, Metrics
-from .plot import plot_losses
+from .plot import PLOT, plot_losses
 from .progress import Progress
 from .report import REPORT, Reporter
 from .resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
-from .runtime import Runtime, choose_runtime
+from .runtime import Runtime, choose_runtime, memory_error
 from .samples import encode_prompt
-from .signals import StopSignal
+from .signals import Interrupted, StopSignal
 from .state import read_state, restore, versions
 from .tensorboard import open_tensorboard, require_tensorboard
 from .trainer import Trainer
@@ -62,10 +63,17 @@ class Result:
 
 
 Plan = list[tuple[str, str, str]]
+# 核对更多的数据要几秒以上，先说一声。
+_SAY_BYTES = 2e9
 
 
-def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell = print) -> Result:
-    """按 config 训练到底，或到收到停止信号为止。
+def train(
+    config: TrainConfig,
+    show_plan: Callable[[Plan], object],
+    tell: Tell = print,
+    preset: TrainConfig | None = None,
+) -> Result:
+    """按 config 训练到底，或到收到停止信号为止；preset 是运行文件原来的设置，只用来提醒。
 
     Raises:
         ValueError: 配置、数据、训练文件夹或检查点不可用；那时什么也没有写。
@@ -86,23 +94,32 @@ def train(config: TrainConfig, show_plan: Callable[[Plan], object], tell: Tell =
     runtime = choose_runtime(config)
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
-    with run_lock(run, note):
+    with StopSignal() as stop, run_lock(run, note):
         sweep(run)
-        trainer = _assemble(config, runtime, data, note)
+        with memory_error(config, 0):
+            trainer = _assemble(config, runtime, data, note)
+        if warning := small_step(config, trainer.model.num_parameters(), preset):
+            note(warning)
         write_atomic(run / RUN_FILE, _as_yaml(config))
-        plan = describe(trainer, trainer.compile(note))
+        plan = describe(trainer, _compile(trainer, stop, note))
         write_facts(run, _facts(trainer, data, plan, notes))
         show_plan(plan)
-        return _run(trainer)
+        return _run(trainer, stop)
 
 
 def open_data(config: TrainConfig, tell: Tell) -> Data:
     """
     Raises:
-        ValueError: 没有数据集，数据短于上下文，或词表大于模型的。
+        ValueError: 没有数据集，数据损坏，或词表大于模型的。
     """
-    folder = Path(config.data.folder)
-    train = TokenDataset.open(folder / "train")
+    folder, verify = Path(config.data.folder), config.data.verify
+    size = sum(path.stat().st_size for path in folder.glob("*/tokens-*.bin"))
+    if verify == "sha256" and size > _SAY_BYTES:
+        tell(
+            f"note: reading {size / 1e9:.1f} GB of data once to check it; "
+            "--data.verify size skips that"
+        )
+    train = TokenDataset.open(folder / "train", verify)
     if train.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the data in {folder} has a vocabulary of {train.vocab_size} but "
@@ -112,7 +129,7 @@ def open_data(config: TrainConfig, tell: Tell) -> Data:
     if not (folder / "val").is_dir():
         tell(f"note: {folder} has no validation part: no validation loss will be measured")
         return Data(train, None)
-    return Data(train, TokenDataset.open(folder / "val"))
+    return Data(train, TokenDataset.open(folder / "val", verify))
 
 
 def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> Trainer:
@@ -153,20 +170,27 @@ def _seed_everything(seed: int) -> None:
     np.random.seed(seed % (1 << 32))
 
 
-def _run(trainer: Trainer) -> Result:
+def _compile(trainer: Trainer, stop: StopSignal, tell: Tell) -> str:
+    try:
+        with stop.at_once():
+            return trainer.compile(tell)
+    except Interrupted:
+        return f"off: {stop.requested} while compiling"
+
+
+def _run(trainer: Trainer, stop: StopSignal) -> Result:
     run, config, begin = trainer.run_folder, trainer.config, time.perf_counter()
     progress = Progress(config.steps, trainer.step, config.tokens_per_step)
     metrics = Metrics(run / METRICS, trainer.step, progress.tell)
     metrics.add(Reporter(run))
     if config.tensorboard and (events := open_tensorboard(run, trainer.step, progress.tell)):
         metrics.add(events)
-    with StopSignal() as stop:
-        try:
-            with progress, metrics:
-                trainer.run(metrics, progress, stop)
-        finally:
-            # 中途失败时，曲线正是要看的东西。
-            plot = plot_losses(run)
+    try:
+        with memory_error(config, trainer.micro), progress, metrics:
+            trainer.run(metrics, progress, stop)
+    finally:
+        # 中途失败时，曲线正是要看的东西。
+        plot = _plot(run, progress.tell)
     return Result(
         stopped=stop.requested,
         step=trainer.step,
@@ -178,6 +202,15 @@ def _run(trainer: Trainer) -> Result:
         checkpoint=step_folder(run, trainer.step),
         run_file=run / RUN_FILE,
     )
+
+
+def _plot(run: Path, tell: Tell) -> Path | None:
+    """画不出（盘满、matplotlib 坏了）只警告：训练已经做完，也不该盖住它自己的错误。"""
+    try:
+        return plot_losses(run)
+    except Exception as error:
+        tell(f"warning: cannot draw {PLOT}: {type(error).__name__}: {error}")
+        return None
 
 
 def _facts(trainer: Trainer, data: Data, plan: Plan, notes: list[str]) -> Facts:
@@ -204,6 +237,7 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
         ("device", str(runtime.device), runtime.device_why),
         ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
         ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
+        *_recompute_line(config),
         *(
             ("attention", choice.backend, choice.reason)
             for choice in explain_backends(
@@ -230,6 +264,14 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
         ),
         ("threads", str(torch.get_num_threads()), f"of {os.cpu_count()} processors; {_waiting()}"),
     ]
+
+
+def _recompute_line(config: TrainConfig) -> Plan:
+    every = config.activation_checkpointing
+    if every == 0:
+        return []
+    which = "every block" if every == 1 else f"every {every}th block from the first"
+    return [("recompute", which, "activation checkpointing: less memory, same result, slower")]
 
 
 def _experts(trainer: Trainer) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from app.models.transformer.weights import expected_shapes
 
 from .checkpoint import Tell
 from .config import TrainConfig
@@ -138,20 +141,40 @@ def _why_not(mode: str, device: torch.device) -> str | None:
 
 
 @contextlib.contextmanager
-def memory_error(rows: int, config: TrainConfig) -> Iterator[None]:
-    """内存不够时说清尺寸与改法。
+def memory_error(config: TrainConfig, rows: int) -> Iterator[None]:
+    """内存不够时说清尺寸与改法；rows：一次前向的序列数，0 = 还在建模型。
 
     Raises:
-        MemoryError: 代替各设备各样的报错。
+        MemoryError: 代替各设备、各个库各样的（有的一个字也没有的）报错。
     """
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if "out of memory" not in text and "can't allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
             raise
-        fix = f"use --micro-batch {max(1, rows // 2)}" if rows > 1 else "use a smaller model"
-        raise MemoryError(
-            f"out of memory with {rows} sequences of {config.model.context_size} tokens at once: "
-            f"{fix} (the result stays the same)"
-        ) from error
+        raise MemoryError(_memory_advice(config, rows)) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("out of memory", "can't allocate memory", "bad_alloc"))
+
+
+def _memory_advice(config: TrainConfig, rows: int) -> str:
+    shape = config.model
+    parameters = sum(map(math.prod, expected_shapes(shape).values()))
+    # 权重、梯度与两个矩，都是 float32。
+    held = f"{parameters:,} parameters ({16 * parameters / 1e6:,.0f} MB with gradients and AdamW)"
+    if rows > 1:
+        return (
+            f"out of memory with {rows} sequences of {shape.context_size} tokens at once and "
+            f"{held}: use --micro-batch {rows // 2} (the result stays the same)"
+        )
+    when = f"with one sequence of {shape.context_size} tokens at once and"
+    return (
+        f"out of memory {when if rows else 'for a model of'} {held}: use a smaller --model.n-layer "
+        f"(now {shape.n_layer}), --model.n-embed (now {shape.n_embed}) or --model.context-size; "
+        "`gpt2 plan` says what fits"
+    )

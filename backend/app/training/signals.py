@@ -7,10 +7,15 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Interrupted(BaseException):
+    """at_once 期间收到了信号；不是 Exception，免得被当作编译失败接住。"""
 
 
 class StopSignal:
@@ -18,6 +23,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._at_once = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -39,6 +45,21 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """这期间的信号立即打断：编译要几十秒，又没有什么可失去的。
+
+        Raises:
+            Interrupted: 收到了信号，或之前已经收到。
+        """
+        self._at_once = True
+        try:
+            if self.requested:
+                raise Interrupted
+            yield
+        finally:
+            self._at_once = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
             os._exit(130)
@@ -49,3 +70,5 @@ class StopSignal:
                 sys.stderr.fileno(),
                 f"\n{self.requested}: saving after this step; once more quits at once\n".encode(),
             )
+        if self._at_once:
+            raise Interrupted

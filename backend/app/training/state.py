@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -107,9 +108,16 @@ def fill_checkpoint(
     config: TrainConfig,
     facts: Mapping[str, Any],
 ) -> None:
-    """把训练的全部状态写进 folder；facts 是循环自己的计数与数据指纹。"""
+    """把训练的全部状态写进 folder；facts 是循环自己的计数与数据指纹。
+
+    Raises:
+        OSError: 写不下。
+    """
     model.save_pretrained(folder)
-    save_file(optimizer_tensors(model, optimizer), folder / OPTIM)
+    try:
+        save_file(optimizer_tensors(model, optimizer), folder / OPTIM)
+    except SafetensorError as error:
+        raise OSError(f"{folder / OPTIM} cannot be written: {error}") from error
     state = {
         "schema_version": SCHEMA_VERSION,
         **facts,

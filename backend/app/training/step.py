@@ -17,6 +17,8 @@ from app.models.transformer import GPT2Model
 from .runtime import Runtime
 
 IGNORE = -100
+# 第一步的损失离公式这么远就不寻常。
+INITIAL_LOSS_OFF = 0.5
 
 
 class Sums(NamedTuple):
@@ -101,7 +103,7 @@ def initial_loss_line(model: GPT2Model, loss: float, expected: float) -> str:
     vocab = model.config.vocab_size
     verdict = (
         "as it should be"
-        if abs(loss - expected) < 0.5
+        if abs(loss - expected) < INITIAL_LOSS_OFF
         else "UNUSUAL: look at the data, the vocabulary size and the initialisation"
     )
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import sys
@@ -136,7 +137,10 @@ def check(config: TrainConfig) -> None:
     from .runtime import choose_runtime
     from .samples import encode_prompt
 
-    data, context = open_data(config, lambda text: None), config.model.context_size
+    # 内容由训练自己核对，每次只读一遍。
+    sizes = dataclasses.replace(config.data, verify="size")
+    data = open_data(config.replace(data=sizes), lambda text: None)
+    context = config.model.context_size
     Sampler(data.train.n_tokens, context, config.batch_size, config.seed)
     runtime = choose_runtime(config)
     explain_backends(config.model, device=runtime.device, dtype=runtime.dtype, training=True)

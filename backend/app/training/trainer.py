@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ from .metrics import Metrics
 from .optim import build_optimizer
 from .plateau import PlateauWatch, unigram_entropy
 from .progress import Progress
-from .runtime import Runtime, compile_blocks, memory_error
+from .recompute import checkpoint_blocks
+from .runtime import Runtime, compile_blocks
 from .samples import sample_text
 from .schedule import learning_rate
 from .signals import StopSignal
@@ -85,6 +87,7 @@ class Trainer:
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
+        checkpoint_blocks(model, config.recomputed_layers)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.parameters = list(model.parameters())
         self.expected_loss = expected_initial_loss(model)
@@ -130,23 +133,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(group["initial_lr"])
         inputs, targets = self.sampler.batch(self.data, self.step)
-        with memory_error(self.micro, self.config):
-            sums = accumulate(self.model, inputs, targets, self.micro, self.runtime)
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            # 每步只在这里与设备同步一次。
-            three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
-            loss, size, aux = torch.stack(three).tolist()
-            good = math.isfinite(loss) and math.isfinite(size)
-            if good and _due(self.step, self.config.eval_every):
-                norms = gradient_norms(self.model.named_parameters())
-                self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
-            spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
-            if good and not (spike and self.config.spike == "skip"):
-                if optim.grad_clip:
-                    nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
-                self.optimizer.step()
-                if sums.load is not None:
-                    update_selection_bias(self.model, sums.load)
+        sums = accumulate(self.model, inputs, targets, self.micro, self.runtime)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # 每步只在这里与设备同步一次。
+        three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
+        loss, size, aux = torch.stack(three).tolist()
+        good = math.isfinite(loss) and math.isfinite(size)
+        if good and _due(self.step, self.config.eval_every):
+            norms = gradient_norms(self.model.named_parameters())
+            self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
+        spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
+        if good and not (spike and self.config.spike == "skip"):
+            # 不必裁剪时系数恰为 1（分母里的 1e-6 是 torch 的）：省去读写一遍梯度。
+            if optim.grad_clip and size + 1e-6 > optim.grad_clip:
+                nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
+            self.optimizer.step()
+            if sums.load is not None:
+                update_selection_bias(self.model, sums.load)
         where = "" if good else first_bad_place(self.model)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -232,10 +235,11 @@ class Trainer:
         self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
         if better:
             self._save()
-            if self.saved == self.step:
+            if self.saved == self.step and self._tidy(
+                "record the best checkpoint", lambda: mark_best(self.run_folder, self.step, loss)
+            ):
                 self.best = (self.step, loss)
-                mark_best(self.run_folder, *self.best)
-                prune(self.run_folder, self.config.keep_last)
+                self._prune()
 
     def _sample(self) -> None:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
@@ -259,15 +263,28 @@ class Trainer:
         try:
             write_checkpoint(self.run_folder, self.step, self._fill)
         except OSError as error:
+            last = "none yet" if self.saved is None else self._folder(self.saved)
+            said = f"no checkpoint at step {self.step}: {error}"
             if must:
-                raise
-            self.progress.tell(
-                f"warning: no checkpoint at step {self.step}: {error}; training goes on, "
-                f"last good one: {self.saved if self.saved is not None else 'none yet'}"
-            )
+                raise OSError(
+                    f"{said}; last good one: {last}; free some space, then --resume auto"
+                ) from error
+            self.progress.tell(f"warning: {said}; training goes on; last good one: {last}")
             return
         self.saved = self.step
-        prune(self.run_folder, self.config.keep_last)
+        self._prune()
+
+    def _prune(self) -> None:
+        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, self.config.keep_last))
+
+    def _tidy(self, what: str, action: Callable[[], object]) -> bool:
+        """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""
+        try:
+            action()
+        except OSError as error:
+            self.progress.tell(f"warning: cannot {what}: {error}; training goes on")
+            return False
+        return True
 
     def _fill(self, folder: Path) -> None:
         facts = {

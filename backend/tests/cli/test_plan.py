@@ -202,6 +202,20 @@ def test_what_does_not_fit_is_refused_with_the_largest_micro_batch_that_does(
     assert plan(capsys, *flags, str(micro + 1))[0] == 2
 
 
+def test_activation_checkpointing_is_named_where_it_helps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(monkeypatch, 160 << 20)
+    code, _, err = plan(capsys, *WIDE, "--batch-size", "12")
+    assert code == 2 and " or --activation-checkpointing 1 (slower)" in err
+    code, lines, _ = plan(capsys, *WIDE, "--batch-size", "12", "--activation-checkpointing", "1")
+    assert code == 0 and "every block recomputed" in row(lines, "activations")[2]
+    # 一条序列也放不下时，两样一起。
+    room_for(monkeypatch, 58 << 20)
+    code, _, err = plan(capsys, *WIDE, "--batch-size", "2")
+    assert code == 2 and "--activation-checkpointing 1" in err
+
+
 def test_where_one_sequence_is_too_much_fewer_layers_are_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

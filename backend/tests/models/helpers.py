@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {"n_kv_head": 2},
     "multi-query": {"n_kv_head": 1, "norm": "pre"},
     "swiglu": {"activation": "swiglu", "bias": False},
+    "relu": {"activation": "relu"},
     "relu2": {"activation": "relu2"},
     "silu": {"activation": "silu"},
     "gelu": {"activation": "gelu"},

@@ -10,7 +10,10 @@ import torch
 from app.models.transformer import GPT2Config, KVCache, Positions
 from app.models.transformer.atoms import Global, Local, Longformer
 from app.models.transformer.backends import Case, choose_backend, explain_backends
+from app.models.transformer.masking import visible
 from app.models.transformer.pattern import CAUSAL
+from app.models.transformer.pattern_text import parse
+from app.models.transformer.plan import MaskPlan
 
 from .helpers import relative, tiny_model, tokens
 
@@ -168,3 +171,13 @@ def test_pattern_equals_a_hand_written_mask() -> None:
             assert bool((maps[0, :, i, j] > 0).all()) == sees
     assert (Local(4) | Global(2)).reach == 4
     assert Longformer(3, 1).takes_marks
+
+
+@pytest.mark.parametrize("text", ["local(8)", "fixed(8, 2)", "strided(3)"])
+def test_the_causal_flag_ends_exactly_where_the_pattern_hides_the_first_key(text: str) -> None:
+    """solid 个词元之内图样与 causal 无异；多一个词元，再用因果标志就会多看一个键。"""
+    pattern = parse(text)
+    for length, flag in ((pattern.solid, True), (pattern.solid + 1, False)):
+        where = Positions.plain(0, length, torch.device("cpu"))
+        assert MaskPlan.build(where, where, pattern, asked="sdpa").causal is flag
+        assert torch.equal(visible(where, where, pattern), visible(where, where)) is flag

@@ -43,7 +43,7 @@ MIXED: dict[str, Any] = {"moe_num_experts": 4}
 
 def moe_layer(scale: float = 1.0, **changes: Any) -> MoE:
     """双精度的一层；路由器的权重大到选择分明。"""
-    layer = MoE(tiny_config(**{"moe_num_experts": 4, "dropout": 0.0, **changes}), 0).double().eval()
+    layer = MoE(tiny_config(**{"moe_num_experts": 4, "dropout": 0.0, **changes})).double().eval()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.3 * scale)
@@ -153,7 +153,7 @@ def test_overflow_keeps_first_choices_and_earlier_tokens() -> None:
 
 
 def test_router_computes_in_float32_under_autocast() -> None:
-    layer = MoE(tiny_config(**MIXED), 0)
+    layer = MoE(tiny_config(**MIXED))
     torch.nn.init.normal_(layer.router.weight)
     x = torch.randn(8, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -310,7 +310,7 @@ def test_identical_experts_are_the_dense_mlp(activation: str, router: str) -> No
         moe_num_experts=5, moe_top_k=3, activation=activation, dropout=0.0,
         moe=MoEConfig(router=router, hidden=hidden),
     )  # fmt: skip
-    dense, layer = MLP(config, hidden).double(), MoE(config, 0).double()
+    dense, layer = MLP(config, hidden).double(), MoE(config).double()
     torch.nn.init.normal_(layer.router.weight)
     with torch.no_grad():
         for name in ("c_fc", "c_proj"):

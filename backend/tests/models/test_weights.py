@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.weights import expected_shapes, read_header
+from app.models.transformer.safetensors_file import read_header
+from app.models.transformer.weights import expected_shapes
 
 from .helpers import VARIANTS, tiny_config, tiny_model, tokens
 

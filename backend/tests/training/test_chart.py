@@ -83,12 +83,31 @@ def test_points_are_where_they_belong() -> None:
     text = drawn(Line("a", np.array([0.0, 10.0]), np.array([1.0, 3.0])))
     (path,) = [p for p in svg(text).iter("path") if p.get("class") == "line"]
     (x0, y0), (x1, y1) = re.findall(r"([\d.]+) ([\d.]+)", path.get("d", ""))
-    assert float(x0) == 0 and float(x1) == 640 - 58 - 10
+    wide = 640 - 58 - 10
+    # 两边各留 1.2%，圆点不被切掉。
+    edge = wide * 0.012 / 1.024
+    assert float(x0) == pytest.approx(edge, abs=0.06)
+    assert float(x1) == pytest.approx(wide - edge, abs=0.06)
     assert float(y0) > float(y1)
     # 范围 [0.9, 3.1]，所以两点离边各 0.1 / 2.2。
     tall = 300 - 8 - 46
     assert float(y1) == pytest.approx(tall * 0.1 / 2.2, abs=0.06)
     assert float(y0) == pytest.approx(tall * 2.1 / 2.2, abs=0.06)
+
+
+def test_levels_and_bands_are_drawn_and_named() -> None:
+    """带与线不定范围；线上写着名字，图例里各有一项，淡的线在图例里也淡。"""
+    y = np.array([1.0, 3.0])
+    line, faint = Line("a", np.arange(2.0), y), Line("b", np.arange(2.0), y, kind="faint")
+    text = drawn(line, faint, levels=(("floor", 2.0),), bands=(("start", 2.5, 3.5),))
+    (rect,) = [r for r in svg(text).iter("rect") if r.get("class") == "band"]
+    tall = 300 - 8 - 46
+    assert float(rect.get("y", "")) == pytest.approx(tall * (3.1 - 3.5) / 2.2, abs=0.06)
+    assert float(rect.get("height", "")) == pytest.approx(tall * 1.0 / 2.2, abs=0.06)
+    assert "floor" in [t.text for t in svg(text).iter("text")]
+    for kind in ("level", "band", "faint", "line"):
+        assert f'<i class="{kind}"' in text
+    assert "floor</span>" in text and "start</span>" in text
 
 
 def test_a_spike_of_the_raw_loss_does_not_set_the_range() -> None:

@@ -117,20 +117,51 @@ def test_stop_between_system_calls(tmp_path: Path) -> None:
     assert died == 9
 
 
-def _die_at(point: int) -> None:
+def _at(point: int, action):  # type: ignore[no-untyped-def]
+    """(fsync, replace)，第 point 次调用改做 action。"""
     calls = 0
 
     def hooked(real):  # type: ignore[no-untyped-def]
         def call(*args):  # type: ignore[no-untyped-def]
             nonlocal calls
             calls += 1
-            if calls == point:
-                os._exit(9)
-            return real(*args)
+            return action() if calls == point else real(*args)
 
         return call
 
-    os.fsync, os.replace = hooked(os.fsync), hooked(os.replace)
+    return hooked(os.fsync), hooked(os.replace)
+
+
+def _die_at(point: int) -> None:
+    os.fsync, os.replace = _at(point, lambda: os._exit(9))
+
+
+def test_errors_between_system_calls(tmp_path: Path) -> None:
+    """A2：第 k 次 fsync 或改名报错：不留半成品，最新的仍可读，同一步可以再存。"""
+
+    def fail() -> None:
+        raise OSError("Input/output error")
+
+    failed = 0
+    for point in range(1, 100):
+        run = tmp_path / str(point)
+        save(run, 1, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            fsync, replace = _at(point, fail)
+            patch.setattr(os, "fsync", fsync)
+            patch.setattr(os, "replace", replace)
+            try:
+                save(run, 3)
+                ck.prune(run, 1)
+            except OSError:
+                failed += 1
+            else:
+                break
+        assert newest(run) in (2, 3) and ck.find_latest(run)[1] == []
+        assert not [entry for entry in run.iterdir() if ck.step_of(entry) is None]
+        save(run, 4)
+        assert newest(run) == 4
+    assert failed == 9
 
 
 def test_bit_flips(tmp_path: Path) -> None:

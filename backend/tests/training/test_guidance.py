@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from app.models.transformer import GPT2Config
+from app.training import run as run_module
 from app.training.config import TrainConfig
 from app.training.guidance import token_notes
+
+from .conftest import Make
 
 SMALL = 124_439_808
 
@@ -30,6 +35,16 @@ def test_a_small_model_is_compared_with_its_run_file_only() -> None:
     (step,) = [n for n in token_notes(run(1), 1_000_000, run(8)) if "a step" in n]
     assert "1,024 tokens a step" in step and "8,192 of the run file" in step
     assert not any("a step" in n for n in token_notes(run(2), 1_000_000, run(8)))
+
+
+def test_training_says_it_too(make: Make) -> None:
+    """开训时就说，报告里也有。"""
+    told: list[str] = []
+    config = make(batch_size=1, micro_batch=None)
+    run_module.train(config, lambda plan: None, told.append, preset=make(batch_size=8))
+    (line,) = [text for text in told if "tokens a step" in text]
+    assert "8 tokens a step, far under the 64 of the run file" in line
+    assert "far under the 64" in (Path(config.out) / "report.html").read_text()
 
 
 def test_tokens_per_parameter_is_a_note() -> None:

@@ -132,6 +132,16 @@ def test_three_in_a_row_stop(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve_checkpoint(config.out).name == "step-00000006"
 
 
+def test_three_in_a_row_over_a_resume(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(steps=20, save_every=2)
+    with monkeypatch.context() as patch:
+        _poison(patch, {5, 6}, float("nan"), "loss")
+        train(config.replace(steps=6))
+    _poison(monkeypatch, {1}, float("nan"), "loss")
+    with pytest.raises(TrainingDiverged, match=r"up to step 7 .*step-00000006"):
+        train(config.replace(resume="auto"))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("save_every", [2, 1])
 def test_a_broken_weight_stops_and_is_never_saved(

@@ -16,9 +16,8 @@ from .norm import EPS
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPT2Config, layer: int) -> None:
+    def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.layer = layer
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.dropout_p = config.dropout
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -41,10 +40,9 @@ class Attention(nn.Module):
             qk = ctx.rotary.apply(qk)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if ctx.step is not None:
-            k, v = ctx.step.write(self.layer, k, v)
-        plan = ctx.plans[self.layer]
-        if self.layer in ctx.want_maps:
-            ctx.maps[self.layer] = attention_weights(q, k, plan)
+            k, v = ctx.step.write(ctx.layer, k, v)
+        if ctx.want_map:
+            ctx.maps[ctx.layer] = attention_weights(q, k, ctx.plan)
         dropout = self.dropout_p if self.training else 0.0
-        y = attend(q, k, v, plan, dropout=dropout)  # (B, H, T, D)
+        y = attend(q, k, v, ctx.plan, dropout=dropout)  # (B, H, T, D)
         return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))

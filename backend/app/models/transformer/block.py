@@ -71,8 +71,8 @@ class Block(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.plan = residual_plan(config, layer)
-        self.attn = Attention(config, layer)
-        self.mlp = MoE(config, layer) if layer in config.moe_layers else MLP(config)
+        self.attn = Attention(config)
+        self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
         for i, plan in enumerate(self.plan, start=1):
             setattr(self, f"ln_{i}", make_norm(config))
             if plan.inner and plan.outer:

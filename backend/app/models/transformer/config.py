@@ -22,12 +22,12 @@ from .rope_config import RoPEConfig
 from .validate import check_types, nearest
 
 SCHEMA_VERSION = 1
-_MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 
 Norm = Literal["post", "pre", "deepnorm", "keel"]
 NormType = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope", "none"]
-Activation = Literal["gelu_tanh", "gelu", "relu2", "swiglu", "silu"]
+Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "silu"]
 Backend = Literal["auto", "reference", "sdpa", "blocked", "flex"]
 
 # 上界只为在分配内存之前挡住荒唐的配置文件（GPT-3 175B 也远在其内）。
@@ -255,9 +255,9 @@ class GPT2Config:
         Raises:
             ValueError: 文件大得不像配置、不是 UTF-8，或内容不对。
         """
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}: "
+                f"{path} has {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}: "
                 "this is no model config"
             )
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -33,8 +33,10 @@ class Context:
     """plans 每层一个（同一图样的层共用）；rotary 只在 position='rope' 时有。
 
     maps 收集被点名的层的注意力图 {层: (B, H, Tq, Tk)}；want_maps 是点名的层。
-    loads 收集各 MoE 层的负载；routing 收集被点名的层的 (专家, 权重)，各 (B, T, k)，专家 E = 没有
-    去任何专家。都按层号写：重算激活时同一层写两遍也是同样的值。
+    loads 收集各层的负载，键是 "load"，只有 MoE 层写；routing 收集被点名的层的 (专家, 权重)，各
+    (B, T, k)，专家 E = 没有去任何专家。重算激活时同一层写两遍也是同样的值。
+    layer、plan、want_map、want_route、load 只在 at(layer) 给这一层的里面有意义。层号若存在层里，
+    或作为字典的键，逐块编译时每层都要另编一次，到第八层就不再编译了。
     """
 
     positions: Positions
@@ -44,6 +46,26 @@ class Context:
     want_maps: frozenset[int] = frozenset()
     maps: dict[int, Tensor] = field(default_factory=dict)
     want_loads: bool = False
-    loads: dict[int, Load] = field(default_factory=dict)
+    loads: dict[int, dict[str, Load]] = field(default_factory=dict)
     want_routing: frozenset[int] = frozenset()
     routing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layer: int = -1
+    want_map: bool = False
+    want_route: bool = False
+    load: dict[str, Load] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> MaskPlan:
+        return self.plans[0]
+
+    def at(self, layer: int) -> Context:
+        """第 layer 层看到的。"""
+        load = self.loads[layer] = {}
+        return replace(
+            self,
+            plans=(self.plans[layer],),
+            layer=layer,
+            want_map=layer in self.want_maps,
+            want_route=layer in self.want_routing,
+            load=load,
+        )

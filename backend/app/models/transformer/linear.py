@@ -7,11 +7,17 @@ R 行数、I 输入宽、O 输出宽。
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FEW_ROWS = 64
+# 乘加次数；再小，Python 里的 autograd 函数的开销就吃掉所得。
+LARGE = 3 * 10**8
 _FOUR = 4
 _GROUPS = 8
 _DTYPES = (torch.float32, torch.float64)
@@ -32,7 +38,62 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _few_rows(x, weight):
         y = _few_row_product(x.reshape(-1, x.shape[-1]), weight)
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+    if _large(x, weight):
+        return _Large.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (R, I) 与 weight (O, I) -> (R, O)，不求梯度：行数远少于 O，AVX2 上也是 oneDNN 快。"""
+    if _few_rows(x, weight):
+        return _few_row_product(x, weight)
+    return _onednn(x, weight, None) if _large(x, weight, "AVX2") else F.linear(x, weight)
+
+
+class _Large(torch.autograd.Function):
+    """F.linear 的大乘法：前向与输入的梯度交给 oneDNN，权重的梯度 MKL 更快。"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            _onednn(grad, weight.t(), None) if need_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def _large(x: Tensor, weight: Tensor, *also: str) -> bool:
+    """oneDNN 的乘法比 F.linear（MKL）快的时候：有 AVX-512（或 also）的 CPU，float32，乘法够大。"""
+    return (
+        x.numel() * weight.shape[0] >= LARGE
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _vectors() in ("AVX512", *also)
+    )
+
+
+@cache
+def _vectors() -> str | None:
+    """这个 CPU 的向量指令集；None = torch 没有带 oneDNN。"""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.backends.cpu.get_cpu_capability()
+    return None
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> bool:

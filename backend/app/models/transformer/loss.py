@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import linear
+from .linear import product
 
 IGNORE = -100
 # 一块 logits 的上限：够大使矩阵乘吃满，又只占峰值内存的一小部分。
-CHUNK_BYTES = 20 * 2**20
+CHUNK_BYTES = 50 * 2**20
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -46,6 +46,8 @@ class _ChunkedHead(torch.autograd.Function):
             hidden, weight, labels = ctx.saved_tensors
             h, w = hidden.to(ctx.computed), weight.to(ctx.computed)
             _, *ready = _loss_and_gradients(h, w, labels, hidden, weight, ctx.needs_input_grad)
+        if _is_one(scales[0]):
+            return *ready, None
         grad_hidden, grad_weight = (None if g is None else g.mul_(scales[0]) for g in ready)
         return grad_hidden, grad_weight, None
 
@@ -53,23 +55,39 @@ class _ChunkedHead(torch.autograd.Function):
 def _loss_and_gradients(
     h: Tensor, w: Tensor, labels: Tensor, hidden: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """h、w 是换成计算精度的 hidden (N, C)、weight (V, C)；梯度仍用参数的精度累加。"""
-    count = (labels != IGNORE).sum().clamp(min=1)
+    """h、w 是换成计算精度的 hidden (N, C)、weight (V, C)；梯度仍用参数的精度累加。
+
+    每行的份额 1/有效目标数（忽略的行为 0）乘在 (N, C) 的两头，不去动 (N, V)。
+    """
+    keep = labels != IGNORE
+    count = keep.sum().clamp(min=1)
+    share = (keep.to(hidden.dtype) / count)[:, None]
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
-    grad_weight = torch.zeros_like(weight) if needs[1] else None
+    grad_weight = torch.empty_like(weight) if needs[1] else None
     total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        shared = (hidden * share).to(h.dtype) if needs[1] else h
         for rows in _chunks(labels, weight.shape[0]):
-            loss, grad = _chunk(linear(h[rows], w), labels[rows])
-            total += loss
+            loss, grad = _chunk(product(h[rows], w), labels[rows])
+            total += (loss * keep[rows]).sum()
             if not (needs[0] or needs[1]):
                 continue
-            grad = grad.div_(count).to(h.dtype)
+            grad = grad.to(h.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ w
+                # 权重放在左边：行数远少于词表时快一些（docs/decisions/003）。
+                grad_hidden[rows] = (w.t() @ grad.t()).t()
             if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), h[rows])
+                _add_product(grad_weight, grad.t(), shared[rows], first=rows.start == 0)
+            # 放掉再算下一块：同时只有一块。
+            del grad
+        if grad_hidden is not None:
+            grad_hidden *= share
     return total / count, grad_hidden, grad_weight
+
+
+def _is_one(scale: Tensor) -> bool:
+    """不切微批时就是 1，省去读写一遍 (V, C)；别的设备上问它的值要同步，不问。"""
+    return scale.is_cpu and not torch.compiler.is_compiling() and scale.item() == 1.0
 
 
 def _as_computed(x: Tensor) -> Tensor:
@@ -84,25 +102,33 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(labels: Tensor, vocab: int) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (vocab * 4))
-    for start in range(0, labels.shape[0], size):
-        yield slice(start, min(start + size, labels.shape[0]))
+    """差不多一样大的块：最后剩下的小块最慢。"""
+    n = labels.shape[0]
+    most = max(1, CHUNK_BYTES // (vocab * 4))
+    size = -(-n // -(-n // most)) if n else 1
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
 
 
 def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, V)、(R,) -> 交叉熵之和（标量）与 softmax - onehot（忽略的行为 0）。就地改写 logits。"""
+    """(R, V)、(R,) -> 各行的交叉熵 (R,) 与 softmax - onehot (R, V)。就地改写 logits。
+
+    忽略的行照算（借用第 0 个词），由调用者乘 0。
+    """
     logits = logits.to(_wide(logits.dtype))
-    keep, index = labels != IGNORE, labels.clamp(min=0)[:, None]
-    lse = logits.logsumexp(-1, keepdim=True)
-    loss = ((lse - logits.gather(1, index)).squeeze(1) * keep).sum()
-    grad = logits.sub_(lse).exp_()
+    index = labels.clamp(min=0)[:, None]
+    torch.log_softmax(logits, -1, out=logits)
+    loss = -logits.gather(1, index).squeeze(1)
+    grad = logits.exp_()
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-    return loss, grad.masked_fill_(~keep[:, None], 0.0)
+    return loss, grad
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b；精度相同时一步写入，不另占一份 (V, C)。"""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """out += a @ b，第一次是 out = a @ b；精度相同时一步写入，不另占一份 (V, C)。"""
+    if a.dtype != out.dtype:
+        out.copy_(a @ b) if first else out.add_(a @ b)
+    elif first:
+        torch.mm(a, b, out=out)
     else:
-        out += a @ b
+        out.addmm_(a, b)

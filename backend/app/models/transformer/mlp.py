@@ -29,6 +29,8 @@ def swiglu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "gelu": F.gelu,
+    # OPT 的激活。
+    "relu": F.relu,
     "relu2": relu2,
     "swiglu": swiglu,
     "silu": F.silu,

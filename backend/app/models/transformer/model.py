@@ -123,14 +123,15 @@ class GPT2Model(nn.Module):
             ctx = self._context(where, step, frozenset(return_attention), frozenset(return_routing))
             x = self.embed(input_ids, where)
             hidden = {0: x}
-            for i, block in enumerate(self.h.values(), start=1):
-                x = block(x, ctx)
-                if i in return_hidden:
-                    hidden[i] = x
+            for i, block in enumerate(self.h.values()):
+                x = block(x, ctx.at(i))
+                if i + 1 in return_hidden:
+                    hidden[i + 1] = x
             if self.ln_f is not None:
                 x = self.ln_f(x)
 
-            out = self._balance(ctx) if ctx.loads else GPT2Output()
+            balanced = ctx.want_loads and self.config.moe_layers
+            out = self._balance(ctx) if balanced else GPT2Output()
             if targets is not None:
                 out["loss"] = head_cross_entropy(x, self.head_weight, targets)
             if targets is None or logits_to_keep:
@@ -149,7 +150,8 @@ class GPT2Model(nn.Module):
 
     def _balance(self, ctx: Context) -> GPT2Output:
         """各 MoE 层的负载；均衡损失取各层的平均，所以系数不随层数改变分量。"""
-        loads, moe = [ctx.loads[i] for i in self.config.moe_layers], self.config.moe
+        moe = self.config.moe
+        loads = [ctx.loads[i]["load"] for i in self.config.moe_layers]
         total = sum(moe.aux_loss_coef * one.balance + moe.z_loss_coef * one.z for one in loads)
         assert isinstance(total, Tensor)
         return GPT2Output(
@@ -227,19 +229,29 @@ class GPT2Model(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        source: str | Path,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        **wanted: Any,
     ) -> GPT2Model:
-        """读 save_pretrained 写的文件夹；dtype=None 保持文件里的精度。返回的模型处于 eval 状态。
+        """读 save_pretrained 写的文件夹、Hugging Face 的文件夹，或 hub 上的名字。
+
+        GPT-2（norm="pre"）、GPT-1（"post"）、OPT（按 do_layer_norm_before）都按表换名与转置。
+        返回的模型处于 eval 状态；dtype=None 保持文件里的精度。
+
+        Args:
+            wanted: GPT2Config 的字段。dropout 与 attention_backend 照给的用；别的要与权重相符，
+                如 norm="post" 遇上 GPT-2 的权重就是错。
 
         Raises:
-            ValueError: 文件夹、配置或权重不对；在分配内存之前就检查名字、形状与头的大小。
+            ValueError: 找不到、配置没有对应物、权重不合、或与 wanted 不符；在分配内存之前就检查
+                名字、形状与头的大小。
+            ImportError: 要从 hub 取而没有装 huggingface_hub。
         """
-        from .weights import load_model
+        from .pretrained import load_pretrained
 
-        return load_model(cls, Path(folder), torch.device(device), dtype)
+        return load_pretrained(cls, source, torch.device(device), dtype, wanted)
 
 
 def _coordinates(

@@ -71,9 +71,9 @@ def _product(way: Way, x: Tensor, layer: GroupedLinear, groups: Groups) -> Tenso
 
 
 class MoE(nn.Module):
-    def __init__(self, config: GPT2Config, layer: int) -> None:
+    def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.layer, self.capacity_factor = layer, config.moe.capacity_factor
+        self.capacity_factor = config.moe.capacity_factor
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = MLP(config, config.shared_hidden) if config.moe.shared_experts else None
@@ -82,7 +82,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。填充不进路由，结果里只有共享专家的部分。
 
-        各层的负载写进 ctx.loads（同一层再写一遍是同样的值：重算激活时不会重复计数）。
+        负载写进 ctx.load（同一层再写一遍是同样的值：重算激活时不会重复计数）。
         """
         B, T, C = x.shape
         flat = x.reshape(-1, C)
@@ -100,15 +100,15 @@ class MoE(nn.Module):
             kept = count(expert, experts)
         y = self.experts(flat, expert, choice.weight, complete=real is None and factor is None)
         if ctx.want_loads:
-            ctx.loads[self.layer] = Load(
+            ctx.load["load"] = Load(
                 load,
                 load.sum() - kept.sum(),
                 balance_loss(load, choice.share, real),
                 z_loss(choice.logits, real),
             )
-        if self.layer in ctx.want_routing:
+        if ctx.want_route:
             k = expert.shape[1]
-            ctx.routing[self.layer] = expert.view(B, T, k), choice.weight.view(B, T, k)
+            ctx.routing[ctx.layer] = expert.view(B, T, k), choice.weight.view(B, T, k)
         y = self.dropout(y).view(B, T, C)
         return y if self.shared is None else y + self.shared(x)
 

@@ -1,0 +1,64 @@
+"""`gpt2 export`：训练好的模型写成别的运行时的格式，写完用那个运行时算一遍。"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from typing_extensions import Doc
+
+from app.interop.targets import Target
+
+SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
+EXAMPLES = """\
+  gpt2 export runs/mine --to hf --out exported/hf
+  gpt2 export runs/mine/best --to gguf --quantize q8_0 --out exported/gguf
+  gpt2 export runs/mine --to onnx --out exported/onnx
+  ct2-transformers-converter --model exported/hf --output_dir exported/ct2
+
+hf: norm="pre" becomes GPT2LMHeadModel, "post" and "deepnorm" OPTForCausalLM. Afterwards the target
+library, where it is installed, computes the same tokens and the largest difference is printed."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """`gpt2 export` 的选项。"""
+
+    model: Annotated[
+        tyro.conf.Positional[str],
+        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
+    ]
+    to: Annotated[Target, Doc("format; a model that has no place in it is refused with the reason")]
+    out: Annotated[Path, Doc("folder to write; must be new or empty")]
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        Doc("precision of the weights; None = the model's"),
+    ] = None
+    quantize: Annotated[Literal["q8_0"] | None, Doc("8-bit matrices (gguf only)")] = None
+
+
+def run(args: Args) -> int:
+    """
+    Raises:
+        ValueError: 不是模型，去不了这种格式，或 --out 已有东西。
+    """
+    from app.data.tokenizers import load_tokenizer
+    from app.interop.export import export
+    from app.models.transformer import GPT2Model
+    from app.training.checkpoint import resolve_checkpoint
+
+    folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
+    model = GPT2Model.from_pretrained(folder)
+    has_tokenizer = (folder / "tokenizer_meta.json").is_file()
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    done = export(model, tokenizer, args.to, args.out, dtype=args.dtype, quantize=args.quantize)
+    print(f"written  {done.written} ({done.kind})")
+    for note in done.notes:
+        print(f"note     {note}")
+    if tokenizer is None:
+        print(f"note     {folder} has no tokenizer, so none was written")
+    print(f"checked  {done.checked}")
+    return 0

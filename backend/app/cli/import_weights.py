@@ -1,0 +1,77 @@
+"""`gpt2 import`：别处的权重变成我们的模型文件夹，连同分词器。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from typing_extensions import Doc
+
+from app.models.transformer.config import Norm
+
+SUMMARY = "turn weights from Hugging Face or nanoGPT into a model folder"
+EXAMPLES = """\
+  gpt2 import openai-community/gpt2 --out models/gpt2
+  gpt2 import ./gpt2-xl --out models/xl --dtype float16
+  gpt2 import nanoGPT/out/ckpt.pt --allow-pickle --tokenizer models/gpt2 --out models/nano
+
+GPT-2 becomes norm="pre", GPT-1 (openai-gpt) norm="post", OPT either, as its config says. A name
+is looked up on the hub, without a network in its cache. Only safetensors are read unless you say
+otherwise."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """`gpt2 import` 的选项。"""
+
+    source: Annotated[
+        tyro.conf.Positional[str],
+        Doc("Hugging Face folder or hub id (gpt2, openai-gpt, opt), or nanoGPT's ckpt.pt"),
+    ]
+    out: Annotated[Path, Doc("folder to write; must be new or empty")]
+    norm: Annotated[Norm | None, Doc("refuse weights of another norm; None = what they are")] = None
+    tokenizer: Annotated[
+        Path | None,
+        Doc("folder with another tokenizer: GPT-2's two files, tokenizer.json, or one of ours"),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        Doc("precision to keep; None = the file's"),
+    ] = None
+    allow_pickle: Annotated[
+        bool, Doc("read pytorch_model.bin or ckpt.pt, with weights_only and size limits")
+    ] = False
+
+
+def run(args: Args) -> None:
+    """
+    Raises:
+        ValueError: 找不到、读不懂、不安全，与 --norm 不符，或 --out 已有东西。
+    """
+    import torch
+
+    from app.interop.hf import check_free
+    from app.interop.importing import import_model, write_model
+
+    check_free(args.out)
+    found = import_model(
+        args.source,
+        allow_pickle=args.allow_pickle,
+        tokenizer=args.tokenizer,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        wanted={} if args.norm is None else {"norm": args.norm},
+    )
+    write_model(found, args.out)
+    config = found.model.config
+    print(
+        f"model      norm {config.norm}, {config.n_layer} layers, {config.n_head} heads, width "
+        f"{config.n_embed}, context {config.context_size}, vocabulary {config.vocab_size:,}, "
+        f"{config.activation}, {found.model.num_parameters():,} parameters"
+    )
+    if found.tokenizer is None:
+        print(f"tokenizer  none ({found.why}): `gpt2 generate` needs one; use token ids in Python")
+    else:
+        print(f"tokenizer  {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids")
+    print(f"written    {args.out}")

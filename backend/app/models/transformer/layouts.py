@@ -1,0 +1,214 @@
+"""别家的张量叫什么、怎样存：一张表，读进来与写出去都查它，没有流程。
+
+GPT-1 与 GPT-2 的 Conv1D 存 (in, out)，这里的 Linear 存 (out, in)：四个矩阵要转置；
+attn.c_proj 是方阵，漏转置不会报错。OPT 的位置嵌入前面多两行（fairseq 的 padding_idx + 1）。
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .safetensors_file import TensorSource
+
+HEAD = "lm_head.weight"
+_VOCAB = ("embed.wte.weight", HEAD)
+_LAYER = re.compile(r"h\.(\d+)\.(.*)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """表的一行。
+
+    Attributes:
+        theirs: 对方的名字（不含 .weight/.bias）；几个 = 沿第 0 维相接成我们的一个。
+        transpose: 对方的矩阵存 (in, out)。
+        skip: 对方在前面多出的行数，没有内容。
+    """
+
+    theirs: tuple[str, ...]
+    transpose: bool = False
+    skip: int = 0
+
+
+def _rows(table: Mapping[str, str], conv1d: bool = False) -> dict[str, Row]:
+    matrices = ("c_attn", "c_proj", "c_fc")
+    return {
+        ours: Row((theirs,), transpose=conv1d and ours.endswith(matrices))
+        for ours, theirs in table.items()
+    }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """一种存法。
+
+    Attributes:
+        prefixes: 对方名字的前缀；写出用第一个，读入认任何一个。
+        ignored: 文件里可以有、与计算无关的张量（旧文件把掩码也存了）。
+    """
+
+    prefixes: tuple[str, ...]
+    rows: Mapping[str, Row]
+    ignored: str = r"h\.\d+\.attn\.(bias|masked_bias)"
+
+    def place(self, ours: str) -> tuple[list[str], Row]:
+        """我们的张量在对方那里的全名（不含前缀）与存法。"""
+        stem, _, kind = ours.rpartition(".")
+        layer = _LAYER.fullmatch(stem)
+        row = self.rows[f"h.{{i}}.{layer[2]}" if layer else stem]
+        names = [name.replace("{i}", layer[1] if layer else "") for name in row.theirs]
+        return [f"{name}.{kind}" for name in names], row
+
+
+_BLOCK = {
+    f"h.{{i}}.{name}": f"h.{{i}}.{name}"
+    for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+}
+_GPT2 = {"embed.wte": "wte", "embed.wpe": "wpe", **_BLOCK, "ln_f": "ln_f"}
+
+GPT2 = Layout(("transformer.", ""), _rows(_GPT2, conv1d=True))
+# nanoGPT 用 nn.Linear，不转置；torch.compile 过的模型名字前多一段。
+NANOGPT = Layout(("transformer.", "_orig_mod.transformer."), _rows(_GPT2))
+OPENAI_GPT = Layout(
+    ("transformer.", ""),
+    _rows({"embed.wte": "tokens_embed", "embed.wpe": "positions_embed", **_BLOCK}, conv1d=True),
+)
+_OPT_LAYER = "layers.{i}."
+OPT = Layout(
+    ("model.decoder.", "decoder."),
+    {
+        **_rows(
+            {
+                "embed.wte": "embed_tokens",
+                "h.{i}.ln_1": _OPT_LAYER + "self_attn_layer_norm",
+                "h.{i}.attn.c_proj": _OPT_LAYER + "self_attn.out_proj",
+                "h.{i}.ln_2": _OPT_LAYER + "final_layer_norm",
+                "h.{i}.mlp.c_fc": _OPT_LAYER + "fc1",
+                "h.{i}.mlp.c_proj": _OPT_LAYER + "fc2",
+                "ln_f": "final_layer_norm",
+            }
+        ),
+        "embed.wpe": Row(("embed_positions",), skip=2),
+        "h.{i}.attn.c_attn": Row(tuple(f"{_OPT_LAYER}self_attn.{p}_proj" for p in "qkv")),
+    },
+)
+
+
+def read_tensors(
+    layout: Layout,
+    expected: Mapping[str, tuple[int, ...]],
+    source: TensorSource,
+    extra_vocab: int = 0,
+) -> Iterator[tuple[str, Tensor]]:
+    """逐个给出 (我们的名字, 张量)；expected 是配置推出的名字与形状，在读任何张量之前核对。
+
+    输出头不在 expected 里（共享）而文件里有，必须与词嵌入相等。
+    extra_vocab: 词表在文件里多出的行数，读了就去掉。
+
+    Raises:
+        ValueError: 缺、多、形状不符，或说是共享的头其实不同。
+    """
+    prefix = _prefix(layout, source)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for ours, shape in expected.items():
+        names, row = _full(layout, prefix, ours)
+        extra = extra_vocab if ours in _VOCAB else 0
+        size = (shape[0] // len(names) + row.skip + extra, *shape[1:])
+        wanted.update(dict.fromkeys(names, size[::-1] if _turned(row, shape) else size))
+    _check_names(layout, prefix, wanted, source, tied=HEAD not in expected)
+    for ours, shape in expected.items():
+        names, row = _full(layout, prefix, ours)
+        parts = [source.read(name) for name in names]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if _turned(row, shape):
+            tensor = tensor.T.contiguous()
+        if ours == "embed.wte.weight" and HEAD not in expected:
+            _check_tied(tensor, prefix, source)
+        first, end = row.skip, row.skip + shape[0]
+        # 切片要复制：否则多出的行跟着整个张量留在内存里。
+        yield ours, tensor if end == len(tensor) and not first else tensor[first:end].clone()
+
+
+def write_tensors(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """我们的 state_dict 换成对方的名字与存法；read_tensors 的逆。"""
+    result = {}
+    for ours, tensor in state.items():
+        names, row = _full(layout, layout.prefixes[0], ours)
+        if _turned(row, tensor.shape):
+            tensor = tensor.T
+        if row.skip:
+            tensor = torch.cat([tensor.new_zeros(row.skip, *tensor.shape[1:]), tensor])
+        parts = tensor.chunk(len(names))
+        result.update({n: p.contiguous() for n, p in zip(names, parts, strict=True)})
+    return result
+
+
+def _turned(row: Row, shape: tuple[int, ...] | torch.Size) -> bool:
+    return row.transpose and len(shape) == 2
+
+
+def _full(layout: Layout, prefix: str, ours: str) -> tuple[list[str], Row]:
+    if ours == HEAD:
+        return [_head(prefix)], Row((HEAD,))
+    names, row = layout.place(ours)
+    return [prefix + name for name in names], row
+
+
+def _head(prefix: str) -> str:
+    """输出头在主干之外，只跟着编译留下的那一段前缀。"""
+    return ("_orig_mod." if prefix.startswith("_orig_mod.") else "") + HEAD
+
+
+def _prefix(layout: Layout, source: TensorSource) -> str:
+    (name,), _ = layout.place("embed.wte.weight")
+    for prefix in layout.prefixes:
+        if prefix + name in source.shapes:
+            return prefix
+    looked = ", ".join(repr(prefix + name) for prefix in layout.prefixes)
+    raise ValueError(
+        f"{source.where}: no token embedding there (looked for {looked}); the file has "
+        f"{len(source.shapes)} tensors such as {sorted(source.shapes)[:3]}"
+    )
+
+
+def _check_names(
+    layout: Layout,
+    prefix: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    source: TensorSource,
+    tied: bool,
+) -> None:
+    missing = sorted(wanted.keys() - source.shapes.keys())
+    allowed = re.compile(re.escape(prefix) + f"(?:{layout.ignored})")
+    head = _head(prefix)
+    extra = sorted(
+        name
+        for name in source.shapes.keys() - wanted.keys()
+        if not allowed.fullmatch(name) and not (tied and name == head)
+    )
+    if missing or extra:
+        raise ValueError(
+            f"{source.where} does not fit its config: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(extra)} unknown {extra[:3]}: the weights belong to another "
+            "configuration"
+        )
+    for name, shape in wanted.items():
+        if source.shapes[name] != shape:
+            raise ValueError(
+                f"{source.where}: {name} has shape {source.shapes[name]} but the config says "
+                f"{shape}: the weights belong to another configuration"
+            )
+
+
+def _check_tied(embedding: Tensor, prefix: str, source: TensorSource) -> None:
+    name = _head(prefix)
+    if name in source.shapes and not torch.equal(source.read(name), embedding):
+        raise ValueError(
+            f"{source.where}: {name} differs from the token embedding, but the config says they "
+            "are tied: set tie_word_embeddings to false in config.json"
+        )

@@ -1,0 +1,155 @@
+"""safetensors 文件：先只看头、核对布局，再逐个张量读。
+
+自己读而不用库：库在任何核对之前就照头行事（一百万个空张量要一分钟、重复的键取最后一个），
+而逐个读使内存里至多比模型多出一个张量，不会有第二份模型。写文件仍用库。
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    # 只会是要忽略的缓冲区（GPT-2 旧文件里的掩码）。
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I64": torch.int64,
+}
+# 一个条目约 110 字节；XL 有 580 个张量、头约 60 KB。解析后的字典比文本大十倍，所以要有上限。
+_BYTES_PER_TENSOR = 256
+_MIN_HEADER_LIMIT = 1 << 20
+
+
+class TensorSource(Protocol):
+    """一套权重：形状在读之前就知道。"""
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """读出一个，调用者独有。"""
+
+
+def header_limit(tensors: int) -> int:
+    """预期有这么多张量的文件，头至多多少字节。"""
+    return max(_MIN_HEADER_LIMIT, tensors * _BYTES_PER_TENSOR)
+
+
+class SafetensorsFiles:
+    """一个或几个分片。打开时读头并核对；张量在 read 时才读。
+
+    Raises:
+        ValueError: 头有错，或同一个名字在两个分片里。
+    """
+
+    def __init__(self, paths: list[Path], limit: int = _MIN_HEADER_LIMIT) -> None:
+        self.where = str(paths[0] if len(paths) == 1 else paths[0].parent)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Path, int, torch.dtype]] = {}
+        for path in paths:
+            header, start = _open(path, limit)
+            for name, entry in header.items():
+                if name in self._places:
+                    raise ValueError(f"{path}: tensor {name!r} is in another shard too")
+                self.shapes[name] = tuple(entry["shape"])
+                offset = start + entry["data_offsets"][0]
+                self._places[name] = path, offset, DTYPES[entry["dtype"]]
+
+    def read(self, name: str) -> Tensor:
+        """
+        Raises:
+            ValueError: 文件变短了，不是浮点数，或有 NaN、无穷。
+        """
+        path, offset, dtype = self._places[name]
+        if not dtype.is_floating_point:
+            raise ValueError(f"{path}: tensor {name!r} holds {dtype}, expected floating point")
+        data = bytearray(math.prod(self.shapes[name]) * dtype.itemsize)
+        with path.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(data) != len(data):
+                raise ValueError(f"{path}: ends inside tensor {name!r}: the file was cut")
+        # clone：bytearray 没有按缓存行对齐，留着它以后每次矩阵乘都慢。
+        tensor = torch.frombuffer(data, dtype=dtype).view(self.shapes[name]).clone()
+        check_finite(tensor, name, str(path))
+        return tensor
+
+
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{where}: tensor {name!r} holds NaN or infinity: the weights are broken")
+
+
+def read_header(path: Path, limit: int = _MIN_HEADER_LIMIT) -> dict[str, Any]:
+    """{名字: {dtype, shape, data_offsets}}，已核对布局。
+
+    Raises:
+        ValueError: 头太长、不是 JSON、有重复的键，或描述的不是这个文件。
+    """
+    return _open(path, limit)[0]
+
+
+def _open(path: Path, limit: int) -> tuple[dict[str, Any], int]:
+    """(头, 数据从文件的哪里开始)。8 字节小端长度，然后是 JSON；长度不可信，先设上限再读。"""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > min(size - 8, limit):
+            raise ValueError(
+                f"{path}: a header of {length} bytes in a file of {size} bytes (limit {limit}): "
+                "the file is truncated or no safetensors file"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the header is broken: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is not a mapping")
+    header.pop("__metadata__", None)
+    end = check_layout(header, path)
+    if 8 + length + end != size:
+        raise ValueError(f"{path}: has {size} bytes but its header describes {8 + length + end}")
+    return header, 8 + length
+
+
+def check_layout(header: dict[str, Any], path: Path) -> int:
+    """各张量首尾相接、不重叠、大小与形状相符；返回数据的总字节数。"""
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape = entry["dtype"], entry["shape"]
+            begin, end = entry["data_offsets"]
+            ok = type(shape) is list and all(
+                type(n) is int and n >= 0 for n in (*shape, begin, end)
+            )
+            ok = ok and end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+        except (KeyError, TypeError, ValueError):
+            ok = False
+        if not ok:
+            raise ValueError(f"{path}: the header entry of tensor {name!r} is not valid")
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise ValueError(f"{path}: tensor {name!r} starts at {begin}, expected {position}")
+        position = end
+    return position
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result

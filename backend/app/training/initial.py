@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Model
-from app.models.transformer.weights import read_config
 
 from .checkpoint import Tell, resolve_checkpoint
 from .resume import flat
@@ -23,7 +22,8 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
         ValueError: 那里没有模型，形状不同（点名两个值），或分词器不是数据的那个。
     """
     found = resolve_checkpoint(folder, tell)
-    theirs = dict(flat(read_config(found).to_dict()))
+    source = GPT2Model.from_pretrained(found)
+    theirs = dict(flat(source.config.to_dict()))
     for name, ours in flat(model.config.to_dict()):
         if name not in _FREE and theirs[name] != ours:
             raise ValueError(
@@ -36,5 +36,5 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
             f"init_from={found} was trained with the tokenizer {written[:12]} but the data has "
             f"{used[:12]}: prepare the data with the model's tokenizer"
         )
-    model.load_state_dict(GPT2Model.from_pretrained(found).state_dict())
+    model.load_state_dict(source.state_dict())
     tell(f"weights from {found}; steps, optimizer and schedule start anew")

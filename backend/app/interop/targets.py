@@ -15,7 +15,10 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def family_name(config: GPT2Config) -> str | None:
-    """hf 格式里的哪一种：pre 是 GPT-2，post 与 deepnorm 是 OPT，专家是 Mixtral；None = 自带代码的。"""
+    """hf 格式里的哪一种模型：pre 是 GPT-2，post 与 deepnorm 是 OPT，有专家的是 Mixtral。
+
+    None = 自带代码的那种。
+    """
     reasons = {
         "gpt2": _gpt2(config), "opt": _opt(config), "mixtral": why_not(MIXTRAL, config),
     }  # fmt: skip

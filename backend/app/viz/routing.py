@@ -5,6 +5,7 @@ T 词元数、k 每个词元的专家数、E 专家数。专家 E = 填充，或
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,9 @@ def routing_figure(
     names = [labels[i] if step == 1 else f"{i} {labels[i]}" for i in ticks]
     grid[-1].set_xticks(ticks, names, rotation=90, fontsize=8, **label_style())
     grid[-1].set_xlabel("token; full colour = weight 1, pale = weight near 0")
-    figure.suptitle(title, fontsize=_TITLE + 2, parse_math=False)
+    # 长的路径会伸出图外；这个字号一英寸约九个字。
+    lines = textwrap.fill(title, round(8 * width))
+    figure.suptitle(lines, fontsize=_TITLE + 2, parse_math=False)
     return figure
 
 

@@ -101,7 +101,7 @@ def test_the_seed_gives_the_router_and_noise_breaks_the_symmetry():
 def test_copies_do_not_share_memory_and_the_source_is_untouched():
     dense = dense_model()
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    state = upcycle(dense.state_dict(), dense.config, target(dense), noise=0.5)
+    state = upcycle(dense.state_dict(), dense.config, target(dense))
     state["h.0.mlp.experts.c_fc.weight"][0].zero_()
     assert state["h.0.mlp.experts.c_fc.weight"][1].abs().sum() > 0
     assert all(torch.equal(before[n], t) for n, t in dense.state_dict().items())

@@ -62,6 +62,13 @@ def test_each_layer_is_a_panel_coloured_where_a_token_went() -> None:
     assert figure.get_suptitle() == "t"
 
 
+def test_a_long_title_stays_within_the_picture() -> None:
+    figure = routing_figure({0: (CHOSEN, WEIGHT)}, "abcd", 4, "runs/" + "long" * 40)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 def test_colours_differ_and_words_stay_legible() -> None:
     assert len(set(expert_colours(20))) == 20
     assert expert_colours(25)[20:] == expert_colours(5)

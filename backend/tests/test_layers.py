@@ -32,7 +32,7 @@ LEVELS = {
     "moe": 7,
     "block": 8,
     "init": 9,
-    "weights": 10,
+    **dict.fromkeys(("weights", "upcycle"), 10),
     "pretrained": 11,
     "model": 11,
     "factory": 12,
@@ -156,6 +156,8 @@ def test_importing_the_backbone_is_silent_and_pulls_in_nothing_else() -> None:
         "plan",
         "show",
         "verify",
+        "upcycle",
+        "experts",
     ],
 )
 def test_help_answers_without_torch(command: str) -> None:

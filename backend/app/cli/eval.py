@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from typing_extensions import Doc
 
-from app.cli.trained import load_trained
+from app.cli.trained import load_trained, own_data
 
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
@@ -142,22 +142,10 @@ def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut | None:
         return open_text(args.text, tokenizer)
     if args.data is not None:
         return open_dataset(args.data, tokenizer)
-    return None if args.task else open_dataset(_own_data(folder), tokenizer)
-
-
-def _own_data(folder: Path) -> Path:
-    """训练文件夹的 run.yaml 里的数据；检查点的在上一层。"""
-    from app.cli.runfile import load_config
-    from app.training.resume import RUN_FILE
-
-    for place in (folder, folder.parent):
-        if (place / RUN_FILE).is_file():
-            data = Path(load_config(str(place / RUN_FILE))[0].data.folder)
-            _tell(f"note: scoring the data of the run, {data} (from {place / RUN_FILE})")
-            return data
-    raise ValueError(
-        f"{folder} does not belong to a run, so there is no data of its own: "
-        "give --data, --text or --task"
+    return (
+        None
+        if args.task
+        else open_dataset(own_data(folder, _tell, "--data, --text or --task"), tokenizer)
     )
 
 

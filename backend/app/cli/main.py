@@ -22,7 +22,9 @@ COMMANDS = {
     "import": "turn weights from Hugging Face or nanoGPT into a model folder",
     "export": "write a trained model for transformers, llama.cpp, ONNX or CTranslate2",
     "plan": "what will run: parameters, memory, attention backends and why",
-    "show": "draw attention maps and attention patterns",
+    "show": "draw attention maps, attention patterns and expert routing",
+    "upcycle": "turn a dense model into experts that compute the same, to train on",
+    "experts": "average a model's experts into a dense one, or prune those little used",
     "verify": "check a configuration: causality, cache, padding, counts, save and load",
 }
 # 模块不能叫 import。

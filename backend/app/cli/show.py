@@ -1,4 +1,4 @@
-"""`gpt2 show`：画注意力图与图样。第一个词说画什么，其余的选项各有各的。"""
+"""`gpt2 show`：画注意力图、图样与专家的分派。第一个词说画什么，其余的选项各有各的。"""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from app.models.transformer.config import GPT2Config
 from app.models.transformer.validate import nearest
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from app.data.tokenizers import Tokenizer
     from app.models.transformer import GPT2Model
 
-SUMMARY = "draw attention maps and attention patterns"
+SUMMARY = "draw attention maps, attention patterns and which expert took each token"
 EXAMPLES = """\
   gpt2 show pattern "local(8) | global(2)" "strided(8)" --tokens 32
   gpt2 show attention --text "To be, or not to be" --run runs/train --layer 0 --layer 3
-  gpt2 show attention --text "abc abc" --model.attention-pattern "sinks(1, 4)" --out sinks.png"""
+  gpt2 show attention --text "abc abc" --model.attention-pattern "sinks(1, 4)" --out sinks.png
+  gpt2 show routing --run runs/experts --text "for i in range(10): print(i)" """
 
 KINDS = {
     "attention": "the attention maps of a text, layer by layer, as a PNG",
+    "routing": "which expert took each token of a text, per layer, as a PNG and as text",
     "pattern": "which keys each query sees under one or several patterns, as a PNG",
 }
 
@@ -76,12 +80,32 @@ class PatternArgs:
     out: Annotated[Path, Doc("PNG file to write; never overwritten")] = Path("pattern.png")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutingArgs:
+    """`gpt2 show routing` 的选项。"""
+
+    text: Annotated[str, Doc("the text whose tokens are routed")]
+    run: Annotated[str, Doc("run folder, RUN/best, a checkpoint or a saved model, with experts")]
+    layer: Annotated[
+        tyro.conf.UseAppendAction[tuple[int, ...]],
+        Doc("MoE layer to draw; repeat; none = all of them"),
+    ] = ()
+    tokens: Annotated[int, Doc("draw at most the first so many tokens of the text")] = 64
+    out: Annotated[Path, Doc("PNG file to write; never overwritten")] = Path("routing.png")
+    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda")] = "auto"
+
+
 @dataclass(frozen=True)
 class Listing:
     """没有说画什么：列出能画的。"""
 
 
-Args = AttentionArgs | PatternArgs | Listing
+Args = AttentionArgs | PatternArgs | RoutingArgs | Listing
+_KINDS: dict[str, type[AttentionArgs] | type[PatternArgs] | type[RoutingArgs]] = {
+    "attention": AttentionArgs,
+    "routing": RoutingArgs,
+    "pattern": PatternArgs,
+}
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -94,11 +118,9 @@ def parse(argv: Sequence[str]) -> Args:
     kind, rest = argv[0], list(argv[1:])
     if kind not in KINDS:
         raise ValueError(f"gpt2 show cannot draw {kind!r}{nearest(kind, KINDS)}")
-    chosen: type[AttentionArgs] | type[PatternArgs]
-    chosen = AttentionArgs if kind == "attention" else PatternArgs
     examples = "\n".join(line for line in EXAMPLES.splitlines() if f"show {kind}" in line)
     return tyro.cli(
-        chosen,
+        _KINDS[kind],
         prog=f"gpt2 show {kind}",
         args=rest,
         description=f"Draw {KINDS[kind]}.\n\nexamples:\n{examples}",
@@ -114,6 +136,8 @@ def run(args: Args) -> None:
     match args:
         case AttentionArgs():
             _show_attention(args)
+        case RoutingArgs():
+            _show_routing(args)
         case PatternArgs():
             _show_patterns(args)
         case Listing():
@@ -167,9 +191,7 @@ def _show_patterns(args: PatternArgs) -> None:
 def _show_attention(args: AttentionArgs) -> None:
     from app.viz.picture import check_out
 
-    if not args.text:
-        raise ValueError("text='' is empty: give some words with --text")
-    _between("tokens", args.tokens, 1, _MOST_TOKENS)
+    _check_text(args)
     if args.run is not None and args.model != _DEMO:
         raise ValueError(
             f"run={args.run} brings its own model, but --model options were given too: "
@@ -183,6 +205,12 @@ def _show_attention(args: AttentionArgs) -> None:
         heads = ()
         _tell(f"note: the mean of {model.config.n_head} heads; --head draws single ones")
     _draw(args, model, tokenizer, layers, heads)
+
+
+def _check_text(args: AttentionArgs | RoutingArgs) -> None:
+    if not args.text:
+        raise ValueError("text='' is empty: give some words with --text")
+    _between("tokens", args.tokens, 1, _MOST_TOKENS)
 
 
 def _random(args: AttentionArgs) -> tuple[GPT2Model, Tokenizer]:
@@ -214,14 +242,7 @@ def _draw(
     from app.viz.attention import attention_figure
     from app.viz.picture import token_label, write_picture
 
-    ids = tokenizer.encode(args.text)
-    if not ids:
-        raise ValueError(f"text={args.text!r} has no tokens: give some words with --text")
-    limit = min(args.tokens, model.config.context_size)
-    if len(ids) > limit:
-        reason = f"--tokens {limit}" if limit == args.tokens else f"context_size={limit}"
-        _tell(f"note: the first {limit} of {len(ids)} tokens are drawn ({reason})")
-    ids = ids[:limit]
+    ids = _ids(args, model, tokenizer)
     with torch.inference_mode():
         found = model(
             torch.tensor([ids], device=model.device), return_attention=layers, logits_to_keep=1
@@ -235,6 +256,89 @@ def _draw(
     )
     write_picture(figure, args.out)
     print(f"picture  {args.out}")
+
+
+def _ids(args: AttentionArgs | RoutingArgs, model: GPT2Model, tokenizer: Tokenizer) -> list[int]:
+    """文字的开头几个词元。"""
+    ids = tokenizer.encode(args.text)
+    if not ids:
+        raise ValueError(f"text={args.text!r} has no tokens: give some words with --text")
+    limit = min(args.tokens, model.config.context_size)
+    if len(ids) > limit:
+        reason = f"--tokens {limit}" if limit == args.tokens else f"context_size={limit}"
+        _tell(f"note: the first {limit} of {len(ids)} tokens are drawn ({reason})")
+    return ids[:limit]
+
+
+def _show_routing(args: RoutingArgs) -> None:
+    import torch
+
+    from app.viz.picture import check_out, token_label, write_picture
+    from app.viz.routing import routing_figure
+
+    _check_text(args)
+    check_out(args.out)
+    model, tokenizer = load_trained(args.run, args.device)
+    config = model.config
+    layers = _moe_layers(args, config)
+    ids = _ids(args, model, tokenizer)
+    with torch.inference_mode():
+        found = model(
+            torch.tensor([ids], device=model.device), return_routing=layers, logits_to_keep=1
+        )["routing"]
+    routing = {
+        layer: (found[layer][0][0].cpu().numpy(), found[layer][1][0].float().cpu().numpy())
+        for layer in layers
+    }
+    raw = [tokenizer.token_bytes(token) for token in ids]
+    title = (
+        f"{args.run}: {config.moe_num_experts} experts, top-{config.moe_top_k}, {len(ids)} tokens"
+    )
+    figure = routing_figure(
+        routing, [token_label(one) for one in raw], config.moe_num_experts, title
+    )
+    _print_routing(routing, [token_label(one, 40) for one in raw], config.moe_num_experts)
+    write_picture(figure, args.out)
+    print(f"picture  {args.out}")
+
+
+def _moe_layers(args: RoutingArgs, config: GPT2Config) -> tuple[int, ...]:
+    if not config.moe_layers:
+        raise ValueError(
+            f"run={args.run} has moe_num_experts=0: no token is routed; gpt2 upcycle makes experts"
+        )
+    for layer in args.layer:
+        if layer not in config.moe_layers:
+            raise ValueError(
+                f"layer={layer} has no experts: the MoE layers are "
+                f"{', '.join(map(str, config.moe_layers))}"
+            )
+    return tuple(dict.fromkeys(args.layer)) or config.moe_layers
+
+
+def _print_routing(
+    routing: dict[int, tuple[np.ndarray, np.ndarray]], pieces: list[str], experts: int
+) -> None:
+    """终端上色；不是终端、或设了 NO_COLOR（no-color.org），就写专家的编号。"""
+    import os
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from app.viz.routing import coloured_text, legend, plain_text
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    # soft_wrap：不插入换行，词元照原样相接。
+    console = Console(highlight=False, soft_wrap=True)
+    if colour:
+        console.print(legend(experts), Text("  (the one with the largest weight)"))
+    else:
+        print("token[experts, the largest weight first]")
+    for layer, (chosen, weight) in routing.items():
+        if colour:
+            console.print(f"layer {layer}: ", coloured_text(pieces, chosen, experts, weight))
+        else:
+            print(f"layer {layer}: {plain_text(pieces, chosen, weight, experts)}")
 
 
 def _chosen(name: str, asked: tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ _OPT_MULTIPLE = 8
 
 def for_family(weights: Weights, family: str, tokenizer: Tokenizer | None) -> Weights:
     """改写成这一种模型认得的样子；没有分词器就不动词表。"""
-    weights = with_biases(weights if family == "gpt2" else as_post_if_deep(weights))
+    if family != "mixtral":
+        weights = with_biases(weights if family == "gpt2" else as_post_if_deep(weights))
     if tokenizer is None:
         return weights
     size = max(weights.config.vocab_size, tokens.special_ids(tokenizer).pad + 1)

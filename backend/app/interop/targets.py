@@ -6,17 +6,23 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.foreign_config import GPT2, OPENAI_GPT, OPT, why_not
+from app.models.transformer.foreign_config import GPT2, MIXTRAL, OPENAI_GPT, OPT, why_not
 
-Target = Literal["hf", "opt", "openai-gpt", "gguf", "onnx"]
+Target = Literal["hf", "opt", "openai-gpt", "mixtral", "gguf", "onnx"]
 # 自带代码的 transformers 包装；有它，hf 才什么配置都收。
 OWN_CODE = "app.interop.transformers"
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def family_name(config: GPT2Config) -> str | None:
-    """hf 格式里的哪一种模型：pre 是 GPT-2，post 与 deepnorm 是 OPT；None = 自带代码的那种。"""
-    for name, reason in (("gpt2", _gpt2(config)), ("opt", _opt(config))):
+    """hf 格式里的哪一种模型：pre 是 GPT-2，post 与 deepnorm 是 OPT，有专家的是 Mixtral。
+
+    None = 自带代码的那种。
+    """
+    reasons = {
+        "gpt2": _gpt2(config), "opt": _opt(config), "mixtral": why_not(MIXTRAL, config),
+    }  # fmt: skip
+    for name, reason in reasons.items():
         if reason is None:
             return name
     return None
@@ -31,6 +37,8 @@ def reason_against(target: Target, config: GPT2Config) -> str | None:
             return _opt(config)
         case "openai-gpt":
             return why_not(OPENAI_GPT, _folded(config)) or _tied(config)
+        case "mixtral":
+            return why_not(MIXTRAL, config)
         case "gguf":
             return _gguf(config)
         case "onnx":
@@ -61,7 +69,7 @@ def _hf(config: GPT2Config) -> str | None:
     """没有现成的模型认得的，写成自带代码的一种。"""
     if family_name(config) is not None or find_spec(OWN_CODE) is not None:
         return None
-    return _opt(config)
+    return why_not(MIXTRAL, config) if config.moe_num_experts else _opt(config)
 
 
 def _gpt2(config: GPT2Config) -> str | None:

@@ -106,6 +106,10 @@ class TrainConfig:
     resume: Annotated[
         str, Doc("none, auto (newest valid checkpoint in the run folder), or a checkpoint folder")
     ] = "none"
+    init_from: Annotated[
+        str | None,
+        Doc("run, checkpoint or model folder: start at step 0 from its weights; None = random"),
+    ] = None
     steps: Annotated[int, Doc("optimizer steps")] = 1000
     batch_size: Annotated[int, Doc("sequences per optimizer step")] = 32
     micro_batch: Annotated[
@@ -160,9 +164,14 @@ class TrainConfig:
                 f"batch_size={self.batch_size}, or None for the whole batch"
             )
         self._check_schedule()
-        for name in ("out", "resume", "device"):
-            if not getattr(self, name):
+        for name in ("out", "resume", "device", "init_from"):
+            if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty: give a value or leave it out")
+        if self.init_from is not None and self.resume not in ("none", "auto"):
+            raise ValueError(
+                f"init_from={self.init_from} and resume={self.resume} both give the weights: use "
+                "resume to go on exactly, init_from to start anew at step 0"
+            )
 
     def _check_schedule(self) -> None:
         schedule = self.schedule

@@ -15,7 +15,7 @@ RUN_FILE = "run.yaml"
 SILENT = {
     "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
     "sample_tokens", "save_every", "keep_last", "data.folder", "data.verify", "tensorboard",
-    "activation_checkpointing",
+    "activation_checkpointing", "init_from",
 }  # fmt: skip
 # 模型里可以变的：不改变权重的形状与含义。
 _MODEL_FREE = {

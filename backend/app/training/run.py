@@ -23,6 +23,7 @@ from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
 from .facts import Facts, write_facts
 from .guidance import small_step
+from .initial import initialize_from
 from .lock import run_lock
 from .metrics import METRICS, Metrics
 from .plot import PLOT, plot_losses
@@ -146,6 +147,8 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
     _seed_everything(config.seed)
     model = GPT2Model(config.model).to(runtime.device)
     tokenizer = data.train.tokenizer()
+    if start is None and config.init_from is not None:
+        initialize_from(config.init_from, model, tokenizer, tell)
     encode_prompt(tokenizer, config.sample_prompt)
     validation = None
     if data.val is not None:

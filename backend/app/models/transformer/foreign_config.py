@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .config import Activation, GPT2Config, Norm
+from .moe_config import MoEConfig
+from .rope_config import RoPEConfig
 
 # Hugging Face 的激活名；写出用第一个对得上的。
 _ACTIVATIONS: dict[str, Activation] = {
@@ -42,6 +44,16 @@ _NEVER: dict[str, tuple[Any, str]] = {
 VOCAB_KEY = "trained_vocab_size"
 
 
+# 这几种以外的部件；is_sparse 由图样推出，读的时候不必给。
+_PLAIN: dict[str, Any] = {
+    "norm_type": "layernorm",
+    "position": "learned",
+    "qk_norm": False,
+    "moe_num_experts": 0,
+    "is_sparse": False,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """一种 Hugging Face 模型的配置。
@@ -52,6 +64,9 @@ class Family:
         dropouts: 全部 dropout 的键；第一个是残差处的。
         hidden: 前馈层宽度的键，对方的默认值；None = 恒为 4 倍。
         fixed: 必须是这个值的键：(值, 别的值意味着什么)。
+        plain: 我们的字段只有这个值有对应物。
+        tied: 没有写明时，输出头与词嵌入是否共享。
+        nested: 成组的设置（rope、moe），两个方向各一个函数；None = 没有。
     """
 
     model_type: str
@@ -64,10 +79,22 @@ class Family:
     activations: Mapping[str, Activation] = field(default_factory=lambda: _ACTIVATIONS)
     hidden: tuple[str, int | None] | None = None
     fixed: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    plain: Mapping[str, Any] = field(default_factory=lambda: _PLAIN)
+    tied: bool = True
+    nested: Nested | None = None
 
     @property
     def norm_names(self) -> list[str]:
         return [repr(norm) for norm in self.norms.values()]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """read(对方的, 出处) -> 我们的字段；write(我们的) -> 对方的键；why_not(我们的) -> 原因。"""
+
+    read: Callable[[dict[str, Any], str], dict[str, Any]]
+    write: Callable[[GPT2Config], dict[str, Any]]
+    why_not: Callable[[GPT2Config], str | None]
 
 
 def _sizes(vocab: int, context: int, names: str) -> dict[str, tuple[str, int]]:
@@ -124,7 +151,92 @@ OPT = Family(
         "_remove_final_layer_norm": (False, "no final LayerNorm although norm='pre'"),
     },
 )
-FAMILIES = {family.model_type: family for family in (GPT2, OPENAI_GPT, OPT)}
+
+
+def _read_mixtral(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """transformers 5 把 RoPE 写在 rope_parameters 里，此前是 rope_theta 与 rope_scaling。"""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if kind != "default":
+        raise ValueError(
+            f"{where}: rope_type={_short(kind)} means scaled rotary positions; mixtral is read "
+            "with rope_type='default' only"
+        )
+    width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
+    given = raw.get("head_dim")
+    if given is not None and given * heads != width:
+        raise ValueError(
+            f"{where}: head_dim={_short(given)} but hidden_size={_short(width)} / "
+            f"num_attention_heads={_short(heads)}: only heads that share the width can be read"
+        )
+    return {
+        "rope": RoPEConfig(theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e6)))),
+        "moe": MoEConfig(
+            hidden=raw.get("intermediate_size", 14336),
+            aux_loss_coef=float(raw.get("router_aux_loss_coef", 0.001)),
+            z_loss_coef=0.0,
+            jitter_noise=float(raw.get("router_jitter_noise", 0.0)),
+        ),
+    }
+
+
+def _write_mixtral(config: GPT2Config) -> dict[str, Any]:
+    return {
+        "intermediate_size": config.expert_hidden,
+        "router_aux_loss_coef": config.moe.aux_loss_coef,
+        "router_jitter_noise": config.moe.jitter_noise,
+        "rope_theta": config.rope.theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
+        "head_dim": config.head_dim,
+    }
+
+
+def _not_mixtral(config: GPT2Config) -> str | None:
+    moe, rope = config.moe, config.rope
+    if moe.router != "softmax_topk":
+        return f"moe.router={moe.router!r} but mixtral has only moe.router='softmax_topk'"
+    if moe.shared_experts:
+        return f"moe.shared_experts={moe.shared_experts} but mixtral has only moe.shared_experts=0"
+    if config.moe_layers != tuple(range(config.n_layer)):
+        return f"experts in layers {list(config.moe_layers)} but mixtral has them in every layer"
+    if rope != RoPEConfig(theta=rope.theta):
+        return f"rope={rope} but mixtral has plain rotary positions, layout 'half'"
+    return None
+
+
+MIXTRAL = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    norms={None: "pre"},
+    sizes={
+        "vocab_size": ("vocab_size", 32000),
+        "context_size": ("max_position_embeddings", 131072),
+        "n_layer": ("num_hidden_layers", 32),
+        "n_head": ("num_attention_heads", 32),
+        "n_embed": ("hidden_size", 4096),
+        "n_kv_head": ("num_key_value_heads", 8),
+        "moe_num_experts": ("num_local_experts", 8),
+        "moe_top_k": ("num_experts_per_tok", 2),
+    },
+    dropouts=("attention_dropout",),
+    activation=("hidden_act", "silu"),
+    # 门控的 SiLU 就是 SwiGLU。
+    activations={"silu": "swiglu", "swish": "swiglu"},
+    fixed={
+        "rms_norm_eps": (1e-5, "another epsilon in the RMSNorms; here it is 1e-5"),
+        "sliding_window": (None, "attention within a window"),
+    },
+    plain={
+        "norm_type": "rmsnorm",
+        "position": "rope",
+        "bias": False,
+        "qk_norm": False,
+        "is_sparse": False,
+    },
+    tied=False,
+    nested=Nested(_read_mixtral, _write_mixtral, _not_mixtral),
+)
+FAMILIES = {family.model_type: family for family in (GPT2, OPENAI_GPT, OPT, MIXTRAL)}
 
 
 def family_of(raw: Any, where: str) -> Family:
@@ -164,9 +276,13 @@ def read_config(raw: dict[str, Any], where: str) -> GPT2Config:
         "norm": _look_up(raw, family.norm_key, True, family.norms, where),
         "activation": _look_up(raw, *family.activation, family.activations, where),
         "dropout": raw.get(family.dropouts[0], 0.1),
-        "tie_weights": raw.get("tie_word_embeddings", True),
+        "tie_weights": raw.get("tie_word_embeddings", family.tied),
     }
+    if family.nested is not None:
+        values |= {name: value for name, value in family.plain.items() if name != "is_sparse"}
     try:
+        if family.nested is not None:
+            values |= family.nested.read(raw, where)
         config = GPT2Config(**values)
     except ValueError as error:
         keys = ", ".join(f"{ours} is their {key}" for ours, (key, _) in family.sizes.items())
@@ -226,20 +342,19 @@ def why_not(family: Family, config: GPT2Config) -> str | None:
         return f"norm={config.norm!r} but {family.model_type} has {' or '.join(family.norm_names)}"
     if config.activation not in family.activations.values():
         return f"activation={config.activation!r} does not exist in {family.model_type}"
-    plain: dict[str, Any] = {
-        "norm_type": "layernorm",
-        "position": "learned",
-        "qk_norm": False,
-        "moe_num_experts": 0,
-        "is_sparse": False,
-        "kv_heads": config.n_head,
-    }
+    if not config.moe_num_experts and "moe_num_experts" in family.sizes:
+        return f"moe_num_experts=0 but {family.model_type} has experts in every layer"
+    plain = dict(family.plain)
+    if "n_kv_head" not in family.sizes:
+        plain["kv_heads"] = config.n_head
     for name, value in plain.items():
         if getattr(config, name) != value:
             return (
                 f"{_shown(name)}={getattr(config, name)!r} but {family.model_type} has only "
                 f"{_shown(name)}={value!r}"
             )
+    if family.nested is not None:
+        return family.nested.why_not(config)
     return None
 
 
@@ -267,6 +382,8 @@ def write_config(family: Family, config: GPT2Config) -> dict[str, Any]:
     }
     if family.hidden is not None:
         raw[family.hidden[0]] = 4 * config.n_embed
+    if family.nested is not None:
+        raw |= family.nested.write(config) | {"num_key_value_heads": config.kv_heads}
     if family.norm_key is not None:
         raw[family.norm_key] = next(k for k, norm in family.norms.items() if norm == config.norm)
     return raw

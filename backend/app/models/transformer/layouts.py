@@ -25,14 +25,29 @@ class Row:
     """表的一行。
 
     Attributes:
-        theirs: 对方的名字（不含 .weight/.bias）；几个 = 沿第 0 维相接成我们的一个。
+        theirs: 对方的名字（不含 .weight/.bias）；几个 = 沿第 0 维相接成我们的一个。有 {e} 的是
+            一个专家的，各专家叠成我们的第 0 维。
         transpose: 对方的矩阵存 (in, out)。
         skip: 对方在前面多出的行数，没有内容。
+        square: 几个里的第一个是方阵，其余平分剩下的行（分组查询里 q 比 k、v 宽）。
     """
 
     theirs: tuple[str, ...]
     transpose: bool = False
     skip: int = 0
+    square: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return "{e}" in self.theirs[0]
+
+    def rows(self, shape: tuple[int, ...]) -> list[int]:
+        """我们的形状（一个专家的）里，theirs 各占几行。"""
+        if not self.square:
+            return [shape[0] // len(self.theirs)] * len(self.theirs)
+        return [shape[1]] + [(shape[0] - shape[1]) // (len(self.theirs) - 1)] * (
+            len(self.theirs) - 1
+        )
 
 
 def _rows(table: Mapping[str, str], conv1d: bool = False) -> dict[str, Row]:
@@ -56,12 +71,14 @@ class Layout:
     rows: Mapping[str, Row]
     ignored: str = r"h\.\d+\.attn\.(bias|masked_bias)"
 
-    def place(self, ours: str) -> tuple[list[str], Row]:
-        """我们的张量在对方那里的全名（不含前缀）与存法。"""
+    def place(self, ours: str, experts: int = 1) -> tuple[list[str], Row]:
+        """我们的张量在对方那里的全名（不含前缀）与存法；叠起来的逐个专家列出。"""
         stem, _, kind = ours.rpartition(".")
         layer = _LAYER.fullmatch(stem)
         row = self.rows[f"h.{{i}}.{layer[2]}" if layer else stem]
         names = [name.replace("{i}", layer[1] if layer else "") for name in row.theirs]
+        if row.stacked:
+            names = [name.replace("{e}", str(e)) for e in range(experts) for name in names]
         return [f"{name}.{kind}" for name in names], row
 
 
@@ -78,24 +95,47 @@ OPENAI_GPT = Layout(
     ("transformer.", ""),
     _rows({"embed.wte": "tokens_embed", "embed.wpe": "positions_embed", **_BLOCK}, conv1d=True),
 )
-_OPT_LAYER = "layers.{i}."
+_IN_LAYER = "layers.{i}."
+_QKV = tuple(f"{_IN_LAYER}self_attn.{p}_proj" for p in "qkv")
 OPT = Layout(
     ("model.decoder.", "decoder."),
     {
         **_rows(
             {
                 "embed.wte": "embed_tokens",
-                "h.{i}.ln_1": _OPT_LAYER + "self_attn_layer_norm",
-                "h.{i}.attn.c_proj": _OPT_LAYER + "self_attn.out_proj",
-                "h.{i}.ln_2": _OPT_LAYER + "final_layer_norm",
-                "h.{i}.mlp.c_fc": _OPT_LAYER + "fc1",
-                "h.{i}.mlp.c_proj": _OPT_LAYER + "fc2",
+                "h.{i}.ln_1": _IN_LAYER + "self_attn_layer_norm",
+                "h.{i}.attn.c_proj": _IN_LAYER + "self_attn.out_proj",
+                "h.{i}.ln_2": _IN_LAYER + "final_layer_norm",
+                "h.{i}.mlp.c_fc": _IN_LAYER + "fc1",
+                "h.{i}.mlp.c_proj": _IN_LAYER + "fc2",
                 "ln_f": "final_layer_norm",
             }
         ),
         "embed.wpe": Row(("embed_positions",), skip=2),
-        "h.{i}.attn.c_attn": Row(tuple(f"{_OPT_LAYER}self_attn.{p}_proj" for p in "qkv")),
+        "h.{i}.attn.c_attn": Row(_QKV),
     },
+)
+
+_EXPERT = "layers.{i}.block_sparse_moe.experts.{e}."
+# 文件里每个专家的 w1（门）、w3、w2 各自存放；transformers 在内存里才叠起来。
+MIXTRAL = Layout(
+    ("model.",),
+    {
+        **_rows(
+            {
+                "embed.wte": "embed_tokens",
+                "h.{i}.ln_1": _IN_LAYER + "input_layernorm",
+                "h.{i}.attn.c_proj": _IN_LAYER + "self_attn.o_proj",
+                "h.{i}.ln_2": _IN_LAYER + "post_attention_layernorm",
+                "h.{i}.mlp.router": _IN_LAYER + "block_sparse_moe.gate",
+                "ln_f": "norm",
+            }
+        ),
+        "h.{i}.attn.c_attn": Row(_QKV, square=True),
+        "h.{i}.mlp.experts.c_fc": Row((_EXPERT + "w1", _EXPERT + "w3")),
+        "h.{i}.mlp.experts.c_proj": Row((_EXPERT + "w2",)),
+    },
+    ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )
 
 
@@ -116,15 +156,19 @@ def read_tensors(
     prefix = _prefix(layout, source)
     wanted: dict[str, tuple[int, ...]] = {}
     for ours, shape in expected.items():
-        names, row = _full(layout, prefix, ours)
+        names, row = _full(layout, prefix, ours, shape)
         extra = extra_vocab if ours in _VOCAB else 0
-        size = (shape[0] // len(names) + row.skip + extra, *shape[1:])
-        wanted.update(dict.fromkeys(names, size[::-1] if _turned(row, shape) else size))
+        one = shape[1:] if row.stacked else shape
+        for name, rows in zip(names, row.rows(one) * (len(names) // len(row.theirs)), strict=True):
+            size = (rows + row.skip + extra, *one[1:])
+            wanted[name] = size[::-1] if _turned(row, shape) else size
     _check_names(layout, prefix, wanted, source, tied=HEAD not in expected)
     for ours, shape in expected.items():
-        names, row = _full(layout, prefix, ours)
+        names, row = _full(layout, prefix, ours, shape)
         parts = [source.read(name) for name in names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if row.stacked:
+            tensor = tensor.view(shape)
         if _turned(row, shape):
             tensor = tensor.T.contiguous()
         if ours == "embed.wte.weight" and HEAD not in expected:
@@ -138,12 +182,15 @@ def write_tensors(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tens
     """我们的 state_dict 换成对方的名字与存法；read_tensors 的逆。"""
     result = {}
     for ours, tensor in state.items():
-        names, row = _full(layout, layout.prefixes[0], ours)
+        names, row = _full(layout, layout.prefixes[0], ours, tensor.shape)
         if _turned(row, tensor.shape):
             tensor = tensor.T
         if row.skip:
             tensor = torch.cat([tensor.new_zeros(row.skip, *tensor.shape[1:]), tensor])
-        parts = tensor.chunk(len(names))
+        if row.stacked:
+            parts = [part for one in tensor for part in one.split(row.rows(one.shape))]
+        else:
+            parts = list(tensor.split(row.rows(tensor.shape)))
         result.update({n: p.contiguous() for n, p in zip(names, parts, strict=True)})
     return result
 
@@ -152,10 +199,10 @@ def _turned(row: Row, shape: tuple[int, ...] | torch.Size) -> bool:
     return row.transpose and len(shape) == 2
 
 
-def _full(layout: Layout, prefix: str, ours: str) -> tuple[list[str], Row]:
+def _full(layout: Layout, prefix: str, ours: str, shape: tuple[int, ...]) -> tuple[list[str], Row]:
     if ours == HEAD:
         return [_head(prefix)], Row((HEAD,))
-    names, row = layout.place(ours)
+    names, row = layout.place(ours, shape[0])
     return [prefix + name for name in names], row
 
 

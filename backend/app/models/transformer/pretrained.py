@@ -16,7 +16,7 @@ from torch import Tensor
 from .config import MAX_FILE_BYTES, GPT2Config
 from .foreign_config import extra_vocab, read_config
 from .hub import find_folder
-from .layouts import GPT2, OPENAI_GPT, OPT, read_tensors
+from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, read_tensors
 from .safetensors_file import SafetensorsFiles, header_limit
 from .weights import CONFIG_FILE, WEIGHTS_FILE, assemble, expected_shapes, read_own
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .model import GPT2Model
 
 INDEX_FILE = "model.safetensors.index.json"
-LAYOUTS = {"gpt2": GPT2, "openai-gpt": OPENAI_GPT, "opt": OPT}
+LAYOUTS = {"gpt2": GPT2, "openai-gpt": OPENAI_GPT, "opt": OPT, "mixtral": MIXTRAL}
 # 换了也不改变权重的意思的字段：给了就照办；别的字段给了只是核对。
 _FREE = ("dropout", "attention_backend")
 
@@ -81,8 +81,9 @@ def read_foreign(
     extra = extra_vocab(raw, stored, where)
     config = stored.replace(vocab_size=stored.vocab_size - extra)
     expected = expected_shapes(config)
-    # 旧文件每层多存两个掩码，OPT 把 q、k、v 分开。
-    source = SafetensorsFiles(_shards(folder), header_limit(3 * len(expected)))
+    # 旧文件每层多存两个掩码，OPT 把 q、k、v 分开，专家各自存放。
+    most = 3 * len(expected) * max(1, config.moe_num_experts)
+    source = SafetensorsFiles(_shards(folder), header_limit(most))
     return config, read_tensors(LAYOUTS[raw["model_type"]], expected, source, extra)
 
 

@@ -1,0 +1,139 @@
+"""`gpt2 upcycle`：稠密模型变成混合专家，写完两边都读回来比。"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from typing_extensions import Doc
+
+from app.cli.trained import check_new_folder, own_run_file, write_model
+from app.models.transformer.config import GPT2Config
+from app.models.transformer.moe_config import MoEConfig
+
+if TYPE_CHECKING:
+    from app.models.transformer import GPT2Model
+
+SUMMARY = "turn a dense model into experts that compute the same, to train on"
+EXAMPLES = """\
+  gpt2 upcycle runs/mine --experts 8 --top-k 2 --out upcycled
+  gpt2 upcycle runs/mine/best --every 2 --noise 0.01 --out upcycled
+  gpt2 train --config upcycled/train.yaml --out runs/experts"""
+
+TRAIN_FILE = "train.yaml"
+_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Args:
+    """每个专家都是稠密前馈的一份复制，与它一样宽。"""
+
+    model: Annotated[
+        tyro.conf.Positional[str],
+        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model; dense"),
+    ]
+    out: Annotated[Path, Doc("folder to write the model to; must not exist")]
+    experts: Annotated[int, Doc("experts per layer")] = 8
+    top_k: Annotated[int, Doc("experts per token")] = 2
+    router: Annotated[Literal["softmax_topk", "sigmoid"], Doc("routers whose weights sum to 1")] = (
+        "softmax_topk"
+    )
+    every: Annotated[int, Doc("every n-th layer gets experts (the last of each n)")] = 1
+    first_dense: Annotated[int, Doc("the first so many layers stay dense")] = 0
+    layers: Annotated[
+        tyro.conf.UseAppendAction[tuple[int, ...]],
+        Doc("layer that gets experts, counted from 0; repeat; none = by --every"),
+    ] = ()
+    noise: Annotated[
+        float, Doc("random part of each expert's weights, relative to their spread; 0 = exact")
+    ] = 0.0
+    seed: Annotated[int, Doc("seed of the routers and the noise")] = 0
+
+
+def run(args: Args) -> None:
+    """
+    Raises:
+        ValueError: 不是稠密的模型，选项互相矛盾，或 --out 已存在。
+    """
+    from app.data.tokenizers import load_tokenizer
+    from app.models.transformer import GPT2Model
+    from app.models.transformer.upcycle import upcycle
+    from app.training.checkpoint import resolve_checkpoint
+
+    check_new_folder(args.out)
+    folder = resolve_checkpoint(args.model, tell=_tell)
+    dense, tokenizer = GPT2Model.from_pretrained(folder), load_tokenizer(folder)
+    config = _target(args, dense.config)
+    state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
+    write_model(config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)})
+    _report(args, folder, dense, GPT2Model.from_pretrained(args.out))
+
+
+def _target(args: Args, dense: GPT2Config) -> GPT2Config:
+    if dense.moe_num_experts:
+        raise ValueError(
+            f"{args.model} already has moe_num_experts={dense.moe_num_experts}: only a dense model "
+            "can be upcycled; gpt2 experts averages or prunes them"
+        )
+    moe = MoEConfig(
+        router=args.router,
+        hidden=dense.mlp_hidden,
+        every=args.every,
+        first_dense=args.first_dense,
+        layers=args.layers or None,
+    )
+    return dense.replace(moe_num_experts=args.experts, moe_top_k=args.top_k, moe=moe)
+
+
+def _train_file(args: Args, folder: Path, config: GPT2Config) -> str:
+    """接着训练用的运行文件：原来那次训练的设置，换上新的形状与起点。"""
+    import yaml
+
+    from app.cli.runfile import read_run_file
+
+    source = own_run_file(folder)
+    data = {} if source is None else read_run_file(source)
+    data |= {"model": config.to_dict(), "init_from": str(args.out), "resume": "none"}
+    data["out"] = f"runs/{args.out.name}"
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+def _report(args: Args, folder: Path, dense: GPT2Model, grown: GPT2Model) -> None:
+    config = grown.config
+    of = f"{len(config.moe_layers)} of {config.n_layer} layers"
+    print(
+        f"{args.out}: {of} with {config.moe_num_experts} experts, top-{config.moe_top_k}; "
+        f"{dense.num_parameters():,} -> {grown.num_parameters():,} parameters, "
+        f"{grown.active_parameters():,} active"
+    )
+    count = min(_TOKENS, config.context_size)
+    print(f"largest difference of the logits from {folder}, {count} random tokens, read back:")
+    for name, found, size in _differences(dense, grown, count):
+        print(f"  {name}  {found:.3g}  (largest logit {size:.3g})")
+    if args.noise:
+        print(f"  noise {args.noise:g} is in it: the experts start out different")
+    else:
+        print("  without noise all experts are equal: only the tokens they get tell them apart")
+    print(f"train on with:\n  gpt2 train --config {args.out / TRAIN_FILE} --out runs/NAME")
+
+
+def _differences(dense: GPT2Model, grown: GPT2Model, count: int) -> list[tuple[str, float, float]]:
+    """(精度, 最大的差, 最大的 logit)：先按存下的精度，再按 float64，那里舍入不再遮住真的差别。"""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(dense.config.vocab_size, (1, count), generator=generator)
+    rows = []
+    for dtype in dict.fromkeys((dense.head_weight.dtype, torch.float64)):
+        with torch.inference_mode():
+            one, other = (model.to(dtype)(ids)["logits"] for model in (dense, grown))
+        name = str(dtype).removeprefix("torch.")
+        rows.append((name, float((one - other).abs().max()), float(one.abs().max())))
+    return rows
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)

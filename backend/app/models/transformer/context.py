@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .cache import Step
+from .config import GPT2Config
+from .pattern import Pattern
 from .plan import MaskPlan
 from .positions import Positions
 from .rope import Rotary
@@ -25,3 +28,39 @@ class Context:
     step: Step | None = None
     want_maps: frozenset[int] = frozenset()
     maps: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        config: GPT2Config,
+        patterns: tuple[Pattern, ...],
+        where: Positions,
+        step: Step | None = None,
+        *,
+        dtype: torch.dtype,
+        training: bool,
+        want_maps: frozenset[int] = frozenset(),
+    ) -> Context:
+        """每种图样只备一次。patterns 每层一个（config.patterns 每次都要解析，所以由模型带着）。"""
+        plans = {
+            pattern: MaskPlan.build(
+                where,
+                where if step is None else step.keys(pattern),
+                pattern,
+                asked=config.attention_backend,
+                dtype=dtype,
+                head_dim=config.head_dim,
+                dropout=config.dropout if training else 0.0,
+                grad=torch.is_grad_enabled(),
+            )
+            for pattern in dict.fromkeys(patterns)
+        }
+        rotary = rotation(config, where, dtype)
+        return cls(where, tuple(plans[p] for p in patterns), rotary, step, want_maps)
+
+
+def rotation(config: GPT2Config, where: Positions, dtype: torch.dtype) -> Rotary | None:
+    """position='rope' 时这些位置的旋转。"""
+    if config.position != "rope":
+        return None
+    return Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)

@@ -43,24 +43,35 @@ def initialize(model: GPT2Model) -> None:
     if model.embed.wte.weight.is_meta:
         # 没有数可写；而 torch 头一次在 meta 上取随机数要导入几秒的分解表。
         return
-    config, std = model.config, base_std(model.config)
     for module in model.modules():
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            module.reset_parameters()
-        elif isinstance(module, (Linear, Embedding)):
-            nn.init.normal_(module.weight, std=std)
-            if isinstance(module, Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(
+            module, Linear | Embedding
+        ):
             raise TypeError(f"{type(module).__name__} would keep torch's own initialisation")
+        initialize_leaf(module, model.config)
     for block in model.h.values():
         assert isinstance(block, Block)
-        if config.norm == "deepnorm":
-            xavier(block, deepnorm_gain(config.n_layer))
-            continue
-        # keel 也一样：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004。
-        for projection in (block.attn.c_proj, block.mlp.c_proj):
-            nn.init.normal_(projection.weight, std=residual_std(config))
+        initialize_block(block, model.config)
+
+
+def initialize_leaf(module: nn.Module, config: GPT2Config) -> None:
+    """一个归一化、线性层或嵌入；别的模块什么也不做。"""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=base_std(config))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def initialize_block(block: Block, config: GPT2Config) -> None:
+    """一层里与 initialize_leaf 不同的投影。"""
+    if config.norm == "deepnorm":
+        xavier(block, deepnorm_gain(config.n_layer))
+        return
+    # keel 也一样：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004。
+    for projection in (block.attn.c_proj, block.mlp.c_proj):
+        nn.init.normal_(projection.weight, std=residual_std(config))
 
 
 def xavier(block: Block, gain: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .cache import KVCache, Step
+from .cache import KVCache
 from .checks import check_call, check_positions
 from .config import GPT2Config
 from .context import Context
@@ -22,9 +22,7 @@ from .init import initialize
 from .linear import Linear, linear
 from .loss import head_cross_entropy
 from .norm import make_norm
-from .plan import MaskPlan
 from .positions import PADDING, Positions
-from .rope import Rotary
 
 
 class GPT2Output(TypedDict, total=False):
@@ -108,7 +106,12 @@ class GPT2Model(nn.Module):
 
         # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
-            ctx = self._context(where, step, frozenset(return_attention))
+            ctx = Context.build(
+                self.config, self.patterns, where, step,
+                dtype=self.embed.wte.weight.dtype,
+                training=self.training,
+                want_maps=frozenset(return_attention),
+            )  # fmt: skip
             x = self.embed(input_ids, where)
             hidden = {0: x}
             for i, block in enumerate(self.h.values(), start=1):
@@ -132,27 +135,6 @@ class GPT2Model(nn.Module):
         if return_hidden:
             out["hidden"] = {i: hidden[i] for i in return_hidden}
         return out
-
-    def _context(self, where: Positions, step: Step | None, want_maps: frozenset[int]) -> Context:
-        """各层共用的东西，每种图样只备一次。"""
-        config, dtype = self.config, self.embed.wte.weight.dtype
-        plans = {
-            pattern: MaskPlan.build(
-                where,
-                where if step is None else step.keys(pattern),
-                pattern,
-                asked=config.attention_backend,
-                dtype=dtype,
-                head_dim=config.head_dim,
-                dropout=config.dropout if self.training else 0.0,
-                grad=torch.is_grad_enabled(),
-            )
-            for pattern in dict.fromkeys(self.patterns)
-        }
-        rotary = None
-        if config.position == "rope":
-            rotary = Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
-        return Context(where, tuple(plans[p] for p in self.patterns), rotary, step, want_maps)
 
     @property
     def head_weight(self) -> Tensor:

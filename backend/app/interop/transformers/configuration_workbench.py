@@ -70,9 +70,21 @@ class WorkbenchConfig(PreTrainedConfig):
         return self.core().mlp_hidden
 
     @property
-    def sliding_window(self) -> int | None:
-        """transformers 只有一个窗口值：各层的 local(w) 恰好是同一个 w 时才用得上它。"""
-        return sliding_window(self.core().patterns)
+    def sliding_window(self) -> int:
+        """transformers 只有一个窗口值：各层的 local(w) 恰好是同一个 w 时才有这个属性。"""
+        window = sliding_window(self.core().patterns)
+        if window is None:
+            raise AttributeError(
+                f"no sliding window in attention_pattern={self.attention_pattern!r}: "
+                "set attention_pattern='local(w)' for one"
+            )
+        return window
+
+    @sliding_window.setter
+    def sliding_window(self, value: int) -> None:
+        old = Local(self.sliding_window)
+        patterns = (Local(value) if pattern == old else pattern for pattern in self.core().patterns)
+        self.attention_pattern = [str(pattern) for pattern in patterns]
 
     @property
     def layer_types(self) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
     create_causal_mask,
@@ -19,7 +20,7 @@ from transformers.masking_utils import (
 
 from app.models.transformer.pattern import Pattern
 
-from .configuration_workbench import FULL, SLIDING, WorkbenchConfig, mask_name
+from .configuration_workbench import FULL, SLIDING, WorkbenchConfig, mask_name, sliding_window
 
 # 这些实现看我们给的掩码；别的（flash、vLLM）只认因果与滑动窗口，给了图样也会悄悄不理。
 _OBEY_MASKS = ("eager", "sdpa", "flex_attention")
@@ -42,7 +43,8 @@ def build_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
-    window, implementation = config.sliding_window, config._attn_implementation
+    window = sliding_window(patterns)
+    implementation = config._attn_implementation
     arguments = {
         "config": config,
         "inputs_embeds": x,
@@ -81,18 +83,25 @@ def _only(pattern: Pattern, where: Tensor | None) -> Callable[[Any, Any, Any, An
 
 def _places(x: Tensor, mask: Any, past: Any, position_ids: Tensor | None) -> Tensor | None:
     """各槽的位置 (B, S)。图样按位置而不按槽号看：左侧填充的一行与它单独时相同。"""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        alone = mask is None and past is None and position_ids is not None
-        if not alone or find_packed_sequence_indices(position_ids) is not None:
+    padded = isinstance(mask, Tensor) and mask.dim() == 2
+    if past is None:
+        if not padded and position_ids is not None:
             # 打包时 transformers 传来的 q、k 已经是文档之内的位置。
-            return None
-        return position_ids.expand(len(x), -1)
-    length = mask.shape[1]
-    if past is not None:
+            packed = find_packed_sequence_indices(position_ids) is not None
+            return None if packed else position_ids.expand(len(x), -1)
+        length = mask.shape[1] if padded else 0
+    else:
         kept, offset = past.get_mask_sizes(x.shape[1], 0)
-        length = max(length, kept + offset)
-    real = torch.nn.functional.pad(mask.to(x.device, torch.int64), (0, length - mask.shape[1]), value=1)
-    return (real.cumsum(1) - 1).clamp(min=0)
+        length = kept + offset
+    if padded:
+        more = max(0, length - mask.shape[1])
+        real = F.pad(mask.to(x.device, torch.int64), (0, more), value=1)
+        return (real.cumsum(1) - 1).clamp(min=0)
+    if position_ids is None:
+        return None
+    # 过去的位置没有记下；当作与这一次的相接。
+    start = position_ids[:, :1] - past.get_seq_length()
+    return (start + torch.arange(length, device=x.device)).expand(len(x), -1)
 
 
 def default_positions(x: Tensor, mask: Any, past: Any) -> Tensor:

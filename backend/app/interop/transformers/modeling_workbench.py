@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -36,7 +36,7 @@ from app.models.transformer.pattern import Pattern
 from app.models.transformer.positions import Positions
 
 from .cache_workbench import WorkbenchCache
-from .configuration_workbench import SLIDING, WorkbenchConfig, mask_name
+from .configuration_workbench import SLIDING, WorkbenchConfig, mask_name, sliding_window
 from .masks_workbench import build_masks, default_positions
 
 
@@ -94,8 +94,9 @@ class WorkbenchAttention(Attention):
         self.config, self.layer_idx = config, layer
         self.num_key_value_groups = self.heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
-        self.mask_name = mask_name(core.patterns[layer], config.sliding_window)
-        self.sliding_window = config.sliding_window if self.mask_name == SLIDING else None
+        window = sliding_window(core.patterns)
+        self.mask_name = mask_name(core.patterns[layer], window)
+        self.sliding_window = window if self.mask_name == SLIDING else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         if not isinstance(ctx, Routed):
@@ -140,14 +141,9 @@ class WorkbenchPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": WorkbenchLayer}
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """与 init.py 相同。子模块先来，所以一层的特殊投影盖过它的叶子。"""
-        core = self.config.core()
-        if not isinstance(module, Block):
-            initialize_leaf(module, core)
-        elif not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
-            initialize_block(module, core)
+        """from_pretrained 也为缺的参数调用它：只写还没有值的（torch.nn.init 此时有它的守卫）。"""
+        initialize_leaf(module, self.config.core())
 
 
 class WorkbenchModel(WorkbenchPreTrainedModel):
@@ -161,6 +157,14 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         self.ln_f = make_norm(core) if core.norm == "pre" else None
         self.gradient_checkpointing = False
         self.post_init()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """与 init.py 相同。transformers 不为没有直接参数的模块调用 _init_weights，所以层在这里。"""
+        super().init_weights()
+        if not self.embed.wte.weight.is_meta:
+            for layer in self.h.values():
+                initialize_block(layer, self.core)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed.wte
@@ -192,16 +196,19 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         layers = list(islice(self.h.values(), self.config.num_hidden_layers))
         maps = frozenset(range(len(layers)) if output_attentions else ())
 
         own = past_key_values if isinstance(past_key_values, WorkbenchCache) else None
+        # 新建的空缓存不算过去：打包的文档、自定的位置不因 use_cache 而变样。
+        past = past_key_values
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         if own is None:
-            ctx = self._routed(x, attention_mask, position_ids, past_key_values, maps, options)
+            ctx = self._routed(x, attention_mask, position_ids, past, maps, options)
+            ctx = ctx if past_key_values is None else replace(ctx, step=Past(past_key_values))
         else:
             ctx = self._own(x, attention_mask, position_ids, own, maps)
         # 主干的缓存里键值不带梯度；与其悄悄截断，不如整个不求梯度。
@@ -242,7 +249,6 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
             positions=where,
             plans=(),
             rotary=rotation(self.core, where, x.dtype),
-            step=None if past is None else Past(past),
             want_maps=maps,
             implementation=config._attn_implementation,
             masks=masks,

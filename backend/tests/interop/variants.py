@@ -46,4 +46,5 @@ def model(name: str, **changes: Any) -> GPT2Model:
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """没有 0：它是填充，generate 会从输入里认出它来。"""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

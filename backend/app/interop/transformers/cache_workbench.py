@@ -31,10 +31,19 @@ class WorkbenchCache(Cache):
         self._columns = 0
 
     def open(self, config: GPT2Config, x: Tensor) -> KVCache:
-        """头一次时按 x (B, T, C) 分配。"""
-        if self.kv is None:
+        """头一次时按 x (B, T, C) 分配。
+
+        Raises:
+            ValueError: 已有内容的缓存行数不同。
+        """
+        if self.kv is None or (self._columns == 0 and self.kv.batch_size != len(x)):
             self.kv = KVCache.for_model(
                 config, len(x), dtype=x.dtype, device=x.device, **self._options
+            )
+        if self.kv.batch_size != len(x):
+            raise ValueError(
+                f"the cache has {self.kv.batch_size} rows but the input has {len(x)}: "
+                "use a new WorkbenchCache, or reorder_cache(rows)"
             )
         return self.kv
 

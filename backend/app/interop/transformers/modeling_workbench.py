@@ -85,6 +85,14 @@ def eager_attention(
     return y.transpose(1, 2), weights
 
 
+def core_of(config: Any) -> GPT2Config:
+    """config.core()，但用这个模块所见的类。
+
+    动态装入时 transformers 把配置与模型各放一个文件夹、各装一份，两份的图样彼此不相等。
+    """
+    return GPT2Config.from_dict(config.core().to_dict())
+
+
 class WorkbenchAttention(Attention):
     is_causal = True
 
@@ -143,13 +151,13 @@ class WorkbenchPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """from_pretrained 也为缺的参数调用它：只写还没有值的（torch.nn.init 此时有它的守卫）。"""
-        initialize_leaf(module, self.config.core())
+        initialize_leaf(module, core_of(self.config))
 
 
 class WorkbenchModel(WorkbenchPreTrainedModel):
     def __init__(self, config: WorkbenchConfig) -> None:
         super().__init__(config)
-        self.core = core = config.core()
+        self.core = core = core_of(config)
         self.patterns = core.patterns
         self.embed = Embeddings(core)
         layers = {str(i): WorkbenchLayer(config, core, i) for i in range(core.n_layer)}
@@ -330,6 +338,6 @@ class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """StaticCache 的掩码由 generate 事先做好。"""
         return build_masks(
-            config, config.core().patterns, inputs_embeds, attention_mask, past_key_values,
+            config, core_of(config).patterns, inputs_embeds, attention_mask, past_key_values,
             position_ids,
         )  # fmt: skip

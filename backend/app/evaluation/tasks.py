@@ -77,7 +77,7 @@ def load_task(path: Path, tokenizer: Tokenizer, context_size: int) -> Task:
         kind = kind or _kind(record, where)
         texts, choices, answer = (_last_word if kind == "last word" else _choice)(record, where)
         requests = tuple(
-            _request(tokenizer, context, rest, context_size, where) for context, rest in texts
+            encode_request(tokenizer, context, rest, context_size, where) for context, rest in texts
         )
         items.append(Item(requests, choices, answer))
     if kind is None:
@@ -167,9 +167,14 @@ def _get(record: dict[str, Any], names: Sequence[str], kind: Any, where: str) ->
     return value
 
 
-def _request(
+def encode_request(
     tokenizer: Tokenizer, context: str, rest: str, context_size: int, where: str
 ) -> Request:
+    """上文（末尾没有空白）与续文一起编码再切开；where 是错误里点名的出处。
+
+    Raises:
+        ValueError: 有词表之外的字符，或续文本身就放不进上下文。
+    """
     try:
         before, whole = tokenizer.encode(context), tokenizer.encode(context + rest)
     except ValueError as error:

@@ -41,8 +41,11 @@ class Attention(nn.Module):
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if ctx.step is not None:
             k, v = ctx.step.write(ctx.layer, k, v)
+        return self.dropout(self.c_proj(self.attend(q, k, v, ctx).reshape(B, T, C)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """q (B, H, T, D)、k/v (B, G, S, D) -> (B, T, H, D)。别的运行时的注意力从这里接上。"""
         if ctx.want_map:
             ctx.maps[ctx.layer] = attention_weights(q, k, ctx.plan)
         dropout = self.dropout_p if self.training else 0.0
-        y = attend(q, k, v, ctx.plan, dropout=dropout)  # (B, H, T, D)
-        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return attend(q, k, v, ctx.plan, dropout=dropout).transpose(1, 2)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from .cache import Step
+from .config import GPT2Config
+from .pattern import Pattern
 from .plan import MaskPlan
 from .positions import Positions
 from .rope import Rotary
@@ -63,9 +66,61 @@ class Context:
         load = self.loads[layer] = {}
         return replace(
             self,
-            plans=(self.plans[layer],),
+            plans=self.plans[layer : layer + 1],
             layer=layer,
             want_map=layer in self.want_maps,
             want_route=layer in self.want_routing,
             load=load,
         )
+
+    def expert_loads(self, config: GPT2Config) -> list[Load]:
+        """各 MoE 层的，前向之后；要 want_loads。"""
+        return [self.loads[i]["load"] for i in config.moe_layers]
+
+    @classmethod
+    def build(
+        cls,
+        config: GPT2Config,
+        patterns: tuple[Pattern, ...],
+        where: Positions,
+        step: Step | None = None,
+        *,
+        dtype: torch.dtype,
+        training: bool,
+        want_maps: frozenset[int] = frozenset(),
+        want_routing: frozenset[int] = frozenset(),
+    ) -> Context:
+        """每种图样只备一次。patterns 每层一个（config.patterns 每次都要解析，所以由模型带着）。"""
+        plans = {
+            pattern: MaskPlan.build(
+                where,
+                where if step is None else step.keys(pattern),
+                pattern,
+                asked=config.attention_backend,
+                dtype=dtype,
+                head_dim=config.head_dim,
+                dropout=config.dropout if training else 0.0,
+                grad=torch.is_grad_enabled(),
+            )
+            for pattern in dict.fromkeys(patterns)
+        }
+        rotary = rotation(config, where, dtype)
+        return cls(
+            where, tuple(plans[p] for p in patterns), rotary, step, want_maps,
+            want_loads=step is None, want_routing=want_routing,
+        )  # fmt: skip
+
+
+def rotation(config: GPT2Config, where: Positions, dtype: torch.dtype) -> Rotary | None:
+    """position='rope' 时这些位置的旋转。"""
+    if config.position != "rope":
+        return None
+    return Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
+
+
+def aux_loss(config: GPT2Config, loads: list[Load]) -> Tensor:
+    """标量，已乘系数；取各层的平均，所以系数不随层数改变分量。"""
+    moe = config.moe
+    total = sum(moe.aux_loss_coef * one.balance + moe.z_loss_coef * one.z for one in loads)
+    assert isinstance(total, Tensor)
+    return total / len(loads)

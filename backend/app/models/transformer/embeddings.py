@@ -28,7 +28,10 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Positions) -> Tensor:
         """(B, T) -> (B, T, C)。"""
-        x = self.wte(input_ids)
+        return self.place(self.wte(input_ids), positions)
+
+    def place(self, x: Tensor, positions: Positions) -> Tensor:
+        """词元的向量 (B, T, C) 加上位置，再过 dropout。"""
         if self.wpe is not None:
             # 填充的位置是 -1：借用第 0 行，反正没有词元看得见它。
             x = x + self.wpe(positions.pos.clamp(min=0))

@@ -48,32 +48,39 @@ def initialize(model: GPT2Model) -> None:
     if model.embed.wte.weight.is_meta:
         # 没有数可写；而 torch 头一次在 meta 上取随机数要导入几秒的分解表。
         return
-    config, std = model.config, base_std(model.config)
     for module in model.modules():
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-            module.reset_parameters()
-        elif isinstance(module, (Linear, Embedding)):
-            nn.init.normal_(module.weight, std=std)
-            if isinstance(module, Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and not isinstance(
+            module, Linear | Embedding
+        ):
             raise TypeError(f"{type(module).__name__} would keep torch's own initialisation")
-        elif isinstance(module, GroupedLinear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, Router):
-            nn.init.normal_(module.weight, std=ROUTER_STD)
-            if module.selection_bias is not None:
-                nn.init.zeros_(module.selection_bias)
+        initialize_leaf(module, model.config)
     for block in model.h.values():
         assert isinstance(block, Block)
-        if config.norm == "deepnorm":
-            xavier(block, deepnorm_gain(config.n_layer))
-            continue
-        # keel 也一样：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004。
-        for projection in (block.attn.c_proj, *(second for _, second in feed_forwards(block))):
-            nn.init.normal_(projection.weight, std=residual_std(config))
+        initialize_block(block, model.config)
+
+
+def initialize_leaf(module: nn.Module, config: GPT2Config) -> None:
+    """一个归一化、线性层、嵌入、叠起来的专家或路由器；别的模块什么也不做。"""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
+        nn.init.normal_(module.weight, std=base_std(config))
+        if not isinstance(module, nn.Embedding) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Router):
+        nn.init.normal_(module.weight, std=ROUTER_STD)
+        if module.selection_bias is not None:
+            nn.init.zeros_(module.selection_bias)
+
+
+def initialize_block(block: Block, config: GPT2Config) -> None:
+    """一层里与 initialize_leaf 不同的投影。"""
+    if config.norm == "deepnorm":
+        xavier(block, deepnorm_gain(config.n_layer))
+        return
+    # keel 也一样：Xavier 会让第一层（α = 1）淹没嵌入，见 docs/decisions/004。
+    for projection in (block.attn.c_proj, *(second for _, second in feed_forwards(block))):
+        nn.init.normal_(projection.weight, std=residual_std(config))
 
 
 Layer = Linear | GroupedLinear

@@ -13,19 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .cache import KVCache, Step
+from .cache import KVCache
 from .checks import check_call, check_positions
 from .config import GPT2Config
-from .context import Context
+from .context import Context, aux_loss
 from .embeddings import Embeddings
 from .init import initialize
 from .linear import Linear, linear
 from .loss import head_cross_entropy
 from .moe import Experts
 from .norm import make_norm
-from .plan import MaskPlan
 from .positions import PADDING, Positions
-from .rope import Rotary
 
 
 class GPT2Output(TypedDict, total=False):
@@ -120,7 +118,13 @@ class GPT2Model(nn.Module):
 
         # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
-            ctx = self._context(where, step, frozenset(return_attention), frozenset(return_routing))
+            ctx = Context.build(
+                self.config, self.patterns, where, step,
+                dtype=self.embed.wte.weight.dtype,
+                training=self.training,
+                want_maps=frozenset(return_attention),
+                want_routing=frozenset(return_routing),
+            )  # fmt: skip
             x = self.embed(input_ids, where)
             hidden = {0: x}
             for i, block in enumerate(self.h.values()):
@@ -149,46 +153,13 @@ class GPT2Model(nn.Module):
         return out
 
     def _balance(self, ctx: Context) -> GPT2Output:
-        """各 MoE 层的负载；均衡损失取各层的平均，所以系数不随层数改变分量。"""
-        moe = self.config.moe
-        loads = [ctx.loads[i]["load"] for i in self.config.moe_layers]
-        total = sum(moe.aux_loss_coef * one.balance + moe.z_loss_coef * one.z for one in loads)
-        assert isinstance(total, Tensor)
+        """各 MoE 层的负载与均衡损失。"""
+        loads = ctx.expert_loads(self.config)
         return GPT2Output(
-            aux_loss=total / len(loads),
+            aux_loss=aux_loss(self.config, loads),
             expert_load=torch.stack([one.load for one in loads]),
             expert_dropped=torch.stack([one.dropped for one in loads]),
         )
-
-    def _context(
-        self,
-        where: Positions,
-        step: Step | None,
-        want_maps: frozenset[int],
-        want_routing: frozenset[int] = frozenset(),
-    ) -> Context:
-        """各层共用的东西，每种图样只备一次。"""
-        config, dtype = self.config, self.embed.wte.weight.dtype
-        plans = {
-            pattern: MaskPlan.build(
-                where,
-                where if step is None else step.keys(pattern),
-                pattern,
-                asked=config.attention_backend,
-                dtype=dtype,
-                head_dim=config.head_dim,
-                dropout=config.dropout if self.training else 0.0,
-                grad=torch.is_grad_enabled(),
-            )
-            for pattern in dict.fromkeys(self.patterns)
-        }
-        rotary = None
-        if config.position == "rope":
-            rotary = Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
-        return Context(
-            where, tuple(plans[p] for p in self.patterns), rotary, step, want_maps,
-            want_loads=step is None, want_routing=want_routing,
-        )  # fmt: skip
 
     @property
     def head_weight(self) -> Tensor:

@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.c_proj = GroupedLinear(self.count, hidden, width, config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
-    def forward(self, x: Tensor, expert: Tensor, weight: Tensor, complete: bool) -> Tensor:
+    def forward(self, x: Tensor, expert: Tensor, weight: Tensor, complete: bool = False) -> Tensor:
         """x (N, C)、expert (N, k)（E = 不归任何专家）、weight (N, k) -> (N, C)。
 
         complete：静态事实，每一对都归某个专家。

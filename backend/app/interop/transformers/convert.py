@@ -1,0 +1,113 @@
+"""主干与 transformers 的模型互换，登记到 Auto 类，连代码一起写进文件夹。"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_relative_imports
+
+import app.models.transformer as core_package
+from app.models.transformer import GPT2Model
+
+from .configuration_workbench import WorkbenchConfig
+from .modeling_workbench import WorkbenchForCausalLM, WorkbenchModel
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_workbench.WorkbenchConfig",
+    "AutoModel": "modeling_workbench.WorkbenchModel",
+    "AutoModelForCausalLM": "modeling_workbench.WorkbenchForCausalLM",
+}
+_HERE = Path(__file__).parent
+_CORE = Path(core_package.__file__ or "").parent
+
+
+def register() -> None:
+    """让 AutoConfig、AutoModel、AutoModelForCausalLM 认得我们的 model_type；可重复调用。"""
+    AutoConfig.register(WorkbenchConfig.model_type, WorkbenchConfig, exist_ok=True)
+    AutoModel.register(WorkbenchConfig, WorkbenchModel, exist_ok=True)
+    AutoModelForCausalLM.register(WorkbenchConfig, WorkbenchForCausalLM, exist_ok=True)
+
+
+def wrap(model: GPT2Model, **options: Any) -> WorkbenchForCausalLM:
+    """GPT2Model -> transformers 的模型；参数是同一些张量。
+
+    Args:
+        options: transformers 的配置项，如 eos_token_id、attn_implementation。
+    """
+    config = WorkbenchConfig(**model.config.to_dict(), **options)
+    with torch.device("meta"):
+        wrapped = WorkbenchForCausalLM(config)
+    state = {
+        name if name == "lm_head.weight" else f"model.{name}": p
+        for name, p in model.state_dict(keep_vars=True).items()
+    }
+    if config.tie_weights:
+        state["lm_head.weight"] = model.embed.wte.weight
+    wrapped.load_state_dict(state, assign=True)
+    wrapped.tie_weights()
+    return wrapped.train(model.training)
+
+
+def unwrap(model: WorkbenchForCausalLM) -> GPT2Model:
+    """transformers 的模型 -> GPT2Model；参数是同一些张量。"""
+    with torch.device("meta"):
+        core = GPT2Model(model.config.core())
+    names = core.state_dict().keys()
+    state = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
+    core.load_state_dict({name: state[name] for name in names}, assign=True)
+    return core.train(model.training)
+
+
+def save(
+    model: GPT2Model | WorkbenchForCausalLM, folder: str | Path, tokenizer: Any = None
+) -> None:
+    """写一个文件夹，AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) 装得起。
+
+    Args:
+        tokenizer: 有 save_pretrained 的分词器（transformers 的），一并写入。
+
+    Raises:
+        ValueError: folder 是一个文件。
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give a folder to save the model in")
+    if isinstance(model, GPT2Model):
+        ids = {} if tokenizer is None else _special_ids(tokenizer)
+        model = wrap(model, **ids)
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained(folder)
+    write_code(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int | None]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name, None) for name in names}
+
+
+def write_code(folder: Path) -> None:
+    """模型的源文件摊平写进 folder：transformers 只会从同一个文件夹取相对导入的模块。
+
+    要哪些文件由它自己的规则（get_relative_imports）定，连 TYPE_CHECKING 里的也要。
+    """
+    done: set[str] = set()
+    waiting = [entry.split(".")[0] for entry in AUTO_MAP.values()]
+    while waiting:
+        name = waiting.pop()
+        if name in done:
+            continue
+        done.add(name)
+        home = _HERE if (_HERE / f"{name}.py").is_file() else _CORE
+        source = (home / f"{name}.py").read_text(encoding="utf-8")
+        target = folder / f"{name}.py"
+        target.write_text(_FLAT.sub("from .", source), encoding="utf-8")
+        waiting.extend(get_relative_imports(target))
+
+
+_FLAT = re.compile(r"^from app\.models\.transformer\.", re.MULTILINE)

@@ -41,10 +41,10 @@ LEVELS = {
 PACKAGES = {
     "app.data": 1,
     CORE: 1,
-    "app.interop": 2,
     "app.generation": 2,
     "app.training": 3,
     "app.evaluation": 3,
+    "app.interop": 4,
     "app.viz": 4,
     "app.cli": 5,
 }

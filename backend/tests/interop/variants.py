@@ -43,7 +43,7 @@ def model(name: str, **changes: Any) -> GPT2Model:
     made = GPT2Model(config(name, **changes)).double().eval()
     with torch.no_grad():
         for parameter in made.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.mul_(2.0)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

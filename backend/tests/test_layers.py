@@ -41,6 +41,7 @@ PACKAGES = {
     "app.generation": 2,
     "app.training": 3,
     "app.evaluation": 3,
+    "app.interop": 4,
     "app.viz": 4,
     "app.cli": 5,
 }

@@ -29,9 +29,11 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[1, :4] = 0
     mask[2, :7] = 0
-    return ids.masked_fill(mask == 0, 0), mask, [
-        row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)
-    ]
+    return (
+        ids.masked_fill(mask == 0, 0),
+        mask,
+        [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)],
+    )
 
 
 def greedy(core: GPT2Model, rows: list[list[int]]) -> torch.Tensor:
@@ -53,9 +55,7 @@ def test_greedy_equals_the_backbones_decoder(pair: Any, way: str, implementation
         "ours chunk 1": {"past_key_values": WorkbenchCache(max_chunk=1), "prefill_chunk_size": 1},
         "none": {"use_cache": False},
     }[way]
-    out = wrapped.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options
-    )
+    out = wrapped.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)
     assert torch.equal(out[:, 9:], greedy(core, rows))
 
 

@@ -1,4 +1,4 @@
-"""transformers 的模型与主干逐位置相同，并守 transformers 的约定（见 docs/transformers.md 的表）。"""
+"""transformers 的模型与主干逐位置相同，并守 transformers 的约定（docs/transformers.md）。"""
 
 from __future__ import annotations
 
@@ -214,8 +214,9 @@ def test_wrapping_shares_the_tensors_and_keeps_the_names() -> None:
     for name in ("post", "untied rmsnorm swiglu"):
         core = model(name)
         wrapped = wrap(core, eos_token_id=3)
-        own = {f"model.{k}".replace("model.lm_head", "lm_head"): v
-               for k, v in core.named_parameters()}
+        own = {
+            f"model.{k}".replace("model.lm_head", "lm_head"): v for k, v in core.named_parameters()
+        }
         theirs = dict(wrapped.named_parameters())
         assert own.keys() == theirs.keys()
         assert all(theirs[k] is v for k, v in own.items())

@@ -78,10 +78,10 @@ def test_trainer_walks_the_same_path(way: str, tmp_path: Path) -> None:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx(expected, abs=1e-4)
-    for (name, got), want in zip(
-        wrapped.model.named_parameters(), twin.parameters(), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=0.0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, got), want in zip(wrapped.model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=0.0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert wrapped.lm_head.weight is wrapped.get_input_embeddings().weight
 
 
@@ -133,7 +133,5 @@ def test_lora_on_the_linear_layers(name: str, tmp_path: Path) -> None:
     merged = again.merge_and_unload()
     assert type(merged) is WorkbenchForCausalLM
     torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
-    assert torch.equal(
-        merged.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), out
-    )
+    assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), out)
     assert merged.lm_head.weight is merged.get_input_embeddings().weight

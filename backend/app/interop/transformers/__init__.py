@@ -1,9 +1,9 @@
 """主干作为 transformers 的模型：generate、Trainer、PEFT、pipeline 都用得上。
 
-    register()                                  让 Auto 类认得 model_type "gpt2-workbench"
-    wrap(model)                                 GPT2Model -> WorkbenchForCausalLM，权重共用
-    unwrap(model)                               反过来
-    save(model, folder, tokenizer)              连代码一起写，没有本包的机器也装得起
+register()                                  让 Auto 类认得 model_type "gpt2-workbench"
+wrap(model)                                 GPT2Model -> WorkbenchForCausalLM，权重共用
+unwrap(model)                               反过来
+save(model, folder, tokenizer)              连代码一起写，没有本包的机器也装得起
 """
 
 from __future__ import annotations

@@ -41,8 +41,10 @@ def wrap(model: GPT2Model, **options: Any) -> WorkbenchForCausalLM:
     config = WorkbenchConfig(**model.config.to_dict(), **options)
     with torch.device("meta"):
         wrapped = WorkbenchForCausalLM(config)
-    state = {name if name == "lm_head.weight" else f"model.{name}": p
-             for name, p in model.state_dict(keep_vars=True).items()}
+    state = {
+        name if name == "lm_head.weight" else f"model.{name}": p
+        for name, p in model.state_dict(keep_vars=True).items()
+    }
     if config.tie_weights:
         state["lm_head.weight"] = model.embed.wte.weight
     wrapped.load_state_dict(state, assign=True)
@@ -55,8 +57,7 @@ def unwrap(model: WorkbenchForCausalLM) -> GPT2Model:
     with torch.device("meta"):
         core = GPT2Model(model.config.core())
     names = core.state_dict().keys()
-    state = {name.removeprefix("model."): p
-             for name, p in model.state_dict(keep_vars=True).items()}
+    state = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
     core.load_state_dict({name: state[name] for name in names}, assign=True)
     return core.train(model.training)
 

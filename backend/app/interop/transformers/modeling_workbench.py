@@ -7,7 +7,6 @@ B 批、T 本次词元数、S 键数、C 宽度、V 词表、H 查询头数、G 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -32,7 +31,6 @@ from app.models.transformer.embeddings import Embeddings
 from app.models.transformer.init import initialize_block, initialize_leaf
 from app.models.transformer.linear import Linear
 from app.models.transformer.norm import make_norm
-from app.models.transformer.pattern import Pattern
 from app.models.transformer.positions import Positions
 
 from .cache_workbench import WorkbenchCache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +11,8 @@ from app.data.tokenizers import Tokenizer
 from app.interop.compare import Exported
 from app.interop.equivalent import Weights
 from app.interop.hf import check_free, compare_hf, write_hf
-from app.interop.targets import OWN_CODE, Target, check_target, family_name
+from app.interop.own_code import write_own_code
+from app.interop.targets import Target, check_target, family_name
 from app.models.transformer import GPT2Model
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -54,13 +53,9 @@ def export(
         return export_onnx(model, weights.to(wanted), tokenizer, folder)
     family = family_name(model.config) if target == "hf" else target
     if family is None:
-        return _own_code(model, tokenizer, folder)
+        # 没有现成的模型认得这种配置。
+        written = write_own_code(weights, tokenizer, folder, wanted)
+        checked = compare_hf(model, folder, own_code=True)
+        return Exported(folder, "own code", written.notes, checked)
     written = write_hf(weights, family, tokenizer, folder, wanted)
     return Exported(folder, family, written.notes, compare_hf(model, folder))
-
-
-def _own_code(model: GPT2Model, tokenizer: Tokenizer | None, folder: Path) -> Exported:
-    """没有现成的模型认得这种配置：写成自带代码的一种，要 trust_remote_code 才能打开。"""
-    save: Callable[..., object] = import_module(OWN_CODE).save
-    save(model, folder, tokenizer=tokenizer)
-    return Exported(folder, "own code", (), compare_hf(model, folder))

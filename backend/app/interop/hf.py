@@ -65,8 +65,11 @@ def write_hf(
     raw |= {"dtype": str(next(iter(weights.state.values())).dtype).removeprefix("torch.")}
     if weights.config.vocab_size != trained:
         raw[VOCAB_KEY] = trained
-    raw |= _special_keys(tokenizer)
-    files = {CONFIG_FILE: _json(raw), "generation_config.json": _json(_generation(raw, tokenizer))}
+    raw |= special_keys(tokenizer)
+    files = {
+        CONFIG_FILE: to_json(raw),
+        "generation_config.json": to_json(generation_settings(raw, tokenizer)),
+    }
     if tokenizer is not None:
         files |= tokens.tokenizer_files(tokenizer, weights.config.context_size)
 
@@ -104,8 +107,11 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"{folder} already exists: give another --out, nothing is overwritten")
 
 
-def compare_hf(model: GPT2Model, folder: Path) -> Comparison | str:
-    """用 transformers 读回来，与原模型比 logits；没有装则返回要装什么。"""
+def compare_hf(model: GPT2Model, folder: Path, own_code: bool = False) -> Comparison | str:
+    """用 transformers 读回来，与原模型比 logits；没有装则返回要装什么。
+
+    own_code: 文件夹里的代码是刚刚由这里写的，可以运行。
+    """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -113,7 +119,9 @@ def compare_hf(model: GPT2Model, folder: Path) -> Comparison | str:
     from transformers import __version__
 
     dtype = next(model.parameters()).dtype
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=own_code
+    ).eval()
     return compare(
         model,
         lambda ids: theirs(ids).logits,
@@ -121,7 +129,7 @@ def compare_hf(model: GPT2Model, folder: Path) -> Comparison | str:
     )
 
 
-def _special_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
+def special_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         # OPT 的默认值是它自己词表里的 id。
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -133,7 +141,7 @@ def _special_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
     }
 
 
-def _generation(raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def generation_settings(raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """分词器之外的 id（填充符与空行）没有文字，生成时不许出现。"""
     if tokenizer is None:
         return {}
@@ -141,5 +149,5 @@ def _generation(raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, A
     return {**settings, "suppress_tokens": [*range(tokenizer.vocab_size, raw["vocab_size"])]}
 
 
-def _json(data: dict[str, Any]) -> str:
+def to_json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2) + "\n"

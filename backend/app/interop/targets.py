@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.foreign_config import GPT2, MIXTRAL, OPENAI_GPT, OPT, why_not
 
 Target = Literal["hf", "opt", "openai-gpt", "mixtral", "gguf", "onnx"]
-# 自带代码的 transformers 包装；有它，hf 才什么配置都收。
-OWN_CODE = "app.interop.transformers"
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 
@@ -32,7 +29,8 @@ def reason_against(target: Target, config: GPT2Config) -> str | None:
     """去不了的原因；None = 去得了。"""
     match target:
         case "hf":
-            return _hf(config)
+            # 没有现成的模型认得的，写成自带代码的一种。
+            return None
         case "opt":
             return _opt(config)
         case "openai-gpt":
@@ -63,13 +61,6 @@ def check_target(target: Target, config: GPT2Config) -> None:
 def _folded(config: GPT2Config) -> GPT2Config:
     """deepnorm 先折成 post（见 equivalent.as_post），再问。"""
     return config.replace(norm="post") if config.norm == "deepnorm" else config
-
-
-def _hf(config: GPT2Config) -> str | None:
-    """没有现成的模型认得的，写成自带代码的一种。"""
-    if family_name(config) is not None or find_spec(OWN_CODE) is not None:
-        return None
-    return why_not(MIXTRAL, config) if config.moe_num_experts else _opt(config)
 
 
 def _gpt2(config: GPT2Config) -> str | None:

@@ -130,10 +130,19 @@ for load in (AutoConfig, AutoModelForCausalLM):
     register()
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "evil")) is WorkbenchForCausalLM
     assert not marker.exists()
-    # 主干自己的装入只认自己的文件：多出的键点名拒绝。
-    with pytest.raises(ValueError, match="unknown model option"):
-        GPT2Model.from_pretrained(tmp_path / "evil")
+    # 主干自己的装入只读配置与权重。
+    GPT2Model.from_pretrained(tmp_path / "evil")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_backbone_reads_the_folder_back(name: str, tmp_path: Path) -> None:
+    core = model(name)
+    save(core, tmp_path / "out")
+    back = GPT2Model.from_pretrained(tmp_path / "out", norm=core.config.norm)
+    assert back.config == core.config
+    for (key, a), (_, b) in zip(core.state_dict().items(), back.state_dict().items(), strict=True):
+        assert torch.equal(a, b), key
 
 
 def test_the_folder_holds_each_tensor_once_and_only_safe_files(tmp_path: Path) -> None:

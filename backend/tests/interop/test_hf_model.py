@@ -1,4 +1,4 @@
-"""transformers 的模型与主干逐位置相同，并守 transformers 的约定（见 docs/transformers.md 的表）。"""
+"""transformers 的模型与主干逐位置相同，并守 transformers 的约定（docs/transformers.md）。"""
 
 from __future__ import annotations
 

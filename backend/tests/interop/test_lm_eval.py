@@ -74,7 +74,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "write.yaml").write_text(
         "task: write\n" + source % "items" + "test_split: test\noutput_type: generate_until\n"
-        "doc_to_text: prompt\ndoc_to_target: ' mat'\n"
+        "doc_to_text: 'the {{prompt}}'\ndoc_to_target: ' mat'\n"
         "generation_kwargs: {until: ['e'], max_gen_toks: 6, do_sample: false}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
@@ -138,7 +138,7 @@ def test_the_adapter_equals_the_hf_export(results: Any) -> None:
 
 def test_rolling_counts_every_token_once(trained: Any) -> None:
     model, tokenizer = trained
-    text = TEXT * 2
+    text = TEXT * 4
     ids = [tokenizer.document_separator, *tokenizer.encode(text)]
     assert len(ids) > 2 * 32
     expected, at = 0.0, 0

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,8 @@ _NEVER: dict[str, tuple[Any, str]] = {
 }
 # 扩过词表的导出（见 interop 的 padding）在这里记下原来的行数，读回时去掉多出的。
 VOCAB_KEY = "trained_vocab_size"
+# 我们自带代码的 transformers 模型（app.interop.transformers）。
+OWN_TYPE = "gpt2-workbench"
 
 
 # 这几种以外的部件；is_sparse 由图样推出，读的时候不必给。
@@ -256,11 +259,14 @@ def family_of(raw: Any, where: str) -> Family:
 def read_config(raw: dict[str, Any], where: str) -> GPT2Config:
     """对方的 config.json 译成我们的；不认识的键（各种元数据）不看。
 
-    vocab_size 是文件里的行数，其中有用的见 extra_vocab。
+    vocab_size 是文件里的行数，其中有用的见 extra_vocab。我们自带代码的那种直接取字段：
+    文件夹里的代码（auto_map）从不运行。
 
     Raises:
         ValueError: 有值没有对应物，或越界；点名键、值与原因。
     """
+    if raw.get("model_type") == OWN_TYPE:
+        return _read_own(raw, where)
     family = family_of(raw, where)
     for key, (value, meaning) in {**_NEVER, **family.fixed}.items():
         given = raw.get(key, value)
@@ -289,6 +295,14 @@ def read_config(raw: dict[str, Any], where: str) -> GPT2Config:
         raise ValueError(f"{where}: {error} ({keys})") from None
     _check_widths(raw, family, config, where)
     return config
+
+
+def _read_own(raw: dict[str, Any], where: str) -> GPT2Config:
+    names = ("schema_version", *(field.name for field in dataclasses.fields(GPT2Config)))
+    try:
+        return GPT2Config.from_dict({name: raw[name] for name in names if name in raw})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def extra_vocab(raw: dict[str, Any], config: GPT2Config, where: str) -> int:

@@ -139,6 +139,17 @@ MIXTRAL = Layout(
 )
 
 
+class _SameNames(dict[str, Row]):
+    """名字就是我们的名字。"""
+
+    def __missing__(self, name: str) -> Row:
+        return Row((name,))
+
+
+# 我们自带代码的 transformers 模型：主干外面只多一层 "model."。
+OWN = Layout(("model.",), _SameNames())
+
+
 def read_tensors(
     layout: Layout,
     expected: Mapping[str, tuple[int, ...]],

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .config import MAX_FILE_BYTES, GPT2Config
-from .foreign_config import extra_vocab, read_config
+from .foreign_config import OWN_TYPE, extra_vocab, read_config
 from .hub import find_folder
-from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, read_tensors
+from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, OWN, read_tensors
 from .safetensors_file import SafetensorsFiles, header_limit
 from .weights import CONFIG_FILE, WEIGHTS_FILE, assemble, expected_shapes, read_own
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .model import GPT2Model
 
 INDEX_FILE = "model.safetensors.index.json"
-LAYOUTS = {"gpt2": GPT2, "openai-gpt": OPENAI_GPT, "opt": OPT, "mixtral": MIXTRAL}
+LAYOUTS = {"gpt2": GPT2, "openai-gpt": OPENAI_GPT, "opt": OPT, "mixtral": MIXTRAL, OWN_TYPE: OWN}
 # 换了也不改变权重的意思的字段：给了就照办；别的字段给了只是核对。
 _FREE = ("dropout", "attention_backend")
 

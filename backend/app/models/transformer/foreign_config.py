@@ -93,9 +93,9 @@ class Family:
 
 @dataclass(frozen=True)
 class Nested:
-    """read(对方的, 出处) -> 我们的字段；write(我们的) -> 对方的键；why_not(我们的) -> 原因。"""
+    """read(对方的) -> 我们的字段；write(我们的) -> 对方的键；why_not(我们的) -> 原因。"""
 
-    read: Callable[[dict[str, Any], str], dict[str, Any]]
+    read: Callable[[dict[str, Any]], dict[str, Any]]
     write: Callable[[GPT2Config], dict[str, Any]]
     why_not: Callable[[GPT2Config], str | None]
 
@@ -156,20 +156,20 @@ OPT = Family(
 )
 
 
-def _read_mixtral(raw: dict[str, Any], where: str) -> dict[str, Any]:
+def _read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 把 RoPE 写在 rope_parameters 里，此前是 rope_theta 与 rope_scaling。"""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
         raise ValueError(
-            f"{where}: rope_type={_short(kind)} means scaled rotary positions; mixtral is read "
+            f"rope_type={_short(kind)} means scaled rotary positions; mixtral is read "
             "with rope_type='default' only"
         )
     width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
     given = raw.get("head_dim")
     if given is not None and given * heads != width:
         raise ValueError(
-            f"{where}: head_dim={_short(given)} but hidden_size={_short(width)} / "
+            f"head_dim={_short(given)} but hidden_size={_short(width)} / "
             f"num_attention_heads={_short(heads)}: only heads that share the width can be read"
         )
     return {
@@ -288,9 +288,9 @@ def read_config(raw: dict[str, Any], where: str) -> GPT2Config:
         values |= {name: value for name, value in family.plain.items() if name != "is_sparse"}
     try:
         if family.nested is not None:
-            values |= family.nested.read(raw, where)
+            values |= family.nested.read(raw)
         config = GPT2Config(**values)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         keys = ", ".join(f"{ours} is their {key}" for ours, (key, _) in family.sizes.items())
         raise ValueError(f"{where}: {error} ({keys})") from None
     _check_widths(raw, family, config, where)

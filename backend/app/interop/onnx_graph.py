@@ -25,12 +25,11 @@ from app.interop.equivalent import Weights
 from app.interop.hf import write_folder
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model, Positions
-from app.models.transformer.context import Context
+from app.models.transformer.context import Context, rotation
 from app.models.transformer.foreign_config import FAMILIES, why_not, write_config
 from app.models.transformer.linear import linear
 from app.models.transformer.masking import visible
 from app.models.transformer.plan import MaskPlan
-from app.models.transformer.rope import Rotary
 
 MODEL_FILE = "model.onnx"
 _NUMPY = {"tensor(float)": "f4", "tensor(double)": "f8", "tensor(float16)": "f2"}
@@ -73,15 +72,12 @@ class Graph(nn.Module):
             )
             for pattern in dict.fromkeys(model.patterns)
         }  # fmt: skip
-        rotary, step = None, _Past(past)
-        where = Positions(position_ids)
-        if config.position == "rope":
-            dtype = model.embed.wte.weight.dtype
-            rotary = Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
+        step, where = _Past(past), Positions(position_ids)
+        rotary = rotation(config, where, model.embed.wte.weight.dtype)
         ctx = Context(queries, tuple(plans[p] for p in model.patterns), rotary, step)  # type: ignore[arg-type]
         x = model.embed(input_ids, where)
-        for block in model.h.values():
-            x = block(x, ctx)
+        for i, block in enumerate(model.h.values()):
+            x = block(x, ctx.at(i))
         if model.ln_f is not None:
             x = model.ln_f(x)
         return (linear(x, model.head_weight), *step.present)

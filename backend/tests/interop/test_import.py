@@ -39,7 +39,7 @@ def equal(a: GPT2Model, b: GPT2Model) -> bool:
     return mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mixtral"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_configs_round_trip(family: str, norm: str) -> None:
     for changes in ({}, {"tie_weights": False, "dropout": 0.25}):

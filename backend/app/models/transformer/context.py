@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ from .positions import Positions
 from .rope import Rotary
 
 
+class KeyValues(Protocol):
+    """层只认这一件事：写入新的 k/v (B, G, T, D)，拿回应当去看的全部 (B, G, S, D)。"""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Context:
     """plans 每层一个（同一图样的层共用）；rotary 只在 position='rope' 时有。
@@ -25,7 +32,7 @@ class Context:
     positions: Positions
     plans: tuple[MaskPlan, ...]
     rotary: Rotary | None = None
-    step: Step | None = None
+    step: KeyValues | None = None
     want_maps: frozenset[int] = frozenset()
     maps: dict[int, Tensor] = field(default_factory=dict)
 

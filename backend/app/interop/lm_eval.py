@@ -10,6 +10,7 @@ lm-eval 只认它自己模块里登记过的名字，没有插件入口，所以
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import islice
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 try:
     from lm_eval.api.model import LM
@@ -62,7 +64,7 @@ class WorkbenchLM(LM):
             raise ValueError(f"batch_size={batch_size!r} must be a number: nothing is probed here")
         folder = resolve_checkpoint(path)
         self._start(
-            GPT2Model.from_pretrained(folder, device=open_device(device or "cpu")),
+            GPT2Model.from_pretrained(folder, device=_device(device)),
             load_tokenizer(folder),
             int(batch_size or 8),
             int(max_gen_toks),
@@ -166,6 +168,14 @@ class WorkbenchLM(LM):
         text = done[0].text
         assert text is not None
         return text
+
+
+def _device(name: str | None) -> torch.device:
+    """lm-eval 的命令行不说设备时给 cuda:0；没有 CUDA 就用 CPU，并说出来（它的 hf 模型也这样）。"""
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("device=%s but there is no CUDA here: using cpu", name)
+        name = "cpu"
+    return open_device(name or "cpu")
 
 
 def main() -> None:

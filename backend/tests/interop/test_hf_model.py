@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -379,9 +378,6 @@ def test_the_conditions_of_vllms_transformers_backend() -> None:
     assert [module.layer_idx for module, _ in seen] == [0, 1]
     assert all(more["attention_instances"] is marker for _, more in seen)
     assert all(module.is_causal and module.num_key_value_groups == 2 for module, _ in seen)
-    assert "kwargs" in str(inspect.signature(base.forward)) or "options" in str(
-        inspect.signature(base.forward)
-    )
     linears = [m for name, m in base.named_modules() if name.split(".")[-1].startswith("c_")]
     assert len(linears) == 8 and all(isinstance(m, nn.Linear) for m in linears)
 

@@ -30,9 +30,9 @@ from .test_hf_files import TEXT, hub_tokenizer
 BACKEND = Path(__file__).parents[2]
 ITEMS = [
     {"prompt": "the cat sat on", "choices": ["the mat", "the dog", "logs"], "answer": 0},
-    {"prompt": "dogs do when ", "choices": ["cats are at home", "mats sat"], "answer": 0},
-    {"prompt": "", "choices": ["the cat", "at home"], "answer": 1},
-    {"prompt": "and the dog sat on the log, as dogs do " * 3, "choices": ["when", "mat"],
+    {"prompt": "as dogs do when", "choices": ["cats are at home", "mats sat"], "answer": 0},
+    {"prompt": "the", "choices": ["cat", "at home"], "answer": 1},
+    {"prompt": "and the dog sat on the log, as dogs do" * 3, "choices": ["when", "mat"],
      "answer": 1},
 ]  # fmt: skip
 
@@ -189,6 +189,20 @@ def test_requests_that_cannot_be_scored_are_named(trained: Any) -> None:
     assert math.isfinite(lm.loglikelihood(requests[:1])[0][0])
 
 
+def test_an_empty_context_and_spaces_at_its_end(trained: Any) -> None:
+    """空的上文是文档分隔符；上文末尾的空白归续文。"""
+    model, tokenizer = trained
+    lm = WorkbenchLM.of(model, tokenizer)
+    pairs = [("", "the cat"), ("the cat ", "sat"), ("the cat", " sat")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    empty, spaced, plain = lm.loglikelihood(requests)
+    ids = [tokenizer.document_separator, *tokenizer.encode("the cat")]
+    scores = model(torch.tensor([ids[:-1]]))["logits"][0].log_softmax(-1)
+    expected = sum(scores[i, token].item() for i, token in enumerate(ids[1:]))
+    assert empty[0] == pytest.approx(expected, rel=1e-5)
+    assert spaced == plain
+
+
 def test_the_documented_command(trained: Any, tasks: Path, results: Any, tmp_path: Path) -> None:
     model, tokenizer = trained
     model.save_pretrained(tmp_path / "run")
@@ -204,3 +218,5 @@ def test_the_documented_command(trained: Any, tasks: Path, results: Any, tmp_pat
     written = json.loads(next(tmp_path.glob("out*.json")).read_text())
     assert written["results"]["pick"]["acc,none"] == results[0]["results"]["pick"]["acc,none"]
     assert "|pick" in done.stdout
+    if not torch.cuda.is_available():
+        assert "device=cuda:0 but there is no CUDA here: using cpu" in done.stderr

@@ -22,7 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window and causal": {"position": "rope", "attention_pattern": ("local(6)", "causal")},
     "experts": {"norm": "pre", "moe_num_experts": 4},
     "experts sigmoid": {
-        "position": "rope", "moe_num_experts": 4,
+        "norm": "keel", "position": "rope", "activation": "swiglu", "bias": False,
+        "moe_num_experts": 4,
         "moe": {"router": "sigmoid", "shared_experts": 1, "first_dense": 1},
     },
     "strided gqa": {"n_kv_head": 1, "attention_pattern": "local(3) | strided(4)"},

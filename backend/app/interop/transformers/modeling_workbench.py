@@ -36,6 +36,7 @@ from app.models.transformer.init import initialize_block, initialize_leaf
 from app.models.transformer.linear import Linear
 from app.models.transformer.norm import make_norm
 from app.models.transformer.positions import PADDING, Positions
+from app.models.transformer.step import Step
 
 from .cache_workbench import WorkbenchCache
 from .configuration_workbench import SLIDING, WorkbenchConfig, mask_name, sliding_window
@@ -146,6 +147,7 @@ class WorkbenchLayer(GradientCheckpointingLayer, Block):
 
 
 class WorkbenchPreTrainedModel(PreTrainedModel):
+    config: WorkbenchConfig
     config_class = WorkbenchConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -181,13 +183,14 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         super().init_weights()
         if not self.embed.wte.weight.is_meta:
             for layer in self.h.values():
+                assert isinstance(layer, Block)
                 initialize_block(layer, self.core)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed.wte = value
+        self.embed.add_module("wte", value)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -219,15 +222,17 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         maps = frozenset(range(len(layers)) if output_attentions else ())
 
         own = past_key_values if isinstance(past_key_values, WorkbenchCache) else None
+        step = None
         # 新建的空缓存不算过去：打包的文档、自定的位置不因 use_cache 而变样。
         past = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if own is None:
-            ctx = self._routed(x, attention_mask, position_ids, past, maps, options)
-            ctx = ctx if past_key_values is None else replace(ctx, step=Past(past_key_values))
+            ctx: Context = self._routed(x, attention_mask, position_ids, past, maps, options)
+            if past_key_values is not None:
+                ctx = replace(ctx, step=Past(past_key_values))
         else:
-            ctx = self._own(x, attention_mask, position_ids, own, maps)
+            ctx, step = self._own(x, attention_mask, position_ids, own, maps)
         # 主干的缓存里键值不带梯度；与其悄悄截断，不如整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and own is None):
             x = self.embed.place(x, ctx.positions)
@@ -235,15 +240,18 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
                 x = layer(x, ctx.at(i))
             if self.ln_f is not None:
                 x = self.ln_f(x)
-        if own is not None:
-            ctx.step.commit()
+        if own is not None and step is not None:
+            step.commit()
             own.advance(x.shape[1])
-        attentions = tuple(ctx.maps[i] for i in sorted(maps)) if maps else None
+        seen = [ctx.maps[i] for i in sorted(maps)]
+        if own is not None:
+            # 环里的键按槽的次序；换成位置的次序。
+            seen = [plan.in_order(m) for plan, m in zip(ctx.plans, seen, strict=False)]
         balance = aux_loss(self.core, ctx.expert_loads(self.core)) if ctx.want_loads else None
         return WorkbenchOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            attentions=attentions,
+            attentions=tuple(seen) or None,
             aux_loss=balance,
         )
 
@@ -261,8 +269,6 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
             config = copy.copy(config)
             config._attn_implementation = "eager"
         masks = build_masks(config, self.patterns, x, mask, past, position_ids)
-        if not isinstance(mask, dict) and isinstance(mask, Tensor) and mask.dim() == 4:
-            masks = dict.fromkeys(masks, mask)
         pos = default_positions(x, mask, past) if position_ids is None else position_ids
         if self.core.moe_layers and isinstance(mask, Tensor) and mask.dim() == 2:
             # 填充不进路由，也不计入负载。
@@ -287,14 +293,16 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         position_ids: Tensor | None,
         cache: WorkbenchCache,
         maps: frozenset[int],
-    ) -> Context:
+    ) -> tuple[Context, Step]:
         kv = cache.open(self.core, x)
         where = cache.place(x, mask, position_ids)
         check_positions(self.core, where)
-        return Context.build(
-            self.core, self.patterns, where, kv.begin(where),
+        step = kv.begin(where)
+        ctx = Context.build(
+            self.core, self.patterns, where, step,
             dtype=x.dtype, training=self.training, want_maps=maps,
         )  # fmt: skip
+        return ctx, step
 
 
 class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from .pattern import Pattern
 from .plan import MaskPlan
 from .positions import Positions
 from .rope import Rotary
+
+
+class KeyValues(Protocol):
+    """层只认这一件事：写入新的 k/v (B, G, T, D)，拿回应当去看的全部 (B, G, S, D)。"""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Context:
     positions: Positions
     plans: tuple[MaskPlan, ...]
     rotary: Rotary | None = None
-    step: Step | None = None
+    step: KeyValues | None = None
     want_maps: frozenset[int] = frozenset()
     maps: dict[int, Tensor] = field(default_factory=dict)
     want_loads: bool = False

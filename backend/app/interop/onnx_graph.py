@@ -74,7 +74,7 @@ class Graph(nn.Module):
         }  # fmt: skip
         step, where = _Past(past), Positions(position_ids)
         rotary = rotation(config, where, model.embed.wte.weight.dtype)
-        ctx = Context(queries, tuple(plans[p] for p in model.patterns), rotary, step)  # type: ignore[arg-type]
+        ctx = Context(queries, tuple(plans[p] for p in model.patterns), rotary, step)
         x = model.embed(input_ids, where)
         for i, block in enumerate(model.h.values()):
             x = block(x, ctx.at(i))

@@ -100,3 +100,13 @@ def tokens(*shape: int, vocab: int = 37) -> Tensor:
 def relative(a: Tensor, b: Tensor) -> float:
     """最大差相对于 b 的最大值。"""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# 每种路由器一个：GPT2Config 的字段。
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax_topk": {},
+    "softmax": {"moe": MoEConfig(router="softmax")},
+    "sigmoid": {"moe": MoEConfig(router="sigmoid")},
+    "switch": {"moe": MoEConfig(router="switch"), "moe_top_k": 1},
+}
+MIXED: dict[str, Any] = {"moe_num_experts": 4}

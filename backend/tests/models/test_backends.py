@@ -11,6 +11,7 @@ from app.models.transformer import GPT2Config, KVCache, Positions
 from app.models.transformer.atoms import Global, Local, Longformer
 from app.models.transformer.backends import Case, choose_backend, explain_backends
 from app.models.transformer.masking import visible
+from app.models.transformer.context import Context
 from app.models.transformer.pattern import CAUSAL
 from app.models.transformer.pattern_text import parse
 from app.models.transformer.plan import MaskPlan
@@ -78,7 +79,10 @@ def test_explained_per_group_of_layers() -> None:
 def test_what_is_explained_is_what_the_model_does() -> None:
     """说的与做的是同一个函数；这里从模型一侧再确认。"""
     model = tiny_model(torch.float32, context_size=600, attention_pattern=("local(40)", "causal"))
-    where = model._context(Positions.plain(0, 600, torch.device("cpu")), None, frozenset())
+    where = Context.build(
+        model.config, model.patterns, Positions.plain(0, 600, torch.device("cpu")),
+        dtype=torch.float32, training=False,
+    )  # fmt: skip
     said = explain_backends(model.config, device=torch.device("cpu"), length=600)
     assert [where.plans[i].backend for i in range(3)] == ["blocked", "sdpa", "blocked"]
     for choice in said:

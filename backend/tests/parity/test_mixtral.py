@@ -55,7 +55,13 @@ def in_double(monkeypatch: pytest.MonkeyPatch, theirs: Any) -> Any:
     theirs.set_experts_implementation("eager")
     size = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
     theta = theirs.config.rope_parameters["rope_theta"]
-    theirs.model.rotary_emb.inv_freq = theta ** (-torch.arange(0, size, 2).double() / size)
+    frequency = theta ** (-torch.arange(0, size, 2).double() / size)
+
+    def rotary(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angle = (position_ids[..., None].double() * frequency).repeat(1, 1, 2)
+        return angle.cos(), angle.sin()
+
+    monkeypatch.setattr(module.MixtralRotaryEmbedding, "forward", rotary)
     return theirs
 
 

@@ -10,8 +10,8 @@ import torch
 from app.models.transformer import GPT2Config, KVCache, Positions
 from app.models.transformer.atoms import Global, Local, Longformer
 from app.models.transformer.backends import Case, choose_backend, explain_backends
-from app.models.transformer.masking import visible
 from app.models.transformer.context import Context
+from app.models.transformer.masking import visible
 from app.models.transformer.pattern import CAUSAL
 from app.models.transformer.pattern_text import parse
 from app.models.transformer.plan import MaskPlan

@@ -30,7 +30,7 @@ from app.training.schedule import learning_rate
 
 from .common import table, write_result
 
-BATCH, STEPS, FURTHER, PEAK = 8, 240, 120, 3e-3
+BATCH, STEPS, MANY, FURTHER, PEAK = 8, 240, 900, 120, 3e-3
 RATE = 0.01
 SHAPE: dict[str, Any] = {
     "n_layer": 4, "n_head": 4, "n_embed": 192, "context_size": 128, "norm": "pre", "dropout": 0.0,
@@ -43,6 +43,8 @@ EQUAL: dict[str, MoEConfig | None] = {
     "8 experts, auxiliary loss": AUX,
     "8 experts, loss-free balance": FREE,
 }
+# 训练得久一些：每个专家只见到四分之一的词元，起初吃亏。
+LONGER = {f"{name}, {MANY} steps": moe for name, moe in EQUAL.items()}
 # 都读同样的 FURTHER 步新数据；前两个从 dense 的权重出发。
 ONWARD: dict[str, MoEConfig | None] = {
     "dense, going on": None,
@@ -67,7 +69,7 @@ def main() -> None:
     found = {
         (name, seed): apart(args.data, args.cache, name, seed)
         for seed in args.seeds
-        for name in (*EQUAL, *ONWARD)
+        for name in (*EQUAL, *LONGER, *ONWARD)
     }
     report(found, args.seeds)
 
@@ -87,7 +89,7 @@ def place(cache: Path, name: str, seed: int) -> Path:
 
 def train(folder: Path, cache: Path, name: str, seed: int) -> None:
     data = TokenDataset.open(folder / "train")
-    moe, onward = {**EQUAL, **ONWARD}[name], name in ONWARD
+    moe, onward = {**EQUAL, **LONGER, **ONWARD}[name], name in ONWARD
     base = GPT2Config(vocab_size=data.vocab_size, **SHAPE)
     config = base if moe is None else base.replace(moe_num_experts=8, moe=moe)
     torch.manual_seed(seed)
@@ -97,7 +99,7 @@ def train(folder: Path, cache: Path, name: str, seed: int) -> None:
         noise = 0.1 if "noise" in name else 0.0
         new = dense if moe is None else upcycle(dense, base, config, seed=seed, noise=noise)
         model.load_state_dict(new)
-    steps, first = (FURTHER, STEPS) if onward else (STEPS, 0)
+    steps, first = (FURTHER, STEPS) if onward else (MANY if name in LONGER else STEPS, 0)
     optimizer, _ = build_optimizer(model, OptimConfig(lr=PEAK))
     schedule = ScheduleConfig(warmup_steps=30, min_lr_ratio=0.05)
     sampler = Sampler(data.n_tokens, config.context_size, BATCH, seed)
@@ -184,6 +186,8 @@ def report(found: dict[tuple[str, int], dict[str, Any]], seeds: list[int]) -> No
     body = (
         f"Equal active products, equal tokens: {STEPS} steps of {tokens} tokens.\n\n"
         + table([*head, *losses, *tail], rows(EQUAL, "dense"))
+        + "\n\n"
+        + table([*head, *losses, *tail], rows(LONGER, f"dense, {MANY} steps"))
         + f"\n\nEqual further tokens: {FURTHER} steps after the dense run's {STEPS}, on the "
         "batches that follow; from scratch has seen only these. Experts as wide as the dense MLP, "
         "so top-2 multiplies twice as much in these layers.\n\n"

@@ -232,8 +232,9 @@ class RawKeys:
         k = Positions.plain(0, self.index + 1, torch.device("cpu"))
         plans = [MaskPlan.build(q, k, p, asked="reference") for p in self.config.patterns]
         x = model.embed(torch.tensor([[token]]), q)
-        for block in model.h.values():
-            x = block(x, Context(q, tuple(plans), self, self))  # type: ignore[arg-type]
+        ctx = Context(q, tuple(plans), self, self)  # type: ignore[arg-type]
+        for layer, block in enumerate(model.h.values()):
+            x = block(x, ctx.at(layer))
         return linear(x if model.ln_f is None else model.ln_f(x), model.head_weight)[0, -1]
 
 

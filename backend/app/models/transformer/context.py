@@ -59,7 +59,8 @@ class Context:
     loads: dict[int, dict[str, Load]] = field(default_factory=dict)
     want_routing: frozenset[int] = frozenset()
     routing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    layer: int = -1
+    # 忘了 at 就越界报错，而不是悄悄当成最后一层。
+    layer: int = 1 << 30
     want_map: bool = False
     want_route: bool = False
     load: dict[str, Load] = field(default_factory=dict)

@@ -42,7 +42,10 @@ def load_pretrained(
     if isinstance(raw, dict) and "model_type" in raw:
         config, tensors = read_foreign(raw, folder)
     else:
-        config = GPT2Config.from_file(folder / CONFIG_FILE)
+        try:
+            config = GPT2Config.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         tensors = read_own(config, folder)
     config = agree(config, wanted, str(source))
     return assemble(cls, config, tensors, device, dtype)

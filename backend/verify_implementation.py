@@ -5,7 +5,7 @@
 
 import sys
 
-from app.evaluation.verify import verify_implementation
+from app.verification.verify import verify_implementation
 
 if __name__ == "__main__":
     sys.exit(0 if verify_implementation() else 1)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from app.generation.config import SamplingConfig
 from app.generation.generate import generate
-from app.models.transformer import GPT2Model, create_gpt2_small, linear
+from app.models.transformer import GPT2Model, create_gpt2_small
+from app.models.transformer.layers import linear
 
 from .common import interleaved, read_bandwidth, table, write_result
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import OptimConfig, ScheduleConfig
-from app.training.optim import build_optimizer
-from app.training.schedule import learning_rate
+from app.training.optim.build import build_optimizer
+from app.training.optim.schedule import learning_rate
 
 from .common import table, write_result
 

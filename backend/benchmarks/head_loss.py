@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from app.models.transformer.loss import head_cross_entropy
+from app.models.transformer.layers.loss import head_cross_entropy
 
 from .common import table, write_result
 

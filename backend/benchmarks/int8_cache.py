@@ -24,8 +24,8 @@ from torch import Tensor
 
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model, KVCache, create_gpt2_small
-from app.models.transformer.cache import Quantize
-from app.training.checkpoint import resolve_checkpoint
+from app.models.transformer.cache.kv_cache import Quantize
+from app.training.saving.checkpoint import resolve_checkpoint
 
 from .common import interleaved, table, write_result
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
-from app.models.transformer.context import Context
-from app.models.transformer.init import base_std
+from app.models.transformer.experts.moe import MoE
+from app.models.transformer.layers.context import Context
+from app.models.transformer.layers.init import base_std
 from app.models.transformer.mlp import MLP
-from app.models.transformer.moe import MoE
-from app.models.transformer.positions import Positions
+from app.models.transformer.visibility.positions import Positions
 
 from .common import interleaved, table, write_result
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from app.data.sampler import Sampler
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
-from app.models.transformer.moe import MoE
-from app.models.transformer.upcycle import upcycle
+from app.models.transformer.experts.moe import MoE
+from app.models.transformer.experts.upcycle import upcycle
 from app.training.config import OptimConfig, ScheduleConfig
-from app.training.optim import build_optimizer
-from app.training.schedule import learning_rate
+from app.training.optim.build import build_optimizer
+from app.training.optim.schedule import learning_rate
 
 from .common import table, write_result
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from app.cli.estimates import probe_rows
-from app.cli.runfile import load_config
-from app.evaluation.footprint import footprint
-from app.evaluation.sizes import parameters_by_part
+from app.cli.shared.runfile import load_config
 from app.models.transformer import GPT2Config
+from app.planning.footprint import footprint
+from app.planning.probe import probe
+from app.planning.sizes import parameters_by_part
 from app.training.config import DataConfig, ScheduleConfig, TrainConfig
-from app.training.probe import probe
-from app.training.runtime import choose_runtime
+from app.training.machine.runtime import choose_runtime
 from benchmarks.common import table, write_result
 
 SKIPPED = 3

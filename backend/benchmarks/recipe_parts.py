@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.cli.runfile import load_config
+from app.cli.shared.runfile import load_config
 from app.models.transformer import GPT2Model
 from app.training.config import TrainConfig
-from app.training.optim import build_optimizer
-from app.training.runtime import choose_runtime
+from app.training.machine.runtime import choose_runtime
+from app.training.optim.build import build_optimizer
 from app.training.step import accumulate
 
 from .common import interleaved, table, write_result

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from app.models.transformer import GPT2Config, GPT2Model
-from app.training.checkpoint import resolve_checkpoint
+from app.training.saving.checkpoint import resolve_checkpoint
 
 from .common import table, write_result
 

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.transformer.attend import attend
-from app.models.transformer.pattern_text import parse
-from app.models.transformer.plan import MaskPlan
-from app.models.transformer.positions import Positions
+from app.models.transformer.backends.attend import attend
+from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.visibility.pattern_text import parse
+from app.models.transformer.visibility.positions import Positions
 
 from .common import RESULTS, interleaved, table, write_result
 

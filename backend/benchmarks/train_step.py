@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from app.evaluation.flops import flops_per_token
 from app.models.transformer import GPT2Config, GPT2Model
+from app.planning.flops import flops_per_token
 
 from .common import interleaved, table, write_result
 
@@ -38,7 +38,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(way: str, dropout: float) -> tuple[nn.Module, Loss]:
-    from app.training.recompute import checkpoint_blocks
+    from app.training.machine.recompute import checkpoint_blocks
 
     model = GPT2Model(GPT2Config(vocab_size=VOCAB, norm="pre", dropout=dropout))
     if way == "ours-compiled":

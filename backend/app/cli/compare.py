@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.tables import print_table
+from app.cli.shared.tables import print_table
 
 if TYPE_CHECKING:
-    from app.training.compare import Group
+    from app.training.report.compare_runs import Group
 
 SUMMARY = "Compare runs over tokens and over time; runs that differ only in the seed are grouped."
 EXAMPLES = """\
@@ -38,7 +38,7 @@ def run(args: Args) -> None:
     Raises:
         ValueError: 少于两个、同一个两次、没有指标的文件夹，或 --out 已经存在。
     """
-    from app.training.compare import (
+    from app.training.report.compare_runs import (
         check_same_data,
         compare_charts,
         compare_page,
@@ -71,7 +71,7 @@ def run(args: Args) -> None:
 
 def show(groups: Sequence[Group], notes: Sequence[str]) -> None:
     """在终端上打印两张表。"""
-    from app.training.compare import HEAD, differing, row, settings_rows
+    from app.training.report.compare_runs import HEAD, differing, row, settings_rows
 
     for note in notes:
         print(note)

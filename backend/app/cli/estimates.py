@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from app.cli.tables import Table, print_table, size
+from app.cli.shared.tables import Table, print_table, size
 from app.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from app.evaluation.footprint import Footprint
-    from app.training.probe import Estimate
-    from app.training.runtime import Runtime
+    from app.planning.footprint import Footprint
+    from app.planning.probe import Estimate
+    from app.training.machine.runtime import Runtime
 
 # CPU 上一次试跑至多这么多浮点运算，放不下就少量几条序列。
 _PROBE_FLOPS = 4e12
@@ -42,8 +42,8 @@ class Room:
 
 def show_training(config: TrainConfig, runtime: Runtime, probing: bool) -> str | None:
     """打印各表；放不下时返回理由与改法。"""
-    from app.evaluation.room import available_memory, resident_memory
-    from app.evaluation.sizes import parameters_by_part
+    from app.planning.available_memory import available_memory, resident_memory
+    from app.planning.sizes import parameters_by_part
 
     available, where = available_memory(runtime.device)
     program = resident_memory() if runtime.device.type == "cpu" else 0
@@ -70,7 +70,7 @@ def show_training(config: TrainConfig, runtime: Runtime, probing: bool) -> str |
 
 
 def _footprint(config: TrainConfig, runtime: Runtime) -> Footprint:
-    from app.evaluation.footprint import footprint
+    from app.planning.footprint import footprint
 
     rows = config.micro_batch or config.batch_size
     return footprint(
@@ -91,7 +91,7 @@ def refusal(
     measured: bool = False,
 ) -> str | None:
     """放得下（或不知道有多少）就是 None；否则说出大小与放得下的设置。"""
-    from app.evaluation.footprint import largest
+    from app.planning.footprint import largest
 
     available = room.available
     if available is None or room.needs(measure(config)) <= available:
@@ -140,7 +140,7 @@ def refusal(
 
 def _probe(config: TrainConfig, runtime: Runtime, parameters: int) -> tuple[Estimate | None, str]:
     """(量到的, 没有量到的理由)。"""
-    from app.training.probe import ProbeFailed, probe
+    from app.planning.probe import ProbeFailed, probe
 
     rows = probe_rows(config, runtime)
     try:
@@ -151,8 +151,8 @@ def _probe(config: TrainConfig, runtime: Runtime, parameters: int) -> tuple[Esti
 
 def probe_rows(config: TrainConfig, runtime: Runtime) -> int:
     """试跑一次前向几条序列：GPU 上是整个微批，CPU 上以 _PROBE_FLOPS 为限。"""
-    from app.evaluation.flops import flops_per_token
-    from app.training.probe import few_layers, probe_layers
+    from app.planning.flops import flops_per_token
+    from app.planning.probe import few_layers, probe_layers
 
     rows = config.micro_batch or config.batch_size
     if runtime.device.type != "cpu":
@@ -164,7 +164,7 @@ def probe_rows(config: TrainConfig, runtime: Runtime) -> int:
 
 
 def _print_steps(config: TrainConfig) -> None:
-    from app.evaluation.flops import FORMULA, flops_per_token
+    from app.planning.flops import FORMULA, flops_per_token
 
     one = flops_per_token(config.model)
     tokens = config.tokens_per_step
@@ -214,7 +214,7 @@ def _print_memory(
 
 
 def _print_time(config: TrainConfig, estimate: Estimate | None, why: str) -> None:
-    from app.evaluation.flops import flops_per_token
+    from app.planning.flops import flops_per_token
 
     print("time in training")
     if estimate is None:
@@ -259,7 +259,7 @@ def flop(count: float) -> str:
 
 def seconds(value: float) -> str:
     """给人读的时间：12.3 ms、4.5 s、3m05s、2h07m、12.3 days。"""
-    from app.training.progress import duration
+    from app.training.report.progress import duration
 
     if value < 1:
         return f"{value * 1000:.1f} ms"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from typing_extensions import Doc
 
-from app.cli.trained import load_trained, own_data
+from app.cli.shared.trained import load_trained, own_data
 
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
@@ -77,7 +77,7 @@ def run(args: Args) -> int:
     """
     from app.evaluation.perplexity import check_stride
     from app.evaluation.tasks import load_task
-    from app.training.checkpoint import resolve_checkpoint
+    from app.training.saving.checkpoint import resolve_checkpoint
 
     _check(args)
     folder = resolve_checkpoint(args.model, tell=_tell)
@@ -151,7 +151,7 @@ def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut | None:
 
 def _score(job: _Job) -> _Done:
     """做到底，或做到 Ctrl-C 为止。"""
-    from app.cli.meter import meter
+    from app.cli.shared.meter import meter
     from app.evaluation.perplexity import score_windows
     from app.evaluation.tasks import score_items
 
@@ -233,8 +233,8 @@ def _task_facts(task: Task, scores: Sequence[ItemScore]) -> dict[str, Any]:
 def _facts(args: Args, job: _Job, done: _Done, results: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
-    from app.data.files import sha256_file
-    from app.training.state import versions
+    from app.common.files import sha256_file
+    from app.training.saving.state import versions
 
     return {
         "schema_version": _SCHEMA_VERSION,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.trained import check_new_folder, load_trained, own_data, write_model
+from app.cli.shared.trained import check_new_folder, load_trained, own_data, write_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def run(args: Args) -> None:
     Raises:
         ValueError: 没有专家，选项互相矛盾，数据不合，或 --out 已存在。
     """
-    from app.training.checkpoint import resolve_checkpoint
+    from app.training.saving.checkpoint import resolve_checkpoint
 
     _check(args)
     folder = resolve_checkpoint(args.model, tell=_tell)
@@ -99,7 +99,7 @@ def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut:
 
 
 def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> None:
-    from app.models.transformer.upcycle import average
+    from app.models.transformer.experts.upcycle import average
 
     config = model.config
     state = average(model.state_dict(), config)
@@ -109,7 +109,7 @@ def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) 
 
 
 def _prune(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> None:
-    from app.models.transformer.upcycle import most_used, prune
+    from app.models.transformer.experts.upcycle import most_used, prune
 
     load = _load(args, model, tokenizer, held)
     keep = most_used(load, model.config, args.keep)
@@ -130,7 +130,7 @@ def _prune(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) ->
 
 
 def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> Tensor:
-    from app.cli.meter import meter
+    from app.cli.shared.meter import meter
     from app.evaluation.routing import expert_load
 
     with meter("routing", held.source.n_tokens) as advance:
@@ -141,7 +141,7 @@ def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> 
 
 def _loss(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> float:
     """nat 每词元。"""
-    from app.cli.meter import meter
+    from app.cli.shared.meter import meter
     from app.evaluation.perplexity import score_windows, summarize
 
     scores = []

@@ -48,7 +48,7 @@ def run(args: Args) -> int:
     from app.data.tokenizers import load_tokenizer
     from app.interop.export import export
     from app.models.transformer import GPT2Model
-    from app.training.checkpoint import resolve_checkpoint
+    from app.training.saving.checkpoint import resolve_checkpoint
 
     folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
     model = GPT2Model.from_pretrained(folder)

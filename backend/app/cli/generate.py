@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.trained import load_trained
+from app.cli.shared.trained import load_trained
 from app.generation.config import SamplingConfig
 from app.generation.overflow import Overflow, check_overflow, check_prompts, usable
 from app.generation.stopping import StopText

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from app.cli.runfile import (
+from app.cli.shared.runfile import (
     RunArgs,
     config_name,
     fit_vocabulary,
     load_model_config,
     names_vocabulary,
 )
-from app.cli.tables import Table, print_table, size
+from app.cli.shared.tables import Table, print_table, size
 from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from app.evaluation.sizes import CacheSize
-    from app.models.transformer.backends import Choice
-    from app.training.runtime import Runtime
+    from app.models.transformer.backends.choose import Choice
+    from app.planning.sizes import CacheSize
+    from app.training.machine.runtime import Runtime
 
 SUMMARY = (
     "what `gpt2 train` would run: parameters, compute, memory, attention backends and why; "
@@ -96,7 +96,7 @@ def run(args: Args) -> None:
         ValueError: 长度放不下，没有这个设备，点名的后端做不了训练，或内存不够。
     """
     from app.cli.estimates import show_training
-    from app.training.runtime import choose_runtime
+    from app.training.machine.runtime import choose_runtime
 
     shape = args.model
     length = shape.context_size if args.length is None else args.length
@@ -122,8 +122,8 @@ def run(args: Args) -> None:
 
 
 def _notes(args: Args, config: TrainConfig) -> list[str]:
-    from app.evaluation.sizes import parameters_by_part
-    from app.training.guidance import token_notes
+    from app.planning.sizes import parameters_by_part
+    from app.training.watch.guidance import token_notes
 
     preset = None
     if args.config is not None and Path(args.config).suffix != ".json":
@@ -132,8 +132,8 @@ def _notes(args: Args, config: TrainConfig) -> list[str]:
 
 
 def _summary(shape: GPT2Config, runtime: Runtime) -> Table:
-    from app.evaluation.sizes import FLOAT32_BYTES, active_parameters, parameters_by_part
-    from app.models.transformer.dispatch import explain_dispatch
+    from app.models.transformer.experts.dispatch import explain_dispatch
+    from app.planning.sizes import FLOAT32_BYTES, active_parameters, parameters_by_part
 
     parts = parameters_by_part(shape)
     total = sum(parts.values())
@@ -178,8 +178,8 @@ def _summary(shape: GPT2Config, runtime: Runtime) -> Table:
 
 def _show_attention(shape: GPT2Config, runtime: Runtime, length: int) -> str | None:
     """打印两张表；点名的后端做不了训练时返回理由（生成也做不了则直接抛出）。"""
-    from app.evaluation.coverage import coverage
-    from app.models.transformer.backends import explain_backends
+    from app.models.transformer.backends.choose import explain_backends
+    from app.models.transformer.visibility.coverage import coverage
 
     prompts = explain_backends(shape, device=runtime.device, length=length)
     training: list[Choice] | None = None
@@ -212,7 +212,7 @@ def _show_attention(shape: GPT2Config, runtime: Runtime, length: int) -> str | N
 
 
 def _show_cache(shape: GPT2Config, length: int) -> None:
-    from app.evaluation.sizes import cache_sizes
+    from app.planning.sizes import cache_sizes
 
     learned = shape.position == "learned"
     lengths = [length] if learned else sorted({length, _LONG})

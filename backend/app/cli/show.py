@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.trained import load_trained, pick_device
+from app.cli.shared.trained import load_trained, pick_device
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.validate import nearest
+from app.models.transformer.settings.fields import nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,8 +154,8 @@ def _overview() -> str:
 
 
 def _show_patterns(args: PatternArgs) -> None:
-    from app.models.transformer.pattern_checks import blind_query
-    from app.models.transformer.pattern_text import parse as parse_pattern
+    from app.models.transformer.visibility.pattern_fit import blind_query
+    from app.models.transformer.visibility.pattern_text import parse as parse_pattern
     from app.viz.pattern import MOST_PATTERNS, describe_coverage, pattern_figure
     from app.viz.picture import check_out, write_picture
 
@@ -175,7 +175,7 @@ def _show_patterns(args: PatternArgs) -> None:
             )
     check_out(args.out)
 
-    from app.evaluation.coverage import as_text, coverage
+    from app.models.transformer.visibility.coverage import as_text, coverage
 
     for pattern in patterns:
         print(f"{pattern}, {args.tokens} tokens: ", end="")

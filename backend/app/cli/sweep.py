@@ -14,7 +14,7 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.compare import show
-from app.cli.runfile import config_name, fit_vocabulary, load_config, names_vocabulary
+from app.cli.shared.runfile import config_name, fit_vocabulary, load_config, names_vocabulary
 from app.cli.train import Args as TrainArgs
 from app.cli.train import show_plan
 from app.training.config import TrainConfig
@@ -68,8 +68,8 @@ def run(args: Args) -> int:
         ValueError: 没有要换的，或哪一个组合不行；那时什么也没有写。
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from app.data.files import write_atomic
-    from app.training.compare import check_same_data, compare_page, group_runs, load_run
+    from app.common.files import write_atomic
+    from app.training.report.compare_runs import check_same_data, compare_page, group_runs, load_run
     from app.training.sweep import expand, parse_switch, run_sweep
 
     seeds = args.seeds or (args.seed,)

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from app.cli.runfile import (
+from app.cli.shared.runfile import (
     RunArgs,
     config_name,
     fit_vocabulary,
@@ -79,7 +79,7 @@ def show_plan(plan: Plan) -> None:
 
 def summary(result: Result) -> list[str]:
     """结尾的话：停在哪里、最好的结果、各文件、可以照抄的下一条命令。"""
-    from app.training.progress import duration
+    from app.training.report.progress import duration
 
     run_folder = result.checkpoint.parent
     lines = []

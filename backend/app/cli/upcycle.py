@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.trained import check_new_folder, own_run_file, write_model
+from app.cli.shared.trained import check_new_folder, own_run_file, write_model
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.moe_config import MoEConfig
+from app.models.transformer.settings.moe_config import MoEConfig
 
 if TYPE_CHECKING:
     from app.models.transformer import GPT2Model
@@ -60,8 +60,8 @@ def run(args: Args) -> None:
     """
     from app.data.tokenizers import load_tokenizer
     from app.models.transformer import GPT2Model
-    from app.models.transformer.upcycle import upcycle
-    from app.training.checkpoint import resolve_checkpoint
+    from app.models.transformer.experts.upcycle import upcycle
+    from app.training.saving.checkpoint import resolve_checkpoint
 
     check_new_folder(args.out)
     folder = resolve_checkpoint(args.model, tell=_tell)
@@ -92,7 +92,7 @@ def _train_file(args: Args, folder: Path, config: GPT2Config) -> str:
     """接着训练用的运行文件：原来那次训练的设置，换上新的形状与起点。"""
     import yaml
 
-    from app.cli.runfile import read_run_file
+    from app.cli.shared.runfile import read_run_file
 
     source = own_run_file(folder)
     data = {} if source is None else read_run_file(source)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
-from app.cli.runfile import config_name, load_model_config
+from app.cli.shared.runfile import config_name, load_model_config
 from app.models.transformer.config import GPT2Config
 
 SUMMARY = "check a configuration: causality, cache, padding, packing, counts, save and load"
@@ -51,6 +51,6 @@ def parse(argv: Sequence[str]) -> Args:
 
 def run(args: Args) -> int:
     """退出码 0 全部通过，1 有一项不过。"""
-    from app.evaluation.verify import verify_config
+    from app.verification.verify import verify_config
 
     return 0 if verify_config(args.model) else 1

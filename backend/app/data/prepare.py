@@ -17,8 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from app.common.files import write_atomic
 from app.data import progress, split
-from app.data.files import write_atomic
 from app.data.shards import META_FILE, TokenDataset, token_dtype
 from app.data.sources import Sources
 from app.data.split import Census, Plan, Unit

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from app.data.files import sha256_file
+from app.common.files import sha256_file
 from app.data.tokenizers import Tokenizer, load_tokenizer
 
 SCHEMA_VERSION = 1

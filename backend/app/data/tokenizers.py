@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from app.common.files import write_atomic
 from app.data import byte_level
 from app.data.byte_level import SEPARATOR_TEXT, parse_json, read_limited
-from app.data.files import write_atomic
 
 SCHEMA_VERSION = 1
 Kind = Literal["bytes", "chars", "gpt2", "bpe"]

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from app.data.files import sha256_file, sync_folder, write_atomic
+from app.common.files import sha256_file, sync_folder, write_atomic
 from app.data.shards import (
     INDEX_FILE,
     META_FILE,

@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from app.common.files import sha256_file
 from app.data import split
-from app.data.files import sha256_file
 from app.data.shards import META_FILE, TokenDataset
 from app.data.sources import Sources
 from app.data.tokenizers import Tokenizer

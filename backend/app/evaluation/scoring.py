@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import GPT2Model
-from app.models.transformer.linear import linear
+from app.models.transformer.layers.linear import linear
 
 # 一块 logits 的上限：整张 (B, T, V) 在 GPT-2 的词表上动辄几 GB。
 _CHUNK_BYTES = 20 * 2**20

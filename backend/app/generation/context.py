@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.generation.overflow import Overflow
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
-from app.models.transformer.cache import Quantize
+from app.models.transformer.cache.kv_cache import Quantize
 
 
 def cache_options(config: GPT2Config, longest: int, overflow: Overflow) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from app.generation.sampling import sample, uniforms
 from app.generation.stopping import StopText
 from app.generation.streaming import SinkContext
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.cache import Quantize
+from app.models.transformer.cache.kv_cache import Quantize
 
 # 至少这么大一部分的行结束了才搬缓存：搬一次的代价约等于注意力读一遍缓存，
 # 按比例搬则总共至多搬几遍，而白算的行不超过这个比例。

@@ -18,7 +18,7 @@ from torch import Tensor
 from app.generation.context import DecodingContext
 from app.generation.overflow import SINKS, kept_last
 from app.models.transformer import GPT2Model
-from app.models.transformer.rope import rerotate
+from app.models.transformer.layers.rope import rerotate
 
 
 class SinkContext:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.block import residual_plan
-from app.models.transformer.layouts import HEAD
+from app.models.transformer.weights.layouts import HEAD
 
 WTE, WPE = "embed.wte.weight", "embed.wpe.weight"
 

@@ -18,8 +18,8 @@ from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import WPE, Weights, with_biases
 from app.interop.hf import write_folder
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.layouts import HEAD
-from app.models.transformer.norm import EPS
+from app.models.transformer.layers.norm import EPS
+from app.models.transformer.weights.layouts import HEAD
 
 if TYPE_CHECKING:
     import numpy as np

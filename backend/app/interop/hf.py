@@ -19,10 +19,10 @@ from app.interop import tokens
 from app.interop.compare import Comparison, compare
 from app.interop.equivalent import Weights, as_post, widened, with_biases
 from app.models.transformer import GPT2Model
-from app.models.transformer.foreign_config import FAMILIES, VOCAB_KEY, write_config
-from app.models.transformer.layouts import write_tensors
-from app.models.transformer.pretrained import LAYOUTS
-from app.models.transformer.weights import CONFIG_FILE, WEIGHTS_FILE
+from app.models.transformer.weights.families import FAMILIES, VOCAB_KEY, write_config
+from app.models.transformer.weights.layouts import write_tensors
+from app.models.transformer.weights.own_folder import CONFIG_FILE, WEIGHTS_FILE
+from app.models.transformer.weights.pretrained import LAYOUTS
 
 # CTranslate2 的 OPT 转换器把词表补到 8 的倍数，权重却不补，所以在这里补好。
 _OPT_MULTIPLE = 8

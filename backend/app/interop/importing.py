@@ -15,11 +15,11 @@ from app.interop.hf import write_folder
 from app.interop.pickles import LoadedTensors, load_pickle
 from app.interop.tokens import read_hub_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.foreign_config import extra_vocab, read_config
-from app.models.transformer.hub import MODEL_FILES, TOKENIZER_FILES, find_folder
-from app.models.transformer.layouts import NANOGPT, read_tensors
-from app.models.transformer.pretrained import LAYOUTS, agree, load_pretrained, read_json
-from app.models.transformer.weights import CONFIG_FILE, assemble, expected_shapes
+from app.models.transformer.weights.families import extra_vocab, read_config
+from app.models.transformer.weights.hub import MODEL_FILES, TOKENIZER_FILES, find_folder
+from app.models.transformer.weights.layouts import NANOGPT, read_tensors
+from app.models.transformer.weights.own_folder import CONFIG_FILE, assemble, expected_shapes
+from app.models.transformer.weights.pretrained import LAYOUTS, agree, load_pretrained, read_json
 
 PICKLE_FILE = "pytorch_model.bin"
 # nanoGPT 的 model_args -> 我们的字段。

@@ -36,8 +36,8 @@ from app.evaluation.tasks import Item, encode_request, score_items
 from app.generation.config import SamplingConfig
 from app.generation.generate import complete
 from app.models.transformer import GPT2Model
-from app.training.checkpoint import resolve_checkpoint
-from app.training.runtime import open_device
+from app.training.machine.runtime import open_device
+from app.training.saving.checkpoint import resolve_checkpoint
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 

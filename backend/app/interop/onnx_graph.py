@@ -25,11 +25,11 @@ from app.interop.equivalent import Weights
 from app.interop.hf import write_folder
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model, Positions
-from app.models.transformer.context import Context, rotation
-from app.models.transformer.foreign_config import FAMILIES, why_not, write_config
-from app.models.transformer.linear import linear
-from app.models.transformer.masking import visible
-from app.models.transformer.plan import MaskPlan
+from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.layers.context import Context, rotation
+from app.models.transformer.layers.linear import linear
+from app.models.transformer.visibility.rule import visible
+from app.models.transformer.weights.families import FAMILIES, why_not, write_config
 
 MODEL_FILE = "model.onnx"
 _NUMPY = {"tensor(float)": "f4", "tensor(double)": "f8", "tensor(float16)": "f2"}

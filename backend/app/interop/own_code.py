@@ -11,8 +11,8 @@ from app.interop import tokens
 from app.interop.equivalent import Weights, widened
 from app.interop.hf import generation_settings, special_keys, to_json, write_folder
 from app.models.transformer import GPT2Model
-from app.models.transformer.foreign_config import VOCAB_KEY
-from app.models.transformer.weights import assemble
+from app.models.transformer.weights.families import VOCAB_KEY
+from app.models.transformer.weights.own_folder import assemble
 
 
 def write_own_code(

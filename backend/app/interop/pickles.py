@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.models.transformer.safetensors_file import check_finite
+from app.models.transformer.weights.safetensors_file import check_finite
 
 # torch.save 从不压缩；解开后比文件大的只会是炸弹。目录与对齐留一点余地。
 _SLACK_BYTES = 1 << 20

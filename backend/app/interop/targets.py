@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.foreign_config import GPT2, MIXTRAL, OPENAI_GPT, OPT, why_not
+from app.models.transformer.weights.families import GPT2, MIXTRAL, OPENAI_GPT, OPT, why_not
 
 Target = Literal["hf", "opt", "openai-gpt", "mixtral", "gguf", "onnx"]
 TARGETS: tuple[Target, ...] = get_args(Target)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 from typing_extensions import Doc
 
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.validate import check_types, nearest
+from app.models.transformer.settings.fields import check_types, nearest
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]

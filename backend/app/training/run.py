@@ -13,30 +13,30 @@ import numpy as np
 import torch
 import yaml
 
-from app.data.files import write_atomic
+from app.common.files import write_atomic
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
-from app.models.transformer.backends import explain_backends
-from app.models.transformer.dispatch import explain_dispatch
+from app.models.transformer.backends.choose import explain_backends
+from app.models.transformer.experts.dispatch import explain_dispatch
+from app.viz.loss_plot import PLOT, plot_losses
 
-from .checkpoint import Tell, step_folder, sweep
 from .config import TrainConfig
-from .facts import Facts, write_facts
-from .guidance import small_step
-from .initial import initialize_from
-from .lock import run_lock
-from .metrics import METRICS, Metrics
-from .plot import PLOT, plot_losses
-from .progress import Progress
-from .report import REPORT, Reporter
-from .resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
-from .runtime import Runtime, choose_runtime, memory_error
-from .samples import encode_prompt
-from .signals import Interrupted, StopSignal
-from .state import read_state, restore, versions
-from .tensorboard import open_tensorboard, require_tensorboard
+from .machine.runtime import Runtime, choose_runtime, memory_error
+from .machine.stop_signal import Interrupted, StopSignal
+from .report.metrics import METRICS, Metrics
+from .report.progress import Progress
+from .report.run_facts import Facts, write_facts
+from .report.run_page import REPORT, Reporter
+from .report.tensorboard import open_tensorboard, require_tensorboard
+from .saving.checkpoint import Tell, step_folder, sweep
+from .saving.initial import initialize_from
+from .saving.lock import run_lock
+from .saving.resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
+from .saving.state import read_state, restore, versions
 from .trainer import Trainer
-from .validation import Validation
+from .watch.guidance import small_step
+from .watch.samples import encode_prompt
+from .watch.validation import Validation
 
 
 @dataclass(frozen=True)

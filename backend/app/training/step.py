@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.models.transformer import GPT2Model
 
-from .runtime import Runtime
+from .machine.runtime import Runtime
 
 IGNORE = -100
 # 第一步的损失离公式这么远就不寻常。

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from .checkpoint import Tell, find_latest, step_of
 from .config import TrainConfig
-from .history import History
-from .metrics import METRICS
-from .resume import RUN_FILE, SILENT, check_out, flat
+from .report.history import History
+from .report.metrics import METRICS
+from .saving.checkpoint import Tell, find_latest, step_of
+from .saving.resume import RUN_FILE, SILENT, check_out, flat
 
 # 各有各的办法，或换了就不可比。
 _FIXED = {
@@ -131,11 +131,11 @@ def check(config: TrainConfig) -> None:
         ValueError: 数据、设备、后端不行，或文件夹里是别的训练。
     """
     from app.data.sampler import Sampler
-    from app.models.transformer.backends import explain_backends
+    from app.models.transformer.backends.choose import explain_backends
 
+    from .machine.runtime import choose_runtime
     from .run import open_data
-    from .runtime import choose_runtime
-    from .samples import encode_prompt
+    from .watch.samples import encode_prompt
 
     # 内容由训练自己核对，每次只读一遍。
     sizes = dataclasses.replace(config.data, verify="size")

@@ -15,13 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from app.common.memory import peak_memory
 from app.data.sampler import Sampler
 from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 
-from .balance import balance_row, update_selection_bias
-from .checkpoint import (
+from .config import TrainConfig
+from .machine.recompute import checkpoint_blocks
+from .machine.runtime import Runtime, compile_blocks
+from .machine.stop_signal import StopSignal
+from .optim.build import build_optimizer
+from .optim.schedule import learning_rate
+from .report.metrics import Metrics
+from .report.progress import Progress
+from .saving.checkpoint import (
     BEST,
     CheckpointError,
     Tell,
@@ -32,20 +40,7 @@ from .checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from .config import TrainConfig
-from .groups import gradient_norms
-from .memory import peak_memory
-from .metrics import Metrics
-from .optim import build_optimizer
-from .plateau import PlateauWatch, unigram_entropy
-from .progress import Progress
-from .recompute import checkpoint_blocks
-from .runtime import Runtime, compile_blocks
-from .samples import sample_text
-from .schedule import learning_rate
-from .signals import StopSignal
-from .spike import SpikeWatch
-from .state import fill_checkpoint
+from .saving.state import fill_checkpoint
 from .step import (
     Sums,
     accumulate,
@@ -54,7 +49,12 @@ from .step import (
     first_bad_weight,
     initial_loss_line,
 )
-from .validation import Validation
+from .watch.expert_load import balance_row, update_selection_bias
+from .watch.gradient_norms import gradient_norms
+from .watch.plateau import PlateauWatch, unigram_entropy
+from .watch.samples import sample_text
+from .watch.spike import SpikeWatch
+from .watch.validation import Validation
 
 _MAX_BAD_STEPS = 3
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.evaluation.coverage import seen
-from app.models.transformer.pattern import Pattern
+from app.models.transformer.visibility.coverage import seen
+from app.models.transformer.visibility.pattern import Pattern
 
 from .pattern import draw_pattern, pattern_name
 from .picture import label_style, new_figure

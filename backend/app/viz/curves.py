@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from app.training.chart import Chart, short, y_range
+from app.viz.chart import Chart, short, y_range
 
 from .picture import new_figure, write_picture
 

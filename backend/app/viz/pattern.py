@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.evaluation.coverage import Coverage, coverage, seen
-from app.models.transformer.pattern import Pattern
+from app.models.transformer.visibility.coverage import Coverage, coverage, seen
+from app.models.transformer.visibility.pattern import Pattern
 
 from .picture import new_figure
 

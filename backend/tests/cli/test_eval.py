@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from app.cli import meter
 from app.cli.main import main
+from app.cli.shared import meter
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.sources import Sources
 from app.data.tokenizers import ByteTokenizer, load_tokenizer

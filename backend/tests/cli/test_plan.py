@@ -12,11 +12,11 @@ import torch
 from app.cli.estimates import flop, seconds
 from app.cli.main import main
 from app.cli.plan import layer_names, parse
-from app.cli.tables import size
-from app.evaluation.flops import flops_per_token
+from app.cli.shared.tables import size
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
-from app.models.transformer.backends import explain_backends
-from app.training.probe import Estimate, ProbeFailed
+from app.models.transformer.backends.choose import explain_backends
+from app.planning.flops import flops_per_token
+from app.planning.probe import Estimate, ProbeFailed
 
 TINY = GPT2Config(
     vocab_size=61, context_size=128, n_layer=3, n_head=2, n_embed=16, norm="pre",
@@ -26,9 +26,9 @@ TINY = GPT2Config(
 
 def room_for(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
     monkeypatch.setattr(
-        "app.evaluation.room.available_memory", lambda device: (nbytes, "in this test")
+        "app.planning.available_memory.available_memory", lambda device: (nbytes, "in this test")
     )
-    monkeypatch.setattr("app.evaluation.room.resident_memory", lambda: 0)
+    monkeypatch.setattr("app.planning.available_memory.resident_memory", lambda: 0)
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +111,12 @@ def test_what_a_device_cannot_train_is_shown_and_refused(
     capsys: pytest.CaptureFixture[str], config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--model.attention-backend", "flex", "--model.dropout", "0", "--length", "4096")
-    monkeypatch.setattr("app.models.transformer.flex._no_compiler", lambda: None)
+    monkeypatch.setattr("app.models.transformer.backends.flex._no_compiler", lambda: None)
     code, lines, err = plan(capsys, "--config", config, *flags)
     assert code == 2 and "training cannot run on cpu" in err and len(err.splitlines()) == 1
     assert row(lines, "prompt")[1:] == ["flex", "asked for"]
     assert any(cells(line)[1:3] == ["training", "none"] for line in lines if line.strip())
-    monkeypatch.setattr("app.models.transformer.flex._no_compiler", lambda: "no compiler")
+    monkeypatch.setattr("app.models.transformer.backends.flex._no_compiler", lambda: "no compiler")
     code, _, err = plan(capsys, "--config", config, *flags)
     assert code == 2 and "no compiler" in err
 
@@ -252,7 +252,7 @@ def test_a_probe_gives_time_and_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = Estimate(seconds=0.5, peak=100 << 20, base=20 << 20, layers=2, rows=4)
-    monkeypatch.setattr("app.training.probe.probe", lambda *args, **options: given)
+    monkeypatch.setattr("app.planning.probe.probe", lambda *args, **options: given)
     room_for(monkeypatch, 121 << 20)
     flags = (*WIDE, "--batch-size", "4", "--steps", "7200", "--probe")
     code, lines, _ = plan(capsys, *flags)
@@ -273,7 +273,7 @@ def test_a_failed_probe_is_said(
     def fail(*args: object, **options: object) -> None:
         raise ProbeFailed("the probe of 2 layers took more than 150 s")
 
-    monkeypatch.setattr("app.training.probe.probe", fail)
+    monkeypatch.setattr("app.planning.probe.probe", fail)
     code, lines, err = plan(capsys, *WIDE, "--batch-size", "1", "--probe")
     assert (code, err) == (0, "")
     why = "not measured: the probe of 2 layers took more than 150 s"

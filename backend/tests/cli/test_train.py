@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from app.cli import train as command
-from app.cli.runfile import find_run_file, load_config
+from app.cli.shared.runfile import find_run_file, load_config
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.sources import Sources
-from app.training.checkpoint import resolve_checkpoint, verify_checkpoint
 from app.training.config import TrainConfig
+from app.training.saving.checkpoint import resolve_checkpoint, verify_checkpoint
 
 BACKEND = Path(__file__).parents[2]
 RECIPES = BACKEND.parent / "recipes"

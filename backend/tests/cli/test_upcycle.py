@@ -16,7 +16,7 @@ from app.data.tokenizers import load_tokenizer
 from app.evaluation.perplexity import open_dataset, score_windows, summarize
 from app.evaluation.routing import expert_load
 from app.models.transformer import GPT2Model, create_gpt2_model
-from app.training.checkpoint import list_steps
+from app.training.saving.checkpoint import list_steps
 
 WORDS = "the cat sat on a mat and then ran to the other cat\n"
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from app.cli.main import main
-from app.evaluation import checks, verify
 from app.models.transformer import GPT2Config
+from app.verification import checks, verify
 
 TINY = ("--model.n-layer", "2", "--model.n-embed", "16", "--model.n-head", "2")
 TINY += ("--model.vocab-size", "31", "--model.context-size", "16")

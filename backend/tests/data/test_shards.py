@@ -200,7 +200,7 @@ def test_changed_content_is_found_by_sha256(good: Path) -> None:
 def test_ids_outside_the_vocabulary(good: Path) -> None:
     """一致地写坏（sha256 也相符）：sha256 模式在打开时发现，size 模式在读到时发现。"""
     bytes_of(FIRST, put(5, 0xFF))(good)
-    from app.data.files import sha256_file
+    from app.common.files import sha256_file
 
     def resign(meta: dict[str, Any]) -> None:
         meta["files"][0]["sha256"] = sha256_file(good / FIRST)

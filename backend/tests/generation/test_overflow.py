@@ -15,11 +15,11 @@ from app.generation.generate import generate
 from app.generation.overflow import SINKS, usable
 from app.generation.sampling import sample
 from app.models.transformer import GPT2Config, GPT2Model, Positions
+from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.config import RoPEConfig
-from app.models.transformer.context import Context
-from app.models.transformer.linear import linear
-from app.models.transformer.plan import MaskPlan
-from app.models.transformer.rope import Rotary
+from app.models.transformer.layers.context import Context
+from app.models.transformer.layers.linear import linear
+from app.models.transformer.layers.rope import Rotary
 from tests.models.helpers import relative, tiny_model, tokens
 
 generate_module = importlib.import_module("app.generation.generate")

@@ -19,8 +19,8 @@ from torch import nn
 from app.data.sampler import Sampler
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import OptimConfig, ScheduleConfig
-from app.training.optim import build_optimizer
-from app.training.schedule import learning_rate
+from app.training.optim.build import build_optimizer
+from app.training.optim.schedule import learning_rate
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 20

@@ -22,7 +22,7 @@ from app.interop.transformers import (
     wrap,
 )
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.init import base_std, residual_std
+from app.models.transformer.layers.init import base_std, residual_std
 
 from .variants import VARIANTS, VOCAB, config, model, tokens
 

@@ -23,7 +23,7 @@ from app.interop.importing import import_model
 from app.interop.pickles import load_pickle
 from app.interop.tokens import read_hub_tokenizer, tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.foreign_config import GPT2, OPT, read_config, write_config
+from app.models.transformer.weights.families import GPT2, OPT, read_config, write_config
 
 from ..models.helpers import tiny_config, tiny_model
 

@@ -17,8 +17,8 @@ from app.interop.equivalent import Weights
 from app.interop.hf import write_hf
 from app.interop.importing import import_model, write_model
 from app.models.transformer import GPT2Model
-from app.models.transformer.foreign_config import FAMILIES, read_config, write_config
-from app.models.transformer.layouts import GPT2, NANOGPT, write_tensors
+from app.models.transformer.weights.families import FAMILIES, read_config, write_config
+from app.models.transformer.weights.layouts import GPT2, NANOGPT, write_tensors
 
 from ..models.helpers import tiny_config, tiny_model
 

@@ -7,8 +7,8 @@ from operator import and_, or_
 
 from hypothesis import strategies as st
 
-from app.models.transformer.atoms import Fixed, Global, Local, Longformer, Sinks, Strided
-from app.models.transformer.pattern import CAUSAL, Pattern
+from app.models.transformer.visibility.atoms import Fixed, Global, Local, Longformer, Sinks, Strided
+from app.models.transformer.visibility.pattern import CAUSAL, Pattern
 
 small = st.integers(1, 7)
 atoms: st.SearchStrategy[Pattern] = st.one_of(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import KVCache
-from app.models.transformer.masking import visible
-from app.models.transformer.positions import Positions
+from app.models.transformer.visibility.positions import Positions
+from app.models.transformer.visibility.rule import visible
 
 from .helpers import tiny_config
 

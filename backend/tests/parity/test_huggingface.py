@@ -21,8 +21,8 @@ from app.interop.equivalent import Weights
 from app.interop.hf import write_hf
 from app.models.transformer import GPT2Model
 from app.models.transformer.factory import PRESETS
-from app.models.transformer.layouts import write_tensors
-from app.models.transformer.pretrained import LAYOUTS
+from app.models.transformer.weights.layouts import write_tensors
+from app.models.transformer.weights.pretrained import LAYOUTS
 
 from ..models.helpers import relative, tiny_model
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from app.interop.export import export
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
-from app.models.transformer.foreign_config import FAMILIES, read_config, why_not, write_config
-from app.models.transformer.rope_config import RoPEConfig
+from app.models.transformer.settings.rope_config import RoPEConfig
+from app.models.transformer.weights.families import FAMILIES, read_config, why_not, write_config
 
 transformers = pytest.importorskip("transformers", reason="pip install 'gpt2-workbench[hf]'")
 

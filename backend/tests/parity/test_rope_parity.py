@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.config import RoPEConfig
-from app.models.transformer.rope import Rotary, inverse_frequencies, to_interleaved
+from app.models.transformer.layers.rope import Rotary, inverse_frequencies, to_interleaved
 
 transformers = pytest.importorskip("transformers", reason="pip install 'gpt2-workbench[hf]'")
 

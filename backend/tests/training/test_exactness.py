@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from app.data.files import sha256_file
+from app.common.files import sha256_file
 from app.data.shards import shard_name
 from app.models.transformer import RoPEConfig
-from app.training.checkpoint import step_folder
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig
+from app.training.saving.checkpoint import step_folder
 
 from .conftest import Make, rows, train, write_dataset
 
@@ -86,9 +86,9 @@ def test_every_kind_of_training_resumes(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # 这样短的训练里，只有放低门槛才真有步被跳过。
-    monkeypatch.setattr("app.training.spike.NEEDED", 2)
-    monkeypatch.setattr("app.training.spike.SIGMAS", -9.0)
-    monkeypatch.setattr("app.training.spike.LEAST_RISE", -0.3)
+    monkeypatch.setattr("app.training.watch.spike.NEEDED", 2)
+    monkeypatch.setattr("app.training.watch.spike.SIGMAS", -9.0)
+    monkeypatch.setattr("app.training.watch.spike.LEAST_RISE", -0.3)
     check_resume(make, tmp_path, TRAININGS[name])
     if TRAININGS[name].get("spike") == "skip":
         assert rows(tmp_path / "straight", "skipped")

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
-from app.training.balance import layer_balance, update_selection_bias
-from app.training.checkpoint import step_folder
 from app.training.config import OptimConfig, TrainConfig
-from app.training.muon import ADAMW_RMS, orthogonalize
-from app.training.optim import build_optimizer
-from app.training.report import REPORT
-from app.training.runtime import Runtime
+from app.training.machine.runtime import Runtime
+from app.training.optim.build import build_optimizer
+from app.training.optim.muon import ADAMW_RMS, orthogonalize
+from app.training.report.run_page import REPORT
+from app.training.saving.checkpoint import step_folder
 from app.training.step import accumulate
 from app.training.trainer import Trainer
+from app.training.watch.expert_load import layer_balance, update_selection_bias
 
 from .conftest import Make, rows, same_weights, train, weights
 

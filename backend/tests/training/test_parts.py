@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
-from app.training.metrics import Metrics, read_metrics
-from app.training.optim import build_optimizer, parameter_groups
-from app.training.plot import smooth
-from app.training.runtime import Runtime, choose_runtime, compile_blocks
-from app.training.schedule import learning_rate
+from app.training.machine.runtime import Runtime, choose_runtime, compile_blocks
+from app.training.optim.build import build_optimizer, parameter_groups
+from app.training.optim.schedule import learning_rate
+from app.training.report.metrics import Metrics, read_metrics
 from app.training.step import accumulate, expected_initial_loss
+from app.viz.loss_plot import smooth
 
 CPU = Runtime(torch.device("cpu"), "", torch.float32, "")
 

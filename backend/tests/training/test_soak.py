@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from app.training.checkpoint import list_steps
+from app.training.saving.checkpoint import list_steps
 
 from .child import answer, run_child
 from .conftest import Make, rows
-from .test_tensorboard import installed
+from .report.test_tensorboard import installed
 
 WATCHED = """
 from app.training import trainer as trainer_module

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from app.training import trainer as trainer_module
-from app.training.checkpoint import list_steps, read_best, resolve_checkpoint, step_folder
 from app.training.config import ScheduleConfig
-from app.training.lock import LOCK, RunLocked, run_lock
-from app.training.schedule import learning_rate
-from app.training.signals import StopSignal
+from app.training.machine.stop_signal import StopSignal
+from app.training.optim.schedule import learning_rate
+from app.training.saving.checkpoint import list_steps, read_best, resolve_checkpoint, step_folder
+from app.training.saving.lock import LOCK, RunLocked, run_lock
 from app.training.step import Sums
 from app.training.trainer import TrainingDiverged
 
@@ -261,7 +261,7 @@ def test_metrics_failure_does_not_stop(make: Make, capsys: pytest.CaptureFixture
     """C8"""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    from app.training.metrics import Metrics
+    from app.training.report.metrics import Metrics
 
     told: list[str] = []
     with Metrics(Path(make().out).parent / "metrics.jsonl", 0, told.append) as metrics:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.evaluation.coverage import coverage, seen
-from app.models.transformer.pattern_text import parse
+from app.models.transformer.visibility.coverage import coverage, seen
+from app.models.transformer.visibility.pattern_text import parse
 from app.viz import attention, picture
 from app.viz.attention import attention_figure
 from app.viz.pattern import describe_coverage, pattern_figure

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from app.models.transformer.cache import KVCache
+from app.models.transformer.cache.kv_cache import KVCache
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.positions import PADDING, Positions
+from app.models.transformer.visibility.positions import PADDING, Positions
 
 
 class WorkbenchCache(Cache):

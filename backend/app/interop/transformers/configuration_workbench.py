@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from app.models.transformer.atoms import Local
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.pattern import CAUSAL, Pattern
+from app.models.transformer.visibility.atoms import Local
+from app.models.transformer.visibility.pattern import CAUSAL, Pattern
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(GPT2Config))
 FULL, SLIDING = "full_attention", "sliding_attention"

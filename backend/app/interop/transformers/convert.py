@@ -94,8 +94,10 @@ def _special_ids(tokenizer: Any) -> dict[str, int | None]:
 def write_code(folder: Path) -> None:
     """模型的源文件摊平写进 folder：transformers 只会从同一个文件夹取相对导入的模块。
 
+    主干的房间没有了，文件名就得各不相同（测试看着）。
     要哪些文件由它自己的规则（get_relative_imports）定，连 TYPE_CHECKING 里的也要。
     """
+    sources = {path.stem: path for path in (*_CORE.rglob("*.py"), *_HERE.glob("*.py"))}
     done: set[str] = set()
     waiting = [entry.split(".")[0] for entry in AUTO_MAP.values()]
     while waiting:
@@ -103,11 +105,17 @@ def write_code(folder: Path) -> None:
         if name in done:
             continue
         done.add(name)
-        home = _HERE if (_HERE / f"{name}.py").is_file() else _CORE
-        source = (home / f"{name}.py").read_text(encoding="utf-8")
         target = folder / f"{name}.py"
-        target.write_text(_FLAT.sub("from .", source), encoding="utf-8")
+        target.write_text(flat(sources[name].read_text(encoding="utf-8")), encoding="utf-8")
         waiting.extend(get_relative_imports(target))
 
 
-_FLAT = re.compile(r"^from app\.models\.transformer\.", re.MULTILINE)
+def flat(source: str) -> str:
+    """主干之内的导入，不论写法与房间，都变成 from .文件名。"""
+    return _IMPORT.sub(lambda found: f"{found['indent']}from .{found['name']} import", source)
+
+
+_IMPORT = re.compile(
+    r"^(?P<indent>[ ]*)from (?:app\.models\.transformer\.|\.+)(?:\w+\.)*(?P<name>\w+) import",
+    re.MULTILINE,
+)

@@ -18,7 +18,7 @@ from transformers.masking_utils import (
     find_packed_sequence_indices,
 )
 
-from app.models.transformer.pattern import Pattern
+from app.models.transformer.visibility.pattern import Pattern
 
 from .configuration_workbench import FULL, SLIDING, WorkbenchConfig, mask_name, sliding_window
 

@@ -28,15 +28,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from app.models.transformer.attention import Attention
 from app.models.transformer.block import Block
-from app.models.transformer.checks import check_positions
+from app.models.transformer.cache.cache_step import Step
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.context import Context, aux_loss, rotation
 from app.models.transformer.embeddings import Embeddings
-from app.models.transformer.init import initialize_block, initialize_leaf
-from app.models.transformer.linear import Linear
-from app.models.transformer.norm import make_norm
-from app.models.transformer.positions import PADDING, Positions
-from app.models.transformer.step import Step
+from app.models.transformer.layers.context import Context, aux_loss, rotation
+from app.models.transformer.layers.init import initialize_block, initialize_leaf
+from app.models.transformer.layers.linear import Linear
+from app.models.transformer.layers.norm import make_norm
+from app.models.transformer.visibility.inputs import check_positions
+from app.models.transformer.visibility.positions import PADDING, Positions
 
 from .cache_workbench import WorkbenchCache
 from .configuration_workbench import SLIDING, WorkbenchConfig, mask_name, sliding_window

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import KVCache as KVCache
+    from .cache.kv_cache import KVCache as KVCache
     from .config import GPT2Config as GPT2Config
     from .factory import create_gpt2_large as create_gpt2_large
     from .factory import create_gpt2_medium as create_gpt2_medium
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from .factory import create_gpt2_small as create_gpt2_small
     from .factory import create_gpt2_xl as create_gpt2_xl
     from .model import GPT2Model as GPT2Model
-    from .moe_config import MoEConfig as MoEConfig
-    from .positions import Positions as Positions
-    from .rope_config import RoPEConfig as RoPEConfig
+    from .settings.moe_config import MoEConfig as MoEConfig
+    from .settings.rope_config import RoPEConfig as RoPEConfig
+    from .visibility.positions import Positions as Positions
 
 _HOME = {
     "GPT2Config": "config",
     "GPT2Model": "model",
-    "KVCache": "cache",
-    "MoEConfig": "moe_config",
-    "Positions": "positions",
-    "RoPEConfig": "rope_config",
+    "KVCache": "cache.kv_cache",
+    "MoEConfig": "settings.moe_config",
+    "Positions": "visibility.positions",
+    "RoPEConfig": "settings.rope_config",
     "create_gpt2_model": "factory",
     "create_gpt2_small": "factory",
     "create_gpt2_medium": "factory",

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attend import attend, attention_weights
+from .backends.attend import attend, attention_weights
 from .config import GPT2Config
-from .context import Context
-from .linear import Linear
-from .norm import EPS
+from .layers.context import Context
+from .layers.linear import Linear
+from .layers.norm import EPS
 
 
 class Attention(nn.Module):

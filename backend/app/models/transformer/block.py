@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import GPT2Config
-from .context import Context
+from .experts.moe import MoE
+from .layers.context import Context
+from .layers.norm import make_norm
 from .mlp import MLP
-from .moe import MoE
-from .norm import make_norm
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from .moe_config import MoEConfig, check_moe, expert_hidden, moe_layers
-from .pattern import CAUSAL, Pattern
-from .pattern_checks import check_pattern
-from .pattern_text import parse
-from .rope_config import RoPEConfig
-from .validate import check_types, nearest
+from .settings.fields import check_types, nearest
+from .settings.moe_config import MoEConfig, check_moe, expert_hidden, moe_layers
+from .settings.rope_config import RoPEConfig
+from .visibility.pattern import CAUSAL, Pattern
+from .visibility.pattern_fit import check_pattern
+from .visibility.pattern_text import parse
 
 SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 1 << 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import GPT2Config
-from .positions import Positions
+from .visibility.positions import Positions
 
 
 class Embedding(nn.Embedding):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation, GPT2Config
-from .linear import Linear
+from .layers.linear import Linear
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

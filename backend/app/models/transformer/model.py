@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block
-from .cache import KVCache
-from .checks import check_call, check_positions
+from .cache.kv_cache import KVCache
 from .config import GPT2Config
-from .context import Context, aux_loss
 from .embeddings import Embeddings
-from .init import initialize
-from .linear import Linear, linear
-from .loss import head_cross_entropy
-from .moe import Experts
-from .norm import make_norm
-from .positions import PADDING, Positions
+from .experts.moe import Experts
+from .layers.context import Context, aux_loss
+from .layers.init import initialize
+from .layers.linear import Linear, linear
+from .layers.loss import head_cross_entropy
+from .layers.norm import make_norm
+from .visibility.inputs import check_call, check_positions
+from .visibility.positions import PADDING, Positions
 
 
 class GPT2Output(TypedDict, total=False):
@@ -193,7 +193,7 @@ class GPT2Model(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """写 config.json 与 model.safetensors（不用 pickle），每个文件先写在旁边再改名。"""
-        from .weights import save_model
+        from .weights.own_folder import save_model
 
         save_model(self, Path(folder))
 
@@ -220,7 +220,7 @@ class GPT2Model(nn.Module):
                 名字、形状与头的大小。
             ImportError: 要从 hub 取而没有装 huggingface_hub。
         """
-        from .pretrained import load_pretrained
+        from .weights.pretrained import load_pretrained
 
         return load_pretrained(cls, source, torch.device(device), dtype, wanted)
 

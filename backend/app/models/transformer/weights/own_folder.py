@@ -1,0 +1,132 @@
+"""我们自己的模型文件夹：config.json + model.safetensors，没有 pickle。
+
+读之前先只看文件头：大小、名字、形状、类型与偏移都要与配置推出的一致，才分配内存。
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import GPT2Config
+from .safetensors_file import SafetensorsFiles, TensorSource, header_limit
+
+if TYPE_CHECKING:
+    from ..model import GPT2Model
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def save_model(model: GPT2Model, folder: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give a folder to save the model in")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("the model is on the meta device and has no weights to save")
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    try:
+        save_file(state, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        # 盘满时它抛的不是 OSError：谁也不会去接，而这正是要接的。
+        raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from error
+    os.replace(temporary, folder / WEIGHTS_FILE)
+    temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
+    temporary.write_text(model.config.to_json(), encoding="utf-8")
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
+def read_own(config: GPT2Config, folder: Path) -> Iterable[tuple[str, Tensor]]:
+    """save_model 写的权重，逐个；返回之前已核对完名字与形状。
+
+    Raises:
+        ValueError: 没有权重文件，或它不合配置。
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}: it is not a saved model")
+    expected = expected_shapes(config)
+    source = SafetensorsFiles([path], header_limit(len(expected)))
+    check_shapes(source, expected, config)
+    return ((name, source.read(name)) for name in expected)
+
+
+def assemble(
+    cls: type[GPT2Model],
+    config: GPT2Config,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> GPT2Model:
+    """在 meta 设备上造模型，张量逐个换好精度放进去：任何时刻至多比模型多一个张量。"""
+    with torch.device("meta"):
+        model = cls(config)
+    state = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_shapes(
+    source: TensorSource, expected: dict[str, tuple[int, ...]], config: GPT2Config
+) -> None:
+    missing = sorted(expected.keys() - source.shapes.keys())
+    extra = sorted(source.shapes.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{source.where} does not fit its config (norm={config.norm!r}, "
+            f"n_layer={config.n_layer}): {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(extra)} unknown {extra[:3]}: the weights belong to another configuration"
+            + _norm_hint(config, missing, extra)
+        )
+    for name, shape in expected.items():
+        if source.shapes[name] != shape:
+            raise ValueError(
+                f"{source.where}: {name} has shape {source.shapes[name]} but the config says "
+                f"{shape}: the weights belong to another configuration"
+            )
+
+
+def _norm_hint(config: GPT2Config, missing: list[str], extra: list[str]) -> str:
+    """末尾的归一化只有 pre 有：多了或少了它，多半是归一化的位置写错了。"""
+    if any(name.startswith("ln_f.") for name in extra):
+        return f". They have a final norm: norm='pre' (GPT-2's), not norm={config.norm!r}"
+    if any(name.startswith("ln_f.") for name in missing):
+        return ". They have no final norm: norm='post' or 'deepnorm', not norm='pre'"
+    return ""
+
+
+def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """配置推出的名字与形状，缓冲区也算。
+
+    只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层；有 MoE 层时，全是稠密层的与
+    全是 MoE 层的各造一次。图样没有权重，而两层放不下更长的循环，所以换成默认的。
+    """
+    plain = config.replace(attention_pattern=None, use_sparse_attention=False)
+    few = min(config.n_layer, 2)
+    dense, mixed = _shapes(plain.dense().replace(n_layer=few)), {}
+    if config.moe_layers:
+        mixed = _shapes(plain.with_layers(few, range(few)))
+    shapes = {name: shape for name, shape in dense.items() if not name.startswith("h.")}
+    for layer in range(config.n_layer):
+        like = f"h.{min(layer, 1)}."
+        for name, shape in (mixed if layer in config.moe_layers else dense).items():
+            if name.startswith(like):
+                shapes[f"h.{layer}.{name.removeprefix(like)}"] = shape
+    return shapes
+
+
+def _shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    from ..model import GPT2Model
+
+    with torch.device("meta"):
+        small = GPT2Model(config)
+    return {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}

@@ -1,0 +1,141 @@
+"""从哪里接着训练，以及配置变了还能不能接。"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from .checkpoint import CheckpointError, Tell, find_latest, list_steps, step_of, verify_checkpoint
+from .lock import LOCK
+
+RUN_FILE = "run.yaml"
+# 不影响训练出的权重的设置；变了不必提。
+SILENT = {
+    "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
+    "sample_tokens", "save_every", "keep_last", "data.folder", "data.verify", "tensorboard",
+    "activation_checkpointing", "init_from",
+}  # fmt: skip
+# 模型里可以变的：不改变权重的形状与含义。
+_MODEL_FREE = {
+    "model.dropout", "model.attention_backend", "model.moe.dispatch", "model.moe.jitter_noise",
+    "model.moe.aux_loss_coef", "model.moe.z_loss_coef", "model.moe.bias_update_rate",
+}  # fmt: skip
+# 决定优化器状态里有什么。
+_STATE_SHAPE = {"optim.name"}
+
+
+def check_out(config: TrainConfig) -> None:
+    """在训练文件夹里写下任何东西之前调用：别人的文件绝不动。
+
+    Raises:
+        ValueError: 那里已有东西而没有要求续训，或那不是一个训练文件夹。
+    """
+    run = Path(config.out)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"out={config.out} is a file: give a folder")
+    # 只剩锁文件：上一次在写下任何成果之前就失败了，照新文件夹看待。
+    if not run.is_dir() or not {path.name for path in run.iterdir()} - {LOCK}:
+        return
+    if config.resume == "none":
+        raise ValueError(
+            f"out={config.out} already exists and is never overwritten: use --resume auto to "
+            "go on with it, or another --out"
+        )
+    if not ((run / RUN_FILE).is_file() or list_steps(run)):
+        raise ValueError(f"out={run} holds other files and no run: use another --out")
+
+
+def find_start(config: TrainConfig, tell: Tell) -> Path | None:
+    """要续的检查点；None = 从头开始。
+
+    Raises:
+        ValueError: 要续的检查点不可用，或会盖住别的训练。
+    """
+    run = Path(config.out)
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return _newest(run, tell)
+    return _named(Path(config.resume), run, tell)
+
+
+def _newest(run: Path, tell: Tell) -> Path | None:
+    folder, skipped = find_latest(run)
+    for item in skipped:
+        tell(f"skipped {item.path.name}: {item.reason}")
+    if folder is None and skipped:
+        raise CheckpointError(
+            f"{run} has no valid checkpoint, only the damaged ones named above: "
+            "repair them or use another --out"
+        )
+    if folder is None:
+        tell(f"nothing to resume in {run}: starting from the beginning")
+    return folder
+
+
+def _named(path: Path, run: Path, tell: Tell) -> Path:
+    folder: Path | None = path
+    if path.is_dir() and step_of(path) is None:
+        folder, skipped = find_latest(path)
+        for item in skipped:
+            tell(f"skipped {item.path.name}: {item.reason}")
+    if folder is None:
+        raise CheckpointError(f"resume={path} holds no valid checkpoint")
+    verify_checkpoint(folder)
+    if folder.parent.resolve() == run.resolve():
+        newest = list_steps(run)[-1][1]
+        if newest.name != folder.name:
+            raise ValueError(
+                f"resume={path} but {run} already holds {newest.name}: use --resume auto, or "
+                "another --out to branch off"
+            )
+    elif list_steps(run):
+        raise ValueError(f"out={run} already exists: to branch off from {path} use a new --out")
+    return folder
+
+
+def check_compatible(state: Mapping[str, Any], config: TrainConfig, data: str, tell: Tell) -> None:
+    """比较保存时与现在的配置和数据。
+
+    Raises:
+        ValueError: 模型的形状、优化器的种类或数据变了，点名两个值。其余的变化只警告。
+    """
+    if state["data"] != data:
+        raise ValueError(
+            f"the checkpoint was trained on data {state['data'][:12]} but data.folder="
+            f"{config.data.folder} holds {data[:12]}: resume with the same data"
+        )
+    # 存下之后才有的设置：当时的行为就是它的默认值。
+    before = dict(flat(TrainConfig().to_dict())) | dict(flat(state["config"]))
+    now = dict(flat(config.to_dict()))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new or name in SILENT:
+            continue
+        if name in _STATE_SHAPE or (name.startswith("model.") and name not in _MODEL_FREE):
+            raise ValueError(
+                f"{name}={new!r} but the checkpoint has {old!r}: what it holds does not fit; "
+                f"set it back to {old!r} or start a new run with another --out"
+            )
+        tell(f"warning: {name} changed from {old!r} to {new!r}: no exact continuation")
+
+
+def check_same_machine(state: Mapping[str, Any], now: Mapping[str, Any], tell: Tell) -> None:
+    """线程数与版本不同，结果的末位就会不同；只提醒。"""
+    for name, value in now.items():
+        if state.get(name) != value:
+            tell(
+                f"note: {name} was {state.get(name)!r}, now {value!r}: "
+                "results may differ in the last bits"
+            )
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """嵌套的设置 -> (带点的名字, 值)。"""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

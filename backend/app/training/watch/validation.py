@@ -1,0 +1,57 @@
+"""验证损失：固定的窗口，所以每次可比；不动训练的随机数。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from app.data.shards import TokenDataset
+from app.models.transformer import GPT2Model
+
+from ..machine.runtime import Runtime
+
+
+class Validation:
+    """在验证集上均匀铺开的窗口，互不重叠。
+
+    Args:
+        windows: 至多用几个窗口；0 = 全部。
+        rows: 一次前向几个窗口。
+    """
+
+    def __init__(self, data: TokenDataset, context: int, windows: int, rows: int) -> None:
+        if data.n_tokens < 2:
+            raise ValueError(
+                f"the validation data has {data.n_tokens} tokens, at least 2 are needed: "
+                "prepare it again with a larger validation part"
+            )
+        self._data, self._rows = data, rows
+        # 验证集比一个上下文还短时，就用它全部作一个短窗口。
+        self._length = min(context, data.n_tokens - 1)
+        possible = (data.n_tokens - 1) // self._length
+        count = min(windows, possible) if windows else possible
+        self._starts = np.arange(count) * possible // count * self._length
+
+    def loss(
+        self, model: GPT2Model, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+    ) -> float | None:
+        """每词元的平均交叉熵（nat）；中途要求停止则 None。"""
+        total, windows = torch.zeros((), dtype=torch.float64), 0
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), runtime.autocast():
+            for first in range(0, len(self._starts), self._rows):
+                if stop():
+                    break
+                rows = [
+                    self._data.read(int(start), self._length + 1)
+                    for start in self._starts[first : first + self._rows]
+                ]
+                batch = torch.from_numpy(np.stack(rows)).to(runtime.device)
+                loss = model(batch[:, :-1], targets=batch[:, 1:])["loss"]
+                total += loss.double().cpu() * len(rows)
+                windows += len(rows)
+        model.train(was_training)
+        return None if windows < len(self._starts) else float(total) / windows

@@ -27,7 +27,7 @@ from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.block import run_blocks
-from app.models.transformer.layers.context import Context, rotation
+from app.models.transformer.layers.context import Context, Note, rotation
 from app.models.transformer.visibility.rule import visible
 from app.models.transformer.weights.families import FAMILIES, why_not, write_config
 
@@ -75,7 +75,7 @@ class Graph(nn.Module):
         step, where = _Past(past), Positions(position_ids)
         rotary = rotation(config, where, model.embed.wte.weight.dtype)
         contexts = [
-            Context(queries, plans[pattern], layer, rotary, step)
+            Context(queries, plans[pattern], Note(), layer, rotary, step)
             for layer, pattern in enumerate(model.patterns)
         ]
         x, _ = run_blocks(model.h, model.ln_f, model.embed(input_ids, where), contexts)

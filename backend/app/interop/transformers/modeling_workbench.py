@@ -300,6 +300,7 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         return Routed(
             positions=where,
             plan=MaskPlan(where, where, CAUSAL, "reference", "transformers computes attention"),
+            note=Note(),
             rotary=rotation(self.core, where, x.dtype),
             implementation=config._attn_implementation,
             masks=masks,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..visibility.inputs import check_like, readable
-from .linear import product
+from .cpu_products import product
 
 IGNORE = -100
 # 一块 logits 的上限：够大使矩阵乘吃满，又只占峰值内存的一小部分。

@@ -11,6 +11,7 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.tables import print_table
+from app.common.files import write_new
 
 if TYPE_CHECKING:
     from app.training.report.compare_runs import Group
@@ -45,22 +46,20 @@ def run(args: Args) -> None:
         group_runs,
         load_run,
     )
-    from app.viz.picture import check_out
+    from app.viz.picture import check_picture
 
     folders = [Path(name) for name in args.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice: give each once")
     if len(folders) < 2:
         raise ValueError(f"{len(folders)} run given, at least 2 are needed to compare")
-    check_out(args.out, _KINDS)
+    check_picture(args.out, _KINDS)
     notes: list[str] = []
     loaded = [load_run(folder) for folder in folders]
     check_same_data(loaded, notes.append)
     groups = group_runs(loaded)
     if args.out.suffix.lower() == ".html":
-        page = compare_page(groups, notes)
-        with args.out.open("xb") as file:
-            file.write(page)
+        write_new(args.out, compare_page(groups, notes))
     else:
         from app.viz.curves import draw_charts
 

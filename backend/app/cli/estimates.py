@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from app.cli.shared.tables import Table, print_table, size
+from app.cli.shared.tables import Table, print_table
+from app.common.units import duration, size
 from app.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Room:
 
 def show_training(config: TrainConfig, runtime: Runtime, probing: bool) -> str | None:
     """打印各表；放不下时返回理由与改法。"""
-    from app.planning.available_memory import available_memory, resident_memory
+    from app.common.memory import resident_memory
+    from app.planning.available_memory import available_memory
     from app.planning.sizes import parameters_by_part
 
     available, where = available_memory(runtime.device)
@@ -259,8 +261,6 @@ def flop(count: float) -> str:
 
 def seconds(value: float) -> str:
     """给人读的时间：12.3 ms、4.5 s、3m05s、2h07m、12.3 days。"""
-    from app.training.report.progress import duration
-
     if value < 1:
         return f"{value * 1000:.1f} ms"
     if value < 10:

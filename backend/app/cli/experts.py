@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, load_trained, own_data, write_model
+from app.cli.shared.trained import load_trained, own_data, write_trained
+from app.common.files import check_new
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ def run(args: Args) -> None:
     from app.training.saving.checkpoint import resolve_checkpoint
 
     _check(args)
-    folder = resolve_checkpoint(args.model, tell=_tell)
+    folder = resolve_checkpoint(args.model, tell=to_stderr)
     model, tokenizer = load_trained(str(folder), args.device)
     if not model.config.moe_num_experts:
         raise ValueError(f"{args.model} has moe_num_experts=0: there are no experts in it")
@@ -87,7 +88,7 @@ def _check(args: Args) -> None:
         raise ValueError(f"data={args.data} and text={args.text} are both given: leave one out")
     if args.batch_size < 1:
         raise ValueError(f"batch_size={args.batch_size} must be at least 1")
-    check_new_folder(args.out)
+    check_new(args.out)
 
 
 def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut:
@@ -95,7 +96,7 @@ def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut:
 
     if args.text is not None:
         return open_text(args.text, tokenizer)
-    return open_dataset(args.data or own_data(folder, _tell, "--data or --text"), tokenizer)
+    return open_dataset(args.data or own_data(folder, to_stderr, "--data or --text"), tokenizer)
 
 
 def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> None:
@@ -104,7 +105,7 @@ def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) 
     config = model.config
     state = average(model.state_dict(), config)
     before = _loss(args, model, tokenizer, held)
-    write_model(config.dense(), state, tokenizer, args.out)
+    write_trained(config.dense(), state, tokenizer, args.out)
     _report(args, model, before, tokenizer, held, f"{config.moe_num_experts} experts averaged")
 
 
@@ -124,16 +125,16 @@ def _prune(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) ->
             f"nothing is pruned without loss; give --keep below {config.moe_num_experts}"
         )
     before = _loss(args, model, tokenizer, held)
-    write_model(config, state, tokenizer, args.out)
+    write_trained(config, state, tokenizer, args.out)
     what = f"{config.moe_num_experts} of {model.config.moe_num_experts} experts kept"
     _report(args, model, before, tokenizer, held, what)
 
 
 def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> Tensor:
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.routing import expert_load
 
-    with meter("routing", held.source.n_tokens) as advance:
+    with count_tokens("routing", held.source.n_tokens) as advance:
         return expert_load(
             model, tokenizer.document_separator, held.source, args.batch_size, advance
         )
@@ -141,12 +142,12 @@ def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> 
 
 def _loss(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> float:
     """nat 每词元。"""
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.perplexity import score_windows, summarize
 
     scores = []
     stride = max(1, model.config.context_size // 2)
-    with meter(held.name, held.source.n_tokens) as advance:
+    with count_tokens(held.name, held.source.n_tokens) as advance:
         for batch in score_windows(
             model, tokenizer, held.source, stride=stride, batch_size=args.batch_size
         ):
@@ -169,7 +170,3 @@ def _report(
 
 def _list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)

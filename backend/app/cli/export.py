@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
+from app.common.tell import to_stderr
 from app.interop.targets import Target
 
 SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
@@ -50,7 +50,7 @@ def run(args: Args) -> int:
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
+    folder = resolve_checkpoint(args.model, tell=to_stderr)
     model = GPT2Model.from_pretrained(folder)
     has_tokenizer = (folder / "tokenizer_meta.json").is_file()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None

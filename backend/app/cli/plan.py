@@ -19,7 +19,8 @@ from app.cli.shared.runfile import (
     load_model_config,
     names_vocabulary,
 )
-from app.cli.shared.tables import Table, print_table, size
+from app.cli.shared.tables import Table, print_table
+from app.common.units import size
 from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 

@@ -79,7 +79,7 @@ def show_plan(plan: Plan) -> None:
 
 def summary(result: Result) -> list[str]:
     """结尾的话：停在哪里、最好的结果、各文件、可以照抄的下一条命令。"""
-    from app.training.report.progress import duration
+    from app.common.units import duration
 
     run_folder = result.checkpoint.parent
     lines = []

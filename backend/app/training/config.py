@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -254,3 +255,12 @@ def _between(config: Any, name: str, low: float, high: float, *, open_low: bool 
         raise ValueError(
             f"{name}={value} must be {bound}" + (f" and at most {high}" if high < 1e12 else "")
         )
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """嵌套的设置 -> (带点的名字, 值)。"""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

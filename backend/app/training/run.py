@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from app.common.files import write_atomic
+from app.common.tell import Tell
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
 from app.models.transformer.backends.choose import explain_backends
@@ -28,7 +29,7 @@ from .report.progress import Progress
 from .report.run_facts import Facts, write_facts
 from .report.run_page import REPORT, Reporter
 from .report.tensorboard import open_tensorboard, require_tensorboard
-from .saving.checkpoint import Tell, step_folder, sweep
+from .saving.checkpoint import step_folder, sweep
 from .saving.initial import initialize_from
 from .saving.lock import run_lock
 from .saving.resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start

@@ -13,11 +13,13 @@ from typing import Any
 
 import yaml
 
-from .config import TrainConfig
+from app.common.tell import Tell
+
+from .config import TrainConfig, flat
 from .report.history import History
 from .report.metrics import METRICS
-from .saving.checkpoint import Tell, find_latest, step_of
-from .saving.resume import RUN_FILE, SILENT, check_out, flat
+from .saving.checkpoint import find_latest, step_of
+from .saving.resume import RUN_FILE, SILENT, check_out
 
 # 各有各的办法，或换了就不可比。
 _FIXED = {

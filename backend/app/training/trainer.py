@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from app.common.memory import peak_memory
+from app.common.tell import Tell
 from app.data.sampler import Sampler
 from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
@@ -32,7 +33,6 @@ from .report.progress import Progress
 from .saving.checkpoint import (
     BEST,
     CheckpointError,
-    Tell,
     mark_best,
     prune,
     read_best,

@@ -12,7 +12,7 @@ import torch
 from app.cli.estimates import flop, seconds
 from app.cli.main import main
 from app.cli.plan import layer_names, parse
-from app.cli.shared.tables import size
+from app.common.units import size
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
 from app.models.transformer.backends.choose import explain_backends
 from app.planning.flops import flops_per_token

@@ -14,16 +14,16 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from app.common.tell import Tell
+from app.common.units import duration
 from app.viz.chart import Chart, Line, figure, short
 from app.viz.html_page import page, table
 from app.viz.loss_plot import smooth
 
-from ..config import TrainConfig
-from ..saving.checkpoint import Tell
-from ..saving.resume import RUN_FILE, flat
+from ..config import TrainConfig, flat
+from ..saving.resume import RUN_FILE
 from .history import History
 from .metrics import METRICS
-from .progress import duration
 from .run_facts import Facts, read_facts
 
 # 不算作设置的差别：在哪里、怎样看着，不改变训练。

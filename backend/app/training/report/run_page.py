@@ -18,8 +18,8 @@ from app.viz.chart import Chart, Line, figure, short
 from app.viz.html_page import page, table
 from app.viz.loss_plot import smooth
 
-from ..config import TrainConfig
-from ..saving.resume import RUN_FILE, flat
+from ..config import TrainConfig, flat
+from ..saving.resume import RUN_FILE
 from ..step import INITIAL_LOSS_OFF
 from .history import History
 from .metrics import METRICS

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.common.files import sha256_file, sync_folder, write_atomic
+from app.common.files import sha256_file, sync_folder, write_atomic, written_beside
+from app.common.tell import Tell
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 BEST = "best.json"
 MODEL_FILES = ("config.json", "model.safetensors")
-
-Tell = Callable[[str], object]
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = (".tmp-", ".trash-")
@@ -73,17 +72,9 @@ def write_checkpoint(run: Path, step: int, fill: Callable[[Path], object]) -> Pa
     if os.path.lexists(target):
         _set_aside(target)
     temporary = run / f".tmp-{target.name}-{os.getpid()}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with written_beside(target, temporary):
         fill(temporary)
         _write_manifest(temporary, step)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(run)
     return target
 
 

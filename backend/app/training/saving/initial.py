@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from app.common.tell import Tell
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Model
 
-from .checkpoint import Tell, resolve_checkpoint
-from .resume import flat
+from ..config import flat
+from .checkpoint import resolve_checkpoint
 
 # 不改变权重的形状与含义的设置，可以与存下的不同。
 _FREE = {

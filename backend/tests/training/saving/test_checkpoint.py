@@ -48,7 +48,7 @@ SAVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from app.training.checkpoint import write_checkpoint, list_steps, prune
+from app.training.saving.checkpoint import write_checkpoint, list_steps, prune
 run = Path(sys.argv[1])
 data = bytes(range(256)) * 4096 * 4
 step = max([step for step, _ in list_steps(run)], default=0)

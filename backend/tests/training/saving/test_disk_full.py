@@ -43,7 +43,7 @@ def tmpfs(tmp_path: Path) -> tuple[Path, list[str]]:
 FILL = """
 import random, shutil
 from app.training import trainer as trainer_module
-from app.training.checkpoint import find_latest, step_of
+from app.training.saving.checkpoint import find_latest, step_of
 run, filler = Path(config.out), folder / "filler"
 def newest():
     found, skipped = find_latest(run)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import load_trained, own_data
+from app.cli.shared.trained import Device, Trained, load_trained, own_data
 from app.common.files import check_new, write_new
 from app.common.tell import to_stderr
 
@@ -39,10 +39,7 @@ _SCHEMA_VERSION = 1
 class Args:
     """评测的全部选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     data: Annotated[
         Path | None,
         Doc(
@@ -66,9 +63,7 @@ class Args:
     ] = None
     batch_size: Annotated[int, Doc("sequences computed at once; does not change results")] = 8
     json: Annotated[Path | None, Doc("write all facts there; an existing file is refused")] = None
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> int:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import load_trained, own_data, write_trained
+from app.cli.shared.trained import Device, Trained, load_trained, own_data, write_trained
 from app.common.files import check_new
 from app.common.tell import to_stderr
 
@@ -31,10 +30,7 @@ EXAMPLES = """\
 class Args:
     """平均与剪枝二选一。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     out: Annotated[Path, Doc("folder to write the model to; must not exist")]
     average: Annotated[
         bool,
@@ -54,9 +50,7 @@ class Args:
     ] = None
     text: Annotated[Path | None, Doc("text file to measure instead")] = None
     batch_size: Annotated[int, Doc("sequences computed at once")] = 8
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> None:

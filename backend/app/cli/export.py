@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.trained import Trained
 from app.common.tell import to_stderr
 from app.interop.targets import Target
 
@@ -27,10 +27,7 @@ library, where it is installed, computes the same tokens and the largest differe
 class Args:
     """`gpt2 export` 的选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     to: Annotated[Target, Doc("format; a model that has no place in it is refused with the reason")]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     dtype: Annotated[

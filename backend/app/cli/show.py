@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.command_line import Usage, parse_options
 from app.cli.shared.trained import load_trained, pick_device
 from app.common.tell import to_stderr
 from app.models.transformer.config import GPT2Config
@@ -120,13 +121,8 @@ def parse(argv: Sequence[str]) -> Args:
     if kind not in KINDS:
         raise ValueError(f"gpt2 show cannot draw {kind!r}{nearest(kind, KINDS)}")
     examples = "\n".join(line for line in EXAMPLES.splitlines() if f"show {kind}" in line)
-    return tyro.cli(
-        _KINDS[kind],
-        prog=f"gpt2 show {kind}",
-        args=rest,
-        description=f"Draw {KINDS[kind]}.\n\nexamples:\n{examples}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    usage = Usage(f"show {kind}", f"Draw {KINDS[kind]}.", examples)
+    return parse_options(_KINDS[kind], rest, usage)
 
 
 def run(args: Args) -> None:

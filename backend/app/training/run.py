@@ -154,8 +154,7 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
     validation = None
     if data.val is not None:
         windows = config.eval_batches * config.batch_size
-        rows = config.micro_batch or config.batch_size
-        validation = Validation(data.val, config.model.context_size, windows, rows)
+        validation = Validation(data.val, config.model.context_size, windows, config.rows_at_once)
     trainer = Trainer(config, runtime, model, data.train, validation, tokenizer)
     if start is not None and state is not None:
         restore(start, model, trainer.optimizer, state)
@@ -187,7 +186,7 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
     if config.tensorboard and (events := open_tensorboard(run, trainer.step, progress.tell)):
         metrics.add(events)
     try:
-        with memory_error(config, trainer.micro), progress, metrics:
+        with memory_error(config, config.rows_at_once), progress, metrics:
             trainer.run(metrics, progress, stop)
     finally:
         # 中途失败时，曲线正是要看的东西。
@@ -230,8 +229,9 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
     """将要怎样跑：(项目, 值, 理由)。"""
     config, runtime, model = trainer.config, trainer.runtime, trainer.model
     shape = config.model
-    passes = -(-config.batch_size // trainer.micro)
-    passed = "one pass" if passes == 1 else f"{passes} passes of {trainer.micro} sequences"
+    passed = f"{config.passes} passes of {config.rows_at_once} sequences"
+    if config.passes == 1:
+        passed = "one pass"
     total = config.steps * config.tokens_per_step
     epochs = trainer.sampler.epoch(config.steps)
     return [

@@ -155,13 +155,17 @@ def test_a_run_file_brings_device_precision_and_the_vocabulary_of_its_data(
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{folder: {data}}}\ndevice: cpu\nprecision: bfloat16\n")
     args = parse(["--config", str(path)])
-    assert (args.device, args.precision, args.model.vocab_size) == ("cpu", "bfloat16", 50304)
+    assert (args.train.device, args.train.precision, args.train.model.vocab_size) == (
+        "cpu",
+        "bfloat16",
+        50304,
+    )
     assert f"{data} does not exist yet" in capsys.readouterr().err
     (data / "train").mkdir(parents=True)
     (data / "train" / "meta.json").write_text('{"tokenizer": {"vocab_size": 65}}')
-    assert parse(["--config", str(path)]).model.vocab_size == 65
+    assert parse(["--config", str(path)]).train.model.vocab_size == 65
     named = parse(["--config", str(path), "--model.vocab-size", "70", "--device", "cuda"])
-    assert (named.model.vocab_size, named.device) == (70, "cuda")
+    assert (named.train.model.vocab_size, named.train.device) == (70, "cuda")
     assert capsys.readouterr().err == ""
 
 

@@ -114,7 +114,7 @@ def test_whole_run_by_hand(tmp_path: Path, data: Path) -> None:
     ):  # fmt: skip
         assert wanted in out
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
-    saved = command.parse(["--config", str(tmp_path / "run" / "run.yaml")])
+    saved = command.parse(["--config", str(tmp_path / "run" / "run.yaml")]).train
     assert saved.optim.lr == 2e-3 and saved.model.vocab_size < 30
     again = gpt2("--config", str(path))
     assert (again.returncode, again.stdout) == (2, "")
@@ -236,11 +236,13 @@ def test_flags_override_the_file_and_the_vocabulary_follows_the_data(
 ) -> None:
     path = write_run_file(tmp_path, data, "run")
     size = json.loads((data / "train" / "meta.json").read_text())["tokenizer"]["vocab_size"]
-    plain = command.parse(["--config", str(path), "--steps", "99", "--optim.betas", "0.8", "0.9"])
+    plain = command.parse(
+        ["--config", str(path), "--steps", "99", "--optim.betas", "0.8", "0.9"]
+    ).train
     assert (plain.steps, plain.optim.lr, plain.optim.betas) == (99, 1e-2, (0.8, 0.9))
     assert plain.model.vocab_size == size and plain.model.n_layer == 2
     for flag in ("--model.vocab-size=50304", "--model.vocab_size=50304"):
-        assert command.parse([f"--config={path}", flag]).model.vocab_size == 50304
+        assert command.parse([f"--config={path}", flag]).train.model.vocab_size == 50304
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from typing_extensions import Doc
 
 from app.common.files import write_folder
 from app.common.tell import to_stderr
@@ -15,6 +18,14 @@ if TYPE_CHECKING:
 
     from app.data.tokenizers import Tokenizer
     from app.models.transformer import GPT2Config, GPT2Model
+
+
+# 各命令的同一个参数、同一句说明。
+Trained = Annotated[
+    tyro.conf.Positional[str],
+    Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
+]
+Device = Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")]
 
 
 def load_trained(name: str, device: str) -> tuple[GPT2Model, Tokenizer]:
@@ -92,6 +103,6 @@ def own_data(folder: Path, tell: Callable[[str], object], instead: str) -> Path:
         raise ValueError(
             f"{folder} does not belong to a run, so there is no data of its own: give {instead}"
         )
-    data = Path(load_config(str(run_file))[0].data.folder)
+    data = Path(load_config(str(run_file)).config.data.folder)
     tell(f"note: scoring the data of the run, {data} (from {run_file})")
     return data

@@ -351,5 +351,5 @@ def test_resolve(tmp_path: Path) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import app.training.checkpoint, sys; sys.exit('torch' in sys.modules)"
+    code = "import app.training.saving.checkpoint, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=BACKEND).returncode == 0

@@ -31,7 +31,7 @@ SKIPPED = 3
 
 
 def configurations(data: str) -> dict[str, TrainConfig]:
-    quick, _ = load_config("quickstart")
+    quick = load_config("quickstart").config
     quiet: dict[str, Any] = {
         "data": DataConfig(folder=data), "eval_every": 0, "save_every": 0, "sample_tokens": 0,
         "eval_batches": 1, "schedule": ScheduleConfig(warmup_steps=1),

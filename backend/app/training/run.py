@@ -19,13 +19,13 @@ from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
 from app.models.transformer.backends.choose import explain_backends
 from app.models.transformer.experts.dispatch import explain_dispatch
-from app.viz.loss_plot import PLOT, plot_losses
 
 from .config import TrainConfig
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
 from .report.metrics import METRICS, Metrics
 from .report.progress import Progress
+from .report.run_charts import PLOT, plot_losses
 from .report.run_facts import Facts, write_facts
 from .report.run_page import REPORT, Reporter
 from .report.tensorboard import open_tensorboard, require_tensorboard

@@ -47,14 +47,19 @@ def check_picture(path: Path, kinds: tuple[str, ...] = (".png",)) -> None:
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """写 PNG；先在内存里画完，所以不留半个文件。
+    """写 PNG。
 
     Raises:
         FileExistsError: 文件已存在。
     """
+    write_new(path, png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """在内存里画完，所以不留半个文件。"""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=_DPI, format="png")
-    write_new(path, picture.getvalue())
+    return picture.getvalue()
 
 
 @cache

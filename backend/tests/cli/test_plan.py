@@ -26,9 +26,9 @@ TINY = GPT2Config(
 
 def room_for(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
     monkeypatch.setattr(
-        "app.planning.available_memory.available_memory", lambda device: (nbytes, "in this test")
+        "app.planning.fit.available_memory", lambda device: (nbytes, "in this test")
     )
-    monkeypatch.setattr("app.planning.available_memory.resident_memory", lambda: 0)
+    monkeypatch.setattr("app.planning.fit.resident_memory", lambda: 0)
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +256,7 @@ def test_a_probe_gives_time_and_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = Estimate(seconds=0.5, peak=100 << 20, base=20 << 20, layers=2, rows=4)
-    monkeypatch.setattr("app.planning.probe.probe", lambda *args, **options: given)
+    monkeypatch.setattr("app.planning.fit.probe", lambda *args, **options: given)
     room_for(monkeypatch, 121 << 20)
     flags = (*WIDE, "--batch-size", "4", "--steps", "7200", "--probe")
     code, lines, _ = plan(capsys, *flags)
@@ -277,7 +277,7 @@ def test_a_failed_probe_is_said(
     def fail(*args: object, **options: object) -> None:
         raise ProbeFailed("the probe of 2 layers took more than 150 s")
 
-    monkeypatch.setattr("app.planning.probe.probe", fail)
+    monkeypatch.setattr("app.planning.fit.probe", fail)
     code, lines, err = plan(capsys, *WIDE, "--batch-size", "1", "--probe")
     assert (code, err) == (0, "")
     why = "not measured: the probe of 2 layers took more than 150 s"

@@ -247,14 +247,14 @@ def test_flags_override_the_file_and_the_vocabulary_follows_the_data(
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes_are_valid(name: str) -> None:
-    config, _ = load_config(name)
+    config = load_config(name).config
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert find_run_file(name) == find_run_file(name + ".yaml")
     assert config.out == f"runs/{name}"
 
 
 def test_nanogpt_recipe_is_the_published_shape() -> None:
-    config, _ = load_config("shakespeare-char-nanogpt")
+    config = load_config("shakespeare-char-nanogpt").config
     shape, optim = config.model, config.optim
     assert (shape.n_layer, shape.n_head, shape.n_embed, shape.context_size) == (4, 4, 128, 64)
     assert (shape.norm, shape.dropout, config.batch_size, config.steps) == ("pre", 0.0, 12, 2000)

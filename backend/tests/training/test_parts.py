@@ -21,7 +21,7 @@ from app.training.optim.build import build_optimizer
 from app.training.optim.schedule import learning_rate
 from app.training.report.metrics import Metrics, read_metrics
 from app.training.step import accumulate, expected_initial_loss
-from app.viz.loss_plot import smooth
+from app.viz.chart import smooth
 
 CPU = Runtime(torch.device("cpu"), "", torch.float32, "")
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from typing_extensions import Doc
@@ -21,7 +21,8 @@ _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
 
 
-class RunFile(NamedTuple):
+@dataclass(frozen=True)
+class RunFile:
     """一个运行文件说的；names_vocabulary：它写明了词表大小。"""
 
     config: TrainConfig

@@ -16,9 +16,8 @@ import numpy as np
 
 from app.common.tell import Tell
 from app.common.units import duration
-from app.viz.chart import Chart, Line, figure, short
+from app.viz.chart import Chart, Line, figure, short, smooth
 from app.viz.html_page import page, table
-from app.viz.loss_plot import smooth
 
 from ..config import TrainConfig, flat
 from ..saving.resume import RUN_FILE

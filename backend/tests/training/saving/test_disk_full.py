@@ -13,10 +13,10 @@ import pytest
 from app.training import run as run_module
 from app.training import trainer as trainer_module
 from app.training.report.metrics import METRICS, Metrics
+from app.training.report.run_charts import PLOT
 from app.training.report.run_page import REPORT
 from app.training.report.tensorboard import EVENTS
 from app.training.saving.checkpoint import list_steps, read_best, step_folder
-from app.viz.loss_plot import PLOT
 
 from ..child import answer, run_child
 from ..conftest import Make, rows, same_weights, train

@@ -12,10 +12,10 @@ from typing import Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.compare import show
 from app.cli.shared.command_line import Usage
+from app.cli.shared.comparison import show_comparison
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
-from app.cli.train import show_plan
+from app.cli.shared.tables import print_table
 
 SUMMARY = "Train the same data and seeds with one switch changed, then compare."
 EXAMPLES = """\
@@ -66,7 +66,7 @@ def run(args: Args) -> int:
         raise ValueError("nothing varies: give --vary name=value,value or several --seeds")
     configs = expand(base, [parse_switch(text) for text in args.vary], seeds)
     print(f"{len(configs)} runs in {base.out}", flush=True)
-    outcome = run_sweep(configs, show_plan, lambda text: print(text, flush=True))
+    outcome = run_sweep(configs, print_table, lambda text: print(text, flush=True))
     if outcome.stopped:
         print(f"stopped by {outcome.stopped}; the same command goes on")
         return 0
@@ -80,7 +80,7 @@ def run(args: Args) -> int:
     groups = group_runs(runs)
     path = Path(base.out) / _PAGE
     write_atomic(path, compare_page(groups, notes))
-    show(groups, notes)
+    show_comparison(groups, notes)
     print(f"drawn in {path}\nagain, or with others:\n  gpt2 compare {_quoted(outcome.done)}")
     return 0
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
+from app.cli.shared.tables import print_table
 
 if TYPE_CHECKING:
-    from app.training.run import Plan, Result
+    from app.training.run import Result
 
 SUMMARY = "Train a model; Ctrl-C saves, --resume auto goes on exactly where it stopped."
 EXAMPLES = """\
@@ -41,18 +42,10 @@ def run(args: Args) -> int:
     from app.training.run import train
 
     preset = None if args.file is None else args.file.config
-    result = train(args.train, show_plan, preset=preset)
+    result = train(args.train, print_table, preset=preset)
     for line in summary(result):
         print(line)
     return 0
-
-
-def show_plan(plan: Plan) -> None:
-    first = max(len(name) for name, _, _ in plan)
-    second = max(len(value) for _, value, _ in plan)
-    for name, value, why in plan:
-        print(f"  {name:<{first}}  {value:<{second}}  {why}")
-    print(flush=True)
 
 
 def summary(result: Result) -> list[str]:

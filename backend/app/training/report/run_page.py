@@ -78,7 +78,7 @@ def write_report(run: Path, history: History | None = None) -> Path:
         *_samples(history.of("sample")),
     ]
     if facts:
-        body += ["<h2>What runs, and why</h2>", table(facts.plan)]
+        body += ["<h2>What runs, and why</h2>", table(facts.decisions)]
     if settings:
         marked = [i for i, (key, value, usual) in enumerate(settings) if value != usual]
         body += [

@@ -66,7 +66,7 @@ def write_checkpoint(run: Path, step: int, fill: Callable[[Path], object]) -> Pa
         写好的文件夹。返回之后，断电也不会失去它。
     Raises:
         FileExistsError: 这一步已有一个完好的检查点。
-        OSError: 写不下去；已有的检查点不受影响，半成品已删去或留待 sweep。
+        OSError: 写不下去；已有的检查点不受影响，半成品已删去或留待 clear_leftovers。
     """
     target = step_folder(run, step)
     if os.path.lexists(target):
@@ -203,7 +203,7 @@ def prune(run: Path, keep_last: int) -> None:
             shutil.rmtree(trash)
 
 
-def sweep(run: Path) -> list[Path]:
+def clear_leftovers(run: Path) -> list[Path]:
     """删去被杀的进程留下的半成品；只可在持有运行锁时调用。"""
     found = [entry for entry in run.iterdir() if entry.name.startswith(_TEMPORARY)]
     for entry in found:

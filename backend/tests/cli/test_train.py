@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.cli import train as command
+from app.cli.shared import runfile
 from app.cli.shared.runfile import find_run_file, load_config
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.sources import Sources
@@ -243,6 +245,29 @@ def test_flags_override_the_file_and_the_vocabulary_follows_the_data(
     assert plain.model.vocab_size == size and plain.model.n_layer == 2
     for flag in ("--model.vocab-size=50304", "--model.vocab_size=50304"):
         assert command.parse([f"--config={path}", flag]).train.model.vocab_size == 50304
+
+
+def test_the_run_file_is_read_once_and_checked_little(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """文件一次，配置至多三次：文件的、盖过的、词表合上数据的；原来的设置也在手边。"""
+    path = write_run_file(tmp_path, data, "run")
+    read, checked = [], []
+    real, check = runfile.read_run_file, TrainConfig.__post_init__
+
+    def reading(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return real(path)
+
+    def checking(config: TrainConfig) -> None:
+        checked.append(config)
+        check(config)
+
+    monkeypatch.setattr(runfile, "read_run_file", reading)
+    monkeypatch.setattr(TrainConfig, "__post_init__", checking)
+    args = command.parse(["--config", str(path), "--steps", "99"])
+    assert args.file is not None and (args.train.steps, args.file.config.steps) == (99, STEPS)
+    assert read == [path] and len(checked) <= 3
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))

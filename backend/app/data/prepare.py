@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from app.common.files import write_atomic
-from app.data import progress, split
+from app.common.progress import count_bytes
+from app.data import split
 from app.data.shards import META_FILE, TokenDataset, token_dtype
 from app.data.sources import Sources
 from app.data.split import Census, Plan, Unit
@@ -276,7 +277,7 @@ class _Job:
         done, census, pending = self.journal["units"], Census(), 0
         stream = split.units(self.sources, self.plan, census)
         skipped = sum(unit.n_bytes for unit in islice(stream, done))
-        with progress.track("tokenizing", self.plan.content["bytes"], skipped) as advance:
+        with count_bytes("tokenizing", self.plan.content["bytes"], skipped) as advance:
             for batch in _batches(stream):
                 arrays = tokenizer.encode_batch([unit.text for unit in batch])
                 for unit, tokens in zip(batch, arrays, strict=True):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.common.files import write_folder
 from app.data.tokenizers import Tokenizer, load_tokenizer
-from app.interop.hf import write_folder
 from app.interop.pickles import LoadedTensors, load_pickle
 from app.interop.tokens import read_hub_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model

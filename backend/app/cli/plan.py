@@ -82,7 +82,7 @@ def run(args: Args) -> None:
     Raises:
         ValueError: 长度放不下，没有这个设备，点名的后端做不了训练，或内存不够。
     """
-    from app.cli.estimates import show_training
+    from app.cli.shared.estimates import show_training
     from app.training.machine.runtime import choose_runtime
 
     config = args.train

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cli.estimates import flop, seconds
 from app.cli.main import main
 from app.cli.plan import layer_names, parse
+from app.cli.shared.estimates import flop, seconds
 from app.common.units import size
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
 from app.models.transformer.backends.choose import explain_backends

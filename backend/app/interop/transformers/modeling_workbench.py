@@ -247,7 +247,7 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         return WorkbenchOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            attentions=tuple(note.map for note in notes) if maps else None,
+            attentions=tuple(note.map for note in notes if note.map is not None) or None,
             aux_loss=balance(self.core.moe, loads).aux_loss if loads else None,
         )
 

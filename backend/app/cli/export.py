@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
-from app.cli.shared.trained import Trained
+from app.cli.shared.trained import TrainedName
 from app.common.tell import to_stderr
 from app.interop.targets import Target
 
@@ -27,7 +27,7 @@ library, where it is installed, computes the same tokens and the largest differe
 class Args:
     """`gpt2 export` 的选项。"""
 
-    model: Trained
+    model: TrainedName
     to: Annotated[Target, Doc("format; a model that has no place in it is refused with the reason")]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     dtype: Annotated[

@@ -45,4 +45,4 @@ def run(args: Args) -> int:
     """退出码 0 全部通过，1 有一项不过。"""
     from app.verification.verify import verify_config
 
-    return 0 if verify_config(args.model) else 1
+    return 0 if verify_config(args.model, "english") else 1

@@ -159,11 +159,8 @@ def _mixture(moe: MoE) -> Layer:
     return run
 
 
-def _expert(layer: nn.Module) -> Callable[[int, Tensor], Tensor]:
+def _expert(layer: GroupedLinear) -> Callable[[int, Tensor], Tensor]:
     """(专家, (1, I)) -> (1, O)。"""
-    if not isinstance(layer, GroupedLinear):
-        ends = torch.arange(1, layer.weight.shape[0] + 1)
-        return lambda e, x: layer(x, (ends > e).long())
     weight, bias = layer.weight, layer.bias
 
     def run(expert: int, x: Tensor) -> Tensor:

@@ -85,6 +85,10 @@ class CharTokenizer(TableTokenizer):
             table.append(SEPARATOR_TEXT.encode())
         super().__init__(table, len(self._characters) if separator else None)
 
+    @property
+    def characters(self) -> tuple[str, ...]:
+        return tuple(self._characters)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_one(text) for text in texts]
 

@@ -141,6 +141,11 @@ def _prepare_tokens(args: Args) -> None:
             "reads ready ids: name the tokenizer that wrote them (gpt2, bytes or a folder)"
         )
     files = TokenFiles.find(args.sources, args.val, args.tokens)
+    if "val" in files.sides and args.val_fraction is not None:
+        raise ValueError(
+            f"{files.sides['val']} is the validation set, so --val-fraction {args.val_fraction} "
+            "has no use: leave it out"
+        )
     sides = prepare_tokens(
         files,
         args.out or DEFAULT_OUT,

@@ -143,10 +143,10 @@ def survey(
         if key is not None and key < val_fraction:
             val_characters += census.characters - before
     if not census.characters:
-        raise ValueError(f"{sources.description}: no text there, nothing to prepare")
+        raise ValueError(_nothing(sources, skipped))
     for given, n in ((val, val_documents), (sources, census.documents - val_documents)):
         if given is not None and n == 0:
-            raise ValueError(f"{given.description}: no text there, nothing to prepare")
+            raise ValueError(_nothing(given, skipped))
     plan = Plan(
         content=census.content(),
         split="given" if val else _choose(val_fraction, val_characters / census.characters),
@@ -165,6 +165,11 @@ def survey(
             f"val_fraction={val_fraction}: use more text or --val-fraction 0"
         )
     return plan
+
+
+def _nothing(sources: Sources, skipped: dict[str, NotTextError]) -> str:
+    reason = f" ({len(skipped)} files are not UTF-8 text)" if skipped else ""
+    return f"{sources.description}: no text there{reason}, nothing to prepare"
 
 
 def _labelled(sources: Sources, val: Sources | None) -> Iterator[tuple[Document, Side | None]]:

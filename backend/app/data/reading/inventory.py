@@ -63,9 +63,9 @@ class Inventory:
         """说给用户听的话，一行一件事。"""
         if self.plain:
             how = "split into documents" if splits else "one document a file"
-            yield f"as plain text, {how}: {counts(self.plain)}"
+            yield f"to read as plain text, {how}: {counts(self.plain)}"
         if self.records:
-            yield f"as records, text from {self._key!r}: {counts(self.records)}"
+            yield f"to read as records, text from {self._key!r}: {counts(self.records)}"
         if self._need_key:
             yield f"not read: {counts(self._need_key)} (name the key of their text with --text-key)"
         if self._left:

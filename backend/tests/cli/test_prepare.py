@@ -12,6 +12,8 @@ import pytest
 from app.cli.main import main
 from app.cli.prepare import _unescaped
 from app.data.shards import TokenDataset
+from app.data.tokenizers import load_tokenizer
+from app.training.saving.checkpoint import write_checkpoint
 
 
 @pytest.fixture
@@ -47,6 +49,7 @@ def test_prepares_a_file(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["JUNK", "--out", "OUT"], "junk.txt: not UTF-8 text (NUL byte at 1)"),
         (["EMPTY", "--out", "OUT"], "no text there"),
         (["TEXT", "--out", "OUT", "--val", "TEXT", "--val-fraction", "0.1"], "give one of them"),
+        (["", "--out", "OUT"], "is a shell variable not set?"),
         (["--text-key", "body"], "--text-key body needs a folder or file to read"),
         (["TEXT", "--out", "OUT", "--tokenizer", "nowhere"], "neither one of bytes, chars, gpt2"),
         (["TEXT", "--out", "OUT", "--tokenizer", "FOREIGN"], "run `gpt2 import"),
@@ -120,7 +123,8 @@ def test_tokenizer_of_a_folder_and_ready_tokens(text: Path, tmp_path: Path) -> N
     """数据集的分词器再用一次；nanoGPT 的 train.bin 用它的 id。"""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     assert main(["prepare", str(text), "--out", str(first), "--tokenizer", "chars"]) == 0
-    for folder in (first, first / "train"):
+    write_checkpoint(tmp_path / "run", 7, load_tokenizer(first / "train").save)
+    for folder in (first, first / "train", tmp_path / "run"):
         out = second / folder.name
         argv = ["prepare", str(text), "--out", str(out), "--tokenizer", str(folder)]
         assert main([*argv, "--val", str(text)]) == 0

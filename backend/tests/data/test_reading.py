@@ -160,6 +160,8 @@ def test_a_csv_is_not_one_document_with_header_and_quotes(tmp_path: Path) -> Non
         ('text,b\n"x\n\ny",1\nz\n', r"row 2 \(line 5\): 1 fields"),
         ('text,b\n"x,1\n', "line 2: .*is a double quote missing"),
         ("", "no column 'text'"),
+        ("text,text\na,b\n", "2 columns are named 'text': rename one"),
+        ("text,b\rx,1\r", "line ends not those of Unix or Windows"),
     ],
 )
 def test_bad_csv_is_named(data: str, message: str, tmp_path: Path) -> None:
@@ -204,6 +206,7 @@ def test_parquet_errors_name_the_row(tmp_path: Path) -> None:
     [
         ("a.txt", "héllo".encode("utf-16"), r"looks like UTF-16: .*iconv -f UTF-16"),
         ("a.txt", b"caf\xe9 au lait", r"at byte 3\): convert it to UTF-8 \(`iconv -f LATIN1"),
+        ("a.txt", b"\x7f\0ELF", "it is binary, or of another encoding"),
         ("a.txt.gz", b"\x1f\x8b\x08\x08", "unpack it first"),
         ("a.jsonl", b'{"text": "\xff"}', r"line 1: not UTF-8 .* at byte 10 of the line"),
         ("a.json", b'["\xff"]', "at byte 2"),
@@ -255,6 +258,30 @@ def test_markers_are_counted_across_pieces(tmp_path: Path, monkeypatch: pytest.M
     put(tmp_path / "c.txt", "text|>")
     plan = survey(Sources([tmp_path]), 0.0, False, markers=["<s>", "</s>"])
     assert plan.markers == Counter({"<|endoftext|>": 2, "<|im_start|>": 1, "<s>": 2, "</s>": 1})
+
+
+def test_json_lines_named_txt_are_noticed(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", '{"text": "x"}\n{"text": "y"}\n')
+    put(tmp_path / "b.txt", "{ not json }\n")
+    plan = survey(Sources([tmp_path]), 0.0, False)
+    assert plan.raw == [str(tmp_path / "a.txt")]
+
+
+def test_prepared_data_is_no_source(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", "text")
+    put(tmp_path / "out/prepare.json", "{}")
+    put(tmp_path / "out/train/meta.txt", "ours")
+    assert texts(Sources([tmp_path])) == ["text"]
+    said = list(Sources([tmp_path]).inventory().lines(False))
+    assert said[-1] == f"not read: 1: {tmp_path / 'out'} (prepared data)"
+    with pytest.raises(ValueError, match="out is prepared data already: train on it"):
+        Sources([tmp_path / "out"])
+
+
+def test_a_folder_of_hidden_files_says_so(tmp_path: Path) -> None:
+    put(tmp_path / ".a.txt", "text")
+    with pytest.raises(ValueError, match="no files to read; there are 1 hidden"):
+        texts(Sources([tmp_path]))
 
 
 @pytest.mark.parametrize(

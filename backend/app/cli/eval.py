@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import load_trained, own_data
+from app.cli.shared.trained import Device, Trained, load_trained, own_data
+from app.common.files import check_new, write_new
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
@@ -38,10 +39,7 @@ _SCHEMA_VERSION = 1
 class Args:
     """评测的全部选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     data: Annotated[
         Path | None,
         Doc(
@@ -65,9 +63,7 @@ class Args:
     ] = None
     batch_size: Annotated[int, Doc("sequences computed at once; does not change results")] = 8
     json: Annotated[Path | None, Doc("write all facts there; an existing file is refused")] = None
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> int:
@@ -80,7 +76,7 @@ def run(args: Args) -> int:
     from app.training.saving.checkpoint import resolve_checkpoint
 
     _check(args)
-    folder = resolve_checkpoint(args.model, tell=_tell)
+    folder = resolve_checkpoint(args.model, tell=to_stderr)
     model, tokenizer = load_trained(str(folder), args.device)
     size = model.config.context_size
     stride = max(1, size // 2) if args.stride is None else args.stride
@@ -102,14 +98,8 @@ def _check(args: Args) -> None:
         raise ValueError(f"data={args.data} and text={args.text} are both given: leave one out")
     if args.batch_size < 1:
         raise ValueError(f"batch_size={args.batch_size} must be at least 1")
-    if args.json is None:
-        return
-    if args.json.exists():
-        raise ValueError(
-            f"json={args.json} already exists and is never overwritten: use another name"
-        )
-    if not args.json.parent.is_dir():
-        raise ValueError(f"json={args.json}: there is no folder {args.json.parent}")
+    if args.json is not None:
+        check_new(args.json, "json")
 
 
 @dataclass(frozen=True)
@@ -145,13 +135,13 @@ def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut | None:
     return (
         None
         if args.task
-        else open_dataset(own_data(folder, _tell, "--data, --text or --task"), tokenizer)
+        else open_dataset(own_data(folder, to_stderr, "--data, --text or --task"), tokenizer)
     )
 
 
 def _score(job: _Job) -> _Done:
     """做到底，或做到 Ctrl-C 为止。"""
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.perplexity import score_windows
     from app.evaluation.tasks import score_items
 
@@ -159,14 +149,14 @@ def _score(job: _Job) -> _Done:
     options = {"stride": job.stride, "batch_size": job.batch_size}
     try:
         if job.held is not None:
-            with meter(job.held.name, job.held.source.n_tokens) as advance:
+            with count_tokens(job.held.name, job.held.source.n_tokens) as advance:
                 for batch in score_windows(job.model, job.tokenizer, job.held.source, **options):
                     done.windows.extend(batch)
                     advance(sum(score.tokens for score in batch))
         for task in job.tasks:
             mine: list[ItemScore] = []
             done.items.append(mine)
-            with meter(str(task.path), task.tokens) as advance:
+            with count_tokens(str(task.path), task.tokens) as advance:
                 for block in score_items(job.model, task.items, job.batch_size, advance):
                     mine.extend(block)
     except KeyboardInterrupt:
@@ -180,7 +170,7 @@ def _finish(args: Args, job: _Job, done: _Done) -> int:
     begun = zip(job.tasks, done.items, strict=False)
     results += [_task_facts(task, scores) for task, scores in begun if scores]
     if done.interrupted:
-        _tell("interrupted: what follows is partial, from what was done so far")
+        to_stderr("interrupted: what follows is partial, from what was done so far")
     _show(job, results)
     if args.json is not None:
         _write(args.json, _facts(args, job, done, results))
@@ -298,9 +288,5 @@ def _write(path: Path, facts: dict[str, Any]) -> None:
         for metric in result["metrics"].values():
             if metric["value"] == math.inf:
                 metric["value"] = None
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
+    text = json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_new(path, text.encode("utf-8"))

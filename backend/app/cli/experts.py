@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, load_trained, own_data, write_model
+from app.cli.shared.trained import Device, Trained, load_trained, own_data, write_trained
+from app.common.files import check_new
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +30,7 @@ EXAMPLES = """\
 class Args:
     """平均与剪枝二选一。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     out: Annotated[Path, Doc("folder to write the model to; must not exist")]
     average: Annotated[
         bool,
@@ -53,9 +50,7 @@ class Args:
     ] = None
     text: Annotated[Path | None, Doc("text file to measure instead")] = None
     batch_size: Annotated[int, Doc("sequences computed at once")] = 8
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> None:
@@ -66,7 +61,7 @@ def run(args: Args) -> None:
     from app.training.saving.checkpoint import resolve_checkpoint
 
     _check(args)
-    folder = resolve_checkpoint(args.model, tell=_tell)
+    folder = resolve_checkpoint(args.model, tell=to_stderr)
     model, tokenizer = load_trained(str(folder), args.device)
     if not model.config.moe_num_experts:
         raise ValueError(f"{args.model} has moe_num_experts=0: there are no experts in it")
@@ -87,7 +82,7 @@ def _check(args: Args) -> None:
         raise ValueError(f"data={args.data} and text={args.text} are both given: leave one out")
     if args.batch_size < 1:
         raise ValueError(f"batch_size={args.batch_size} must be at least 1")
-    check_new_folder(args.out)
+    check_new(args.out)
 
 
 def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut:
@@ -95,7 +90,7 @@ def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut:
 
     if args.text is not None:
         return open_text(args.text, tokenizer)
-    return open_dataset(args.data or own_data(folder, _tell, "--data or --text"), tokenizer)
+    return open_dataset(args.data or own_data(folder, to_stderr, "--data or --text"), tokenizer)
 
 
 def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> None:
@@ -104,7 +99,7 @@ def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) 
     config = model.config
     state = average(model.state_dict(), config)
     before = _loss(args, model, tokenizer, held)
-    write_model(config.dense(), state, tokenizer, args.out)
+    write_trained(config.dense(), state, tokenizer, args.out)
     _report(args, model, before, tokenizer, held, f"{config.moe_num_experts} experts averaged")
 
 
@@ -124,27 +119,27 @@ def _prune(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) ->
             f"nothing is pruned without loss; give --keep below {config.moe_num_experts}"
         )
     before = _loss(args, model, tokenizer, held)
-    write_model(config, state, tokenizer, args.out)
+    write_trained(config, state, tokenizer, args.out)
     what = f"{config.moe_num_experts} of {model.config.moe_num_experts} experts kept"
     _report(args, model, before, tokenizer, held, what)
 
 
 def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> Tensor:
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.routing import expert_load
 
-    with meter("routing", held.source.n_tokens) as advance:
+    with count_tokens("routing", held.source.n_tokens) as advance:
         return expert_load(model, tokenizer.boundary_id, held.source, args.batch_size, advance)
 
 
 def _loss(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> float:
     """nat 每词元。"""
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.perplexity import score_windows, summarize
 
     scores = []
     stride = max(1, model.config.context_size // 2)
-    with meter(held.name, held.source.n_tokens) as advance:
+    with count_tokens(held.name, held.source.n_tokens) as advance:
         for batch in score_windows(
             model, tokenizer, held.source, stride=stride, batch_size=args.batch_size
         ):
@@ -167,7 +162,3 @@ def _report(
 
 def _list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.trained import Trained
+from app.common.tell import to_stderr
 from app.interop.targets import Target
 
 SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
@@ -27,10 +27,7 @@ library, where it is installed, computes the same tokens and the largest differe
 class Args:
     """`gpt2 export` 的选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     to: Annotated[Target, Doc("format; a model that has no place in it is refused with the reason")]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     dtype: Annotated[
@@ -50,7 +47,7 @@ def run(args: Args) -> int:
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
+    folder = resolve_checkpoint(args.model, tell=to_stderr)
     model = GPT2Model.from_pretrained(folder)
     has_tokenizer = (folder / "tokenizer_meta.json").is_file()
     tokenizer = load_tokenizer(folder) if has_tokenizer else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import load_trained
+from app.cli.shared.trained import Device, Trained, load_trained
 from app.generation.config import SamplingConfig
 from app.generation.overflow import Overflow, check_overflow, check_prompts, usable
 from app.generation.stopping import StopText
@@ -37,10 +37,7 @@ _DEFAULT_NEW = 200
 class Args:
     """生成的全部选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: Trained
     prompt: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         Doc("text to continue; repeat for more. None at all = start from a document border"),
@@ -84,9 +81,7 @@ class Args:
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
     ] = None
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> int:

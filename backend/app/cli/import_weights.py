@@ -52,7 +52,7 @@ def run(args: Args) -> None:
     """
     import torch
 
-    from app.interop.hf import check_free
+    from app.common.files import check_free
     from app.interop.importing import import_model, write_model
 
     check_free(args.out)

@@ -12,6 +12,8 @@ import sys
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from app.cli.shared.command_line import Usage, parse_options
+
 COMMANDS = {
     "prepare": "turn text files, folders, json, csv or ready tokens into token shards",
     "train": "train a model, with exact resume",
@@ -77,15 +79,7 @@ def _parse(name: str, command: Command, argv: list[str]) -> Any:
     parse = getattr(command, "parse", None)
     if parse is not None:
         return parse(argv)
-    import tyro
-
-    return tyro.cli(
-        command.Args,
-        prog=f"gpt2 {name}",
-        args=argv,
-        description=f"{command.SUMMARY}\n\nexamples:\n{command.EXAMPLES}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    return parse_options(command.Args, argv, Usage(name, command.SUMMARY, command.EXAMPLES))
 
 
 def _overview() -> str:

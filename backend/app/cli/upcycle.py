@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, own_run_file, write_model
+from app.cli.shared.trained import own_run_file, write_trained
+from app.common.files import check_new
+from app.common.tell import to_stderr
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
 
@@ -63,12 +64,14 @@ def run(args: Args) -> None:
     from app.models.transformer.experts.upcycle import upcycle
     from app.training.saving.checkpoint import resolve_checkpoint
 
-    check_new_folder(args.out)
-    folder = resolve_checkpoint(args.model, tell=_tell)
+    check_new(args.out)
+    folder = resolve_checkpoint(args.model, tell=to_stderr)
     dense, tokenizer = GPT2Model.from_pretrained(folder), load_tokenizer(folder)
     config = _target(args, dense.config)
     state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
-    write_model(config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)})
+    write_trained(
+        config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)}
+    )
     _report(args, folder, dense, GPT2Model.from_pretrained(args.out))
 
 
@@ -133,7 +136,3 @@ def _differences(dense: GPT2Model, grown: GPT2Model, count: int) -> list[tuple[s
         name = str(dtype).removeprefix("torch.")
         rows.append((name, float((one - other).abs().max()), float(one.abs().max())))
     return rows
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)

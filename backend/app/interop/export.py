@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 
+from app.common.files import check_free
 from app.data.tokenizers import Tokenizer
 from app.interop.compare import Exported
 from app.interop.equivalent import Weights
-from app.interop.hf import check_free, compare_hf, write_hf
+from app.interop.hf import compare_hf, write_hf
 from app.interop.own_code import write_own_code
 from app.interop.targets import Target, check_target, family_name
 from app.models.transformer import GPT2Model

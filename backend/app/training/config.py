@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from typing_extensions import Doc
 
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.settings.fields import check_types, nearest
+from app.models.transformer.settings.fields import Mark, nearest, normalise_types
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
@@ -28,14 +29,18 @@ T = TypeVar("T")
 class DataConfig:
     """读哪个数据集。"""
 
-    folder: Annotated[str, Doc("dataset folder written by `gpt2 prepare`")] = "data/stdlib"
+    folder: Annotated[
+        str, Doc("dataset folder written by `gpt2 prepare`"), Mark.SILENT, Mark.ASIDE
+    ] = "data/stdlib"
     verify: Annotated[
         Literal["sha256", "size"],
         Doc("before training, check the content of every data file, or only its size"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = "sha256"
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,7 @@ class OptimConfig:
     grad_clip: Annotated[float, Doc("largest gradient norm; 0 = no clipping")] = 1.0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
         _between(self, "lr", 0.0, 100.0, open_low=True)
         if self.muon_lr is not None:
             _between(self, "muon_lr", 0.0, 100.0, open_low=True)
@@ -78,7 +83,7 @@ class ScheduleConfig:
     decay_fraction: Annotated[float, Doc("wsd: part of all steps spent in the final decay")] = 0.2
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
         _between(self, "warmup_steps", 0, math.inf)
         _between(self, "min_lr_ratio", 0.0, 1.0)
         _between(self, "decay_fraction", 0.0, 1.0, open_low=True)
@@ -102,20 +107,26 @@ class TrainConfig:
     schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
         default_factory=ScheduleConfig
     )
-    out: Annotated[str, Doc("run folder: checkpoints, metrics and plot")] = "runs/train"
+    out: Annotated[
+        str, Doc("run folder: checkpoints, metrics and plot"), Mark.SILENT, Mark.ASIDE
+    ] = "runs/train"
     resume: Annotated[
-        str, Doc("none, auto (newest valid checkpoint in the run folder), or a checkpoint folder")
+        str,
+        Doc("none, auto (newest valid checkpoint in the run folder), or a checkpoint folder"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = "none"
     init_from: Annotated[
         str | None,
         Doc("run, checkpoint or model folder: start at step 0 from its weights; None = random"),
+        Mark.SILENT,
     ] = None
     steps: Annotated[int, Doc("optimizer steps")] = 1000
     batch_size: Annotated[int, Doc("sequences per optimizer step")] = 32
     micro_batch: Annotated[
         int | None, Doc("sequences at once; smaller needs less memory, same result. None = all")
     ] = None
-    seed: Annotated[int, Doc("seed of weights, dropout and batches")] = 0
+    seed: Annotated[int, Doc("seed of weights, dropout and batches"), Mark.ASIDE] = 0
     device: Annotated[str, Doc("auto, cpu, cuda, cuda:1, mps")] = "auto"
     precision: Annotated[
         Precision, Doc("auto = bfloat16 where the hardware computes in it, else float32")
@@ -126,26 +137,44 @@ class TrainConfig:
     activation_checkpointing: Annotated[
         int,
         Doc("recompute the activations of every n-th block: less memory, same result; 0 = off"),
+        Mark.SILENT,
     ] = 0
     spike: Annotated[
         SpikePolicy,
         Doc("a step 6 sigma above the last 128 in loss or gradient: warn, skip its update, or off"),
     ] = "warn"
-    eval_every: Annotated[int, Doc("steps between validations; 0 = only at the end")] = 250
+    eval_every: Annotated[
+        int, Doc("steps between validations; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
+    ] = 250
     eval_batches: Annotated[
-        int, Doc("validation batches, evenly spread over the split; 0 = the whole split")
+        int,
+        Doc("validation batches, evenly spread over the split; 0 = the whole split"),
+        Mark.SILENT,
     ] = 20
-    sample_every: Annotated[int, Doc("steps between samples; 0 = only at the end")] = 500
-    sample_prompt: Annotated[str, Doc("text that samples continue; empty = a line break")] = ""
-    sample_tokens: Annotated[int, Doc("tokens per sample; 0 = no samples")] = 120
-    save_every: Annotated[int, Doc("steps between checkpoints; 0 = only at the end")] = 500
-    keep_last: Annotated[int, Doc("newest checkpoints kept; the best one is kept besides")] = 2
+    sample_every: Annotated[
+        int, Doc("steps between samples; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
+    ] = 500
+    sample_prompt: Annotated[
+        str, Doc("text that samples continue; empty = a line break"), Mark.SILENT, Mark.ASIDE
+    ] = ""
+    sample_tokens: Annotated[
+        int, Doc("tokens per sample; 0 = no samples"), Mark.SILENT, Mark.ASIDE
+    ] = 120
+    save_every: Annotated[
+        int, Doc("steps between checkpoints; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
+    ] = 500
+    keep_last: Annotated[
+        int, Doc("newest checkpoints kept; the best one is kept besides"), Mark.SILENT, Mark.ASIDE
+    ] = 2
     tensorboard: Annotated[
-        bool, Doc("also write TensorBoard events; needs the extra 'tensorboard'")
+        bool,
+        Doc("also write TensorBoard events; needs the extra 'tensorboard'"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = False
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
         for name in ("steps", "batch_size", "keep_last"):
             _between(self, name, 1, 1 << 40)
         for name in (
@@ -193,6 +222,16 @@ class TrainConfig:
         return self.batch_size * self.model.context_size
 
     @property
+    def rows_at_once(self) -> int:
+        """一次前向几条序列。"""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def passes(self) -> int:
+        """一步几次前向；最后一次可以不满。"""
+        return -(-self.batch_size // self.rows_at_once)
+
+    @property
     def recomputed_layers(self) -> range:
         """激活检查点重算哪些块（从 0 数）。"""
         every = self.activation_checkpointing
@@ -213,7 +252,7 @@ class TrainConfig:
         Raises:
             ValueError: 未知的键（给出最近的名字）或坏值。
         """
-        return _build(cls, data, "")
+        return _build(cls, _without_version(data), "")
 
 
 def _build(kind: type[T], data: Any, where: str) -> T:
@@ -225,9 +264,6 @@ def _build(kind: type[T], data: Any, where: str) -> T:
     for key, value in data.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            if kind is GPT2Config and key == "schema_version":
-                values[key] = value
-                continue
             raise ValueError(f"unknown option {name!r}{nearest(str(key), list(hints))}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, name)
@@ -237,7 +273,17 @@ def _build(kind: type[T], data: Any, where: str) -> T:
             values[key] = tuple(_number(v, name) if isinstance(v, str) else v for v in value)
         else:
             values[key] = value
-    return kind.from_dict(values) if kind is GPT2Config else kind(**values)  # type: ignore[attr-defined]
+    return kind(**values)
+
+
+def _without_version(data: Any) -> Any:
+    """model 里可以有模型文件夹记下的版本号；认不认得由 GPT2Config 说。"""
+    model = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(model, dict) or "schema_version" not in model:
+        return data
+    rest = {key: value for key, value in model.items() if key != "schema_version"}
+    GPT2Config.from_dict({"schema_version": model["schema_version"]})
+    return data | {"model": rest}
 
 
 def _number(text: str, name: str) -> float:
@@ -254,3 +300,12 @@ def _between(config: Any, name: str, low: float, high: float, *, open_low: bool 
         raise ValueError(
             f"{name}={value} must be {bound}" + (f" and at most {high}" if high < 1e12 else "")
         )
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """嵌套的设置 -> (带点的名字, 值)。"""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from app.cli.main import main
-from app.cli.shared import meter
+from app.common import progress
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Sources
 from app.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -209,15 +209,15 @@ def test_what_is_infinite_is_null_in_the_json(folder, text, tmp_path, capsys, mo
 
 
 def test_progress_lines_and_the_bar(monkeypatch, capsys):
-    monkeypatch.setattr(meter, "_LINE_SECONDS", 0.0)
-    with meter.meter("a [b]", 2000) as advance:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    with progress.count_tokens("a [b]", 2000) as advance:
         advance(500)
         advance(1500)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("a [b]: 500/2,000 tokens  ")
     assert "tokens/s" in lines[0] and lines[1].endswith("  0s left")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with meter.meter("a [b]", 2000) as advance:
+    with progress.count_tokens("a [b]", 2000) as advance:
         advance(500)
     assert "a [b]" in capsys.readouterr().err
 

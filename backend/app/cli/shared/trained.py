@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from typing_extensions import Doc
+
+from app.common.files import write_folder
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +18,14 @@ if TYPE_CHECKING:
 
     from app.data.tokenizers import Tokenizer
     from app.models.transformer import GPT2Config, GPT2Model
+
+
+# 各命令的同一个参数、同一句说明。
+Trained = Annotated[
+    tyro.conf.Positional[str],
+    Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
+]
+Device = Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")]
 
 
 def load_trained(name: str, device: str) -> tuple[GPT2Model, Tokenizer]:
@@ -27,7 +38,7 @@ def load_trained(name: str, device: str) -> tuple[GPT2Model, Tokenizer]:
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(name, tell=lambda text: print(text, file=sys.stderr))
+    folder = resolve_checkpoint(name, tell=to_stderr)
     tokenizer = load_tokenizer(folder)
     return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer
 
@@ -46,25 +57,14 @@ def pick_device(name: str) -> torch.device:
     return open_device(name)
 
 
-def check_new_folder(out: Path) -> None:
-    """
-    Raises:
-        ValueError: 那里已有东西，或上一层文件夹不存在。
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"out={out} already exists and is never overwritten: use another --out")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out={out}: the folder {out.parent} does not exist: create it first")
-
-
-def write_model(
+def write_trained(
     config: GPT2Config,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     out: Path,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """写一个新的模型文件夹：先写在旁边再改名，写到一半断了，out 处什么也没有。"""
+    """写一个新的模型文件夹，连同分词器与 files（文件名 -> 内容）。"""
     import torch
 
     from app.models.transformer import GPT2Model
@@ -72,18 +72,14 @@ def write_model(
     with torch.device("meta"):
         model = GPT2Model(config)
     model.load_state_dict(state, assign=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save(temporary)
+
+    def fill(new: Path) -> None:
+        model.save_pretrained(new)
+        tokenizer.save(new)
         for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        check_new_folder(out)
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            (new / name).write_text(text, encoding="utf-8")
+
+    write_folder(out, fill)
 
 
 def own_run_file(folder: Path) -> Path | None:
@@ -107,6 +103,6 @@ def own_data(folder: Path, tell: Callable[[str], object], instead: str) -> Path:
         raise ValueError(
             f"{folder} does not belong to a run, so there is no data of its own: give {instead}"
         )
-    data = Path(load_config(str(run_file))[0].data.folder)
+    data = Path(load_config(str(run_file)).config.data.folder)
     tell(f"note: scoring the data of the run, {data} (from {run_file})")
     return data

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .backends.attend import attend, attention_weights
 from .config import GPT2Config
 from .layers.context import Context
+from .layers.fused import attention_parts
 from .layers.linear import Linear
 from .layers.norm import EPS
 
@@ -20,7 +21,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.dropout_p = config.dropout
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        width = sum(attention_parts(config).values())
         self.c_attn = Linear(config.n_embed, width, bias=config.bias)
         self.c_proj = Linear(config.n_embed, config.n_embed, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -45,7 +46,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """q (B, H, T, D)、k/v (B, G, S, D) -> (B, T, H, D)。别的运行时的注意力从这里接上。"""
-        if ctx.want_map:
-            ctx.maps[ctx.layer] = attention_weights(q, k, ctx.plan)
+        if "map" in ctx.note.wishes:
+            ctx.note.map = attention_weights(q, k, ctx.plan)
         dropout = self.dropout_p if self.training else 0.0
         return attend(q, k, v, ctx.plan, dropout=dropout).transpose(1, 2)

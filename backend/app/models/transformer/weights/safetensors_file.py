@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,25 @@ DTYPES = {
 # 一个条目约 110 字节；XL 有 580 个张量、头约 60 KB。解析后的字典比文本大十倍，所以要有上限。
 _BYTES_PER_TENSOR = 256
 _MIN_HEADER_LIMIT = 1 << 20
+
+
+def write_tensors_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """写一个 safetensors 文件，权限照 umask：库总写成只有主人可读，容器与别的用户就打不开。
+
+    Raises:
+        OSError: 写不下。
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # 盘满时它抛的不是 OSError：谁也不会去接，而这正是要接的。
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)
 
 
 class TensorSource(Protocol):
@@ -90,17 +111,14 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
         raise ValueError(f"{where}: tensor {name!r} holds NaN or infinity: the weights are broken")
 
 
-def read_header(path: Path, limit: int = _MIN_HEADER_LIMIT) -> dict[str, Any]:
-    """{名字: {dtype, shape, data_offsets}}，已核对布局。
+def _open(path: Path, limit: int) -> tuple[dict[str, Any], int]:
+    """({名字: {dtype, shape, data_offsets}}, 数据从文件的哪里开始)，已核对布局。
+
+    8 字节小端长度，然后是 JSON；长度不可信，先设上限再读。
 
     Raises:
         ValueError: 头太长、不是 JSON、有重复的键，或描述的不是这个文件。
     """
-    return _open(path, limit)[0]
-
-
-def _open(path: Path, limit: int) -> tuple[dict[str, Any], int]:
-    """(头, 数据从文件的哪里开始)。8 字节小端长度，然后是 JSON；长度不可信，先设上限再读。"""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -12,6 +12,7 @@ from typing_extensions import Doc
 
 from app.cli.shared.held_out import check_held_out, held_out
 from app.cli.shared.trained import Device, Trained, TrainedName, load_trained
+from app.common.files import check_new
 from app.common.tell import to_stderr
 
 if TYPE_CHECKING:

@@ -104,7 +104,7 @@ def run(args: Args) -> int:
     options = replace(
         options,
         max_new_tokens=_new_tokens(args, max(map(len, encoded)), trained.model.config),
-        stop_ids=(trained.tokenizer.document_separator,),
+        stop_ids=tuple(trained.tokenizer.stop_ids),
     )
     jobs = [
         _Job(prompt, tokens, args.seed + sample, _label(args, len(prompts), i, sample))
@@ -245,7 +245,7 @@ def _from_file(path: Path) -> list[_Prompt]:
 def _encode(tokenizer: Tokenizer, prompt: _Prompt) -> list[int]:
     """空提示从文档分隔符开始：模型在那里学过文档怎样开头。"""
     try:
-        return tokenizer.encode(prompt.text) or [tokenizer.document_separator]
+        return tokenizer.encode_prompt(prompt.text)
     except ValueError as error:
         raise ValueError(f"{prompt.name} cannot be encoded: {error}") from None
 

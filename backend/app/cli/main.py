@@ -16,7 +16,7 @@ from app.cli.shared.command_line import Usage, parse_options
 from app.common.console import tolerant_output
 
 COMMANDS = {
-    "prepare": "turn text files, folders or jsonl into token shards",
+    "prepare": "turn text files, folders, json, csv or ready tokens into token shards",
     "train": "train a model, with exact resume",
     "sweep": "train the same data and seeds with one switch changed",
     "compare": "draw runs over tokens and time, with a table and the seeds' spread",

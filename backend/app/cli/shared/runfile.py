@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from typing_extensions import Doc
 
-from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 
 _SUFFIX = ".yaml"
@@ -116,7 +115,9 @@ def load_model_config(name: str) -> tuple[TrainConfig, bool]:
     path = Path(name)
     if path.suffix != ".json":
         return load_config(name)
-    return TrainConfig(model=GPT2Config.from_file(path)), True
+    from app.models.transformer.weights.recognise import config_from_file
+
+    return TrainConfig(model=config_from_file(path)), True
 
 
 def config_name(argv: Sequence[str]) -> str | None:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..config import MAX_FILE_BYTES, GPT2Config
+from .adapters import check_no_adapter
 from .families import OWN_TYPE, extra_vocab, read_config
 from .hub import find_folder
 from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, OWN, read_tensors
 from .own_folder import CONFIG_FILE, WEIGHTS_FILE, assemble, expected_shapes, read_own
+from .recognise import recognise
 from .safetensors_file import SafetensorsFiles, header_limit
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ def load_pretrained(
 ) -> GPT2Model:
     """见 GPT2Model.from_pretrained。"""
     folder = find_folder(source)
-    raw = read_json(folder / CONFIG_FILE, folder)
+    check_no_adapter(folder)
+    raw = recognise(read_json(folder / CONFIG_FILE, folder), str(folder / CONFIG_FILE))
     if isinstance(raw, dict) and "model_type" in raw:
         config, tensors = read_foreign(raw, folder)
     else:

@@ -89,7 +89,7 @@ def gradient_norms(norm: str, depth: int) -> list[float]:
     model = GPT2Model(config)
     with torch.no_grad():
         for block in model.h.values():
-            xavier(block, deepnorm_gain(depth) if norm == "deepnorm" else 1.0)
+            xavier(block, config, deepnorm_gain(depth) if norm == "deepnorm" else 1.0)
     ids = torch.randint(0, 65, (16, 65))
     model(ids[:, :-1].contiguous(), targets=ids[:, 1:].contiguous())["loss"].backward()
     return [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
-from app.models.transformer.weights.safetensors_file import read_header
+from app.models.transformer.weights.safetensors_file import SafetensorsFiles
 
 from ..helpers import VARIANTS, tiny_config, tiny_model, tokens
 
@@ -42,7 +42,7 @@ def test_dtype_on_request(tmp_path: Path) -> None:
 def test_expected_shapes_are_those_of_the_model(name: str) -> None:
     config = tiny_config(**VARIANTS[name])
     state = GPT2Model(config).state_dict()
-    assert expected_shapes(config) == {k: tuple(v.shape) for k, v in state.items()}
+    assert expected_shapes(GPT2Model, config) == {k: tuple(v.shape) for k, v in state.items()}
 
 
 def rewrite(path: Path, change) -> None:
@@ -111,7 +111,7 @@ def test_junk_headers(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(junk)
     with pytest.raises(ValueError, match="header"):
-        read_header(path)
+        SafetensorsFiles([path])
 
 
 @given(st.binary(max_size=300))
@@ -119,7 +119,7 @@ def test_random_headers_never_crash(tmp_path_factory, text: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(ValueError):
-        read_header(path)
+        SafetensorsFiles([path])
         raise ValueError("an empty header is valid")
 
 

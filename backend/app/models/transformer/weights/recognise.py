@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GPT2Config
+from ..settings.json_file import read_json
 from .families import FAMILIES, OWN_TYPE, Family, read_config
 
 _OURS = frozenset(field.name for field in dataclasses.fields(GPT2Config)) | {"schema_version"}
@@ -71,9 +72,7 @@ def config_from_file(path: Path) -> GPT2Config:
     Raises:
         ValueError: 见 config_from_json，或读不懂。
     """
-    from .pretrained import read_json
-
-    return config_from_json(read_json(path, path.parent), str(path))
+    return config_from_json(read_json(path), str(path))
 
 
 def _foreign(raw: dict[str, Any]) -> bool:

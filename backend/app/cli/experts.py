@@ -134,9 +134,7 @@ def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> 
     from app.evaluation.routing import expert_load
 
     with meter("routing", held.source.n_tokens) as advance:
-        return expert_load(
-            model, tokenizer.document_separator, held.source, args.batch_size, advance
-        )
+        return expert_load(model, tokenizer.boundary_id, held.source, args.batch_size, advance)
 
 
 def _loss(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> float:

@@ -154,7 +154,7 @@ def _generate(
             max_new_tokens=new,
             sampling=sampling,
             seeds=[job.seed for job in batch],
-            stop_ids=[tokenizer.document_separator],
+            stop_ids=tokenizer.stop_ids,
             stop_strings=args.stop,
             tokenizer=tokenizer,
             overflow=args.overflow,
@@ -228,7 +228,7 @@ def _prompts(args: Args) -> list[str]:
 def _encode(tokenizer: Tokenizer, text: str, index: int, count: int) -> list[int]:
     """空提示从文档分隔符开始：模型在那里学过文档怎样开头。"""
     try:
-        return tokenizer.encode(text) or [tokenizer.document_separator]
+        return tokenizer.encode_prompt(text)
     except ValueError as error:
         where = f"prompt {index + 1}" if count > 1 else "the prompt"
         raise ValueError(f"{where} cannot be encoded: {error}") from None

@@ -25,9 +25,9 @@ from app.data.split import Census, Plan, Unit
 from app.data.tokenizers import META_FILE as TOKENIZER_META_FILE
 from app.data.tokenizers import (
     ByteTokenizer,
-    CharTokenizer,
     Kind,
     Tokenizer,
+    chars_tokenizer,
     gpt2_tokenizer,
     load_tokenizer,
     train_bpe,
@@ -205,7 +205,7 @@ class _Job:
         if self.spec.kind == "bytes":
             return ByteTokenizer()
         if self.spec.kind == "chars":
-            return CharTokenizer(self.plan.alphabet)
+            return chars_tokenizer(self.plan.alphabet)
         if self.spec.kind == "gpt2":
             return gpt2_tokenizer(self.spec.vocab_files)
         self.say(f"training a BPE vocabulary of {self.spec.bpe_size}")

@@ -104,7 +104,8 @@ def open_text(path: Path, tokenizer: Tokenizer) -> HeldOut:
     sources = Sources([path])
     plan = split.survey(sources, 0.0, alphabet=False)
     census, parts = split.Census(), []
-    border = np.array([tokenizer.document_separator], dtype=np.uint32)
+    ends = () if tokenizer.document_separator is None else (tokenizer.document_separator,)
+    border = np.array([*ends, *tokenizer.document_start], dtype=np.uint32)
     for unit in split.units(sources, plan, census):
         try:
             parts.append(tokenizer.encode_batch([unit.text])[0])
@@ -180,7 +181,7 @@ def score_windows(
         batch.append(window)
         if len(batch) < batch_size and window.end < total:
             continue
-        rows = [_read(source, separator, w) for w in batch]
+        rows = [_read(source, tokenizer.boundary_id, w) for w in batch]
         first = [w.scored - w.begin for w in batch]
         scores = []
         for row, start, scored in zip(rows, first, score_rows(model, rows, first), strict=True):
@@ -197,11 +198,11 @@ def score_windows(
         batch = []
 
 
-def _read(source: TokenSource, separator: int, window: Window) -> np.ndarray:
+def _read(source: TokenSource, before: int, window: Window) -> np.ndarray:
     """流的第 i 项是第 i-1 个词元；第 0 项是分隔符。"""
     if window.begin:
         return source.read(window.begin - 1, window.end - window.begin + 1)
-    return np.concatenate([[separator], source.read(0, window.end)])
+    return np.concatenate([[before], source.read(0, window.end)])
 
 
 @dataclass(frozen=True)

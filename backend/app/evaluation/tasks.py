@@ -182,7 +182,7 @@ def encode_request(
     # 词元跨过边界时（上文不以词尾结束），从第一个不同的词元起都算续文。
     same = [a == b for a, b in zip(before, whole, strict=False)] + [False]
     shared = same.index(False)
-    prefix = whole[:shared] or [tokenizer.document_separator]
+    prefix = whole[:shared] or [tokenizer.boundary_id]
     scored = len(whole) - shared
     if scored > context_size:
         raise ValueError(

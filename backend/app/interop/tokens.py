@@ -34,7 +34,16 @@ class SpecialIds:
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     """填充的 id 是词表之后的第一个：模型的词表更大就借它一行空的，否则补一行。"""
-    return SpecialIds(tokenizer.document_separator, tokenizer.vocab_size)
+    return SpecialIds(_end(tokenizer), tokenizer.vocab_size)
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.document_separator is None:
+        raise ValueError(
+            f"a {tokenizer.kind} tokenizer of {tokenizer.vocab_size} ids without a document "
+            "separator has no end-of-text token to write"
+        )
+    return tokenizer.document_separator
 
 
 def hub_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def _without_pad(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _characters(tokenizer: CharTokenizer) -> dict[str, Any]:
     characters = tokenizer.to_json()["characters"]
-    end = tokenizer.document_separator
+    end = _end(tokenizer)
     return {
         "version": "1.0",
         "truncation": None,
@@ -140,7 +149,7 @@ def read_hub_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_characters(vocab: dict[str, Any], source: str) -> Tokenizer:
-    characters = [c for c in vocab if c != SEPARATOR_TEXT]
+    characters = sorted(c for c in vocab if c != SEPARATOR_TEXT)
     if not characters or any(len(c) != 1 for c in characters):
         raise ValueError(f"{source}: a WordLevel vocabulary of words, only characters can be read")
     tokenizer = CharTokenizer(characters)

@@ -20,7 +20,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ValueError: 分词器不认识提示里的字符；开训之前就该知道。
     """
-    return list(tokenizer.encode(prompt or "\n")) or [tokenizer.document_separator]
+    return tokenizer.encode_prompt(prompt or "\n")
 
 
 def sample_text(
@@ -36,7 +36,7 @@ def sample_text(
             max_new_tokens=config.sample_tokens,
             sampling=_SAMPLING,
             seeds=[config.seed],
-            stop_ids=[tokenizer.document_separator],
+            stop_ids=tokenizer.stop_ids,
             tokenizer=tokenizer,
             overflow="slide",
         )[0]

@@ -71,7 +71,8 @@ def write_hf(
         "generation_config.json": to_json(generation_settings(raw, tokenizer)),
     }
     if tokenizer is not None:
-        files |= tokens.tokenizer_files(tokenizer, weights.config.context_size)
+        config = weights.config
+        files |= tokens.tokenizer_files(tokenizer, config.context_size, config.vocab_size)
 
     def fill(new: Path) -> None:
         for name, text in files.items():
@@ -134,19 +135,23 @@ def special_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
         # OPT 的默认值是它自己词表里的 id。
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     special = tokens.special_ids(tokenizer)
+    start = tokenizer.start_ids[-1] if tokenizer.start_ids else special.end
     return {
-        "bos_token_id": special.end,
+        "bos_token_id": start,
         "eos_token_id": special.end,
         "pad_token_id": special.pad,
     }
 
 
 def generation_settings(raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """分词器之外的 id（填充符与空行）没有文字，生成时不许出现。"""
+    """停在分词器的每个停止 id；它没有文字的 id（填充符与空行）生成时不许出现。"""
     if tokenizer is None:
         return {}
     settings = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**settings, "suppress_tokens": [*range(tokenizer.vocab_size, raw["vocab_size"])]}
+    if len(tokenizer.stop_ids) > 1:
+        settings["eos_token_id"] = list(tokenizer.stop_ids)
+    unused = tokens.unused_ids(tokenizer, raw["vocab_size"])
+    return {**settings, "suppress_tokens": unused}
 
 
 def to_json(data: dict[str, Any]) -> str:

@@ -88,9 +88,7 @@ def _nanogpt(
     hint = ""
     if isinstance(dataset, str) and dataset.isidentifier():
         hint = f"; it was trained on data/{dataset}: where that has a {META_FILE}, give that file"
-    return Checkpoint(
-        _config(source, known, activation, NANOGPT), NANOGPT, source, notes, hint
-    )
+    return Checkpoint(_config(source, known, activation, NANOGPT), NANOGPT, source, notes, hint)
 
 
 def _built(settings: dict[str, Any], source: LoadedTensors) -> Checkpoint:

@@ -117,7 +117,9 @@ def export_onnx(
         raw = _foreign_config(config) or config.to_dict()
         (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            for name, text in tokenizer_files(tokenizer, config.context_size).items():
+            for name, text in tokenizer_files(
+                tokenizer, config.context_size, config.vocab_size
+            ).items():
                 (new / name).write_text(text, encoding="utf-8")
 
     write_folder(folder, fill)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.trained import load_model
 from app.interop.targets import Target
 
 SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
@@ -45,15 +45,9 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是模型，去不了这种格式，或 --out 已有东西。
     """
-    from app.data.tokenizers import load_tokenizer
     from app.interop.export import export
-    from app.models.transformer import GPT2Model
-    from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
-    model = GPT2Model.from_pretrained(folder)
-    has_tokenizer = (folder / "tokenizer_meta.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    model, tokenizer, folder = load_model(args.model, "cpu")
     done = export(model, tokenizer, args.to, args.out, dtype=args.dtype, quantize=args.quantize)
     print(f"written  {done.written} ({done.kind})")
     for note in done.notes:

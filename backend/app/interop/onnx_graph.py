@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.data.tokenizers import Tokenizer
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import Weights
 from app.interop.hf import write_folder
+from app.interop.job import Job
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
@@ -87,9 +87,7 @@ def past_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
 
 
-def export_onnx(
-    model: GPT2Model, weights: Weights, tokenizer: Tokenizer | None, folder: Path
-) -> Exported:
+def export_onnx(job: Job) -> Exported:
     """
     Raises:
         ValueError: folder 已有东西，或精度是 bfloat16。
@@ -102,7 +100,8 @@ def export_onnx(
         raise ImportError(
             f"--to onnx needs {error.name}: pip install 'gpt2-workbench[export]'"
         ) from None
-    config, dtype = model.config, weights.state["embed.wte.weight"].dtype
+    weights, tokenizer = Weights.of(job.model).to(job.dtype), job.tokenizer
+    config, dtype = job.model.config, weights.state["embed.wte.weight"].dtype
     if dtype == torch.bfloat16:
         raise ValueError(
             f"{dtype}: onnxruntime's CPU kernels know no bfloat16, so the file could not be "
@@ -122,10 +121,9 @@ def export_onnx(
             ).items():
                 (new / name).write_text(text, encoding="utf-8")
 
-    write_folder(folder, fill)
-    return Exported(
-        folder / MODEL_FILE, "onnx", weights.notes, compare_onnx(model, folder / MODEL_FILE)
-    )
+    write_folder(job.folder, fill)
+    written = job.folder / MODEL_FILE
+    return Exported(written, "onnx", weights.notes, compare_onnx(job.model, written))
 
 
 def _foreign_config(config: GPT2Config) -> dict[str, Any] | None:

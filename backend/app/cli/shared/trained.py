@@ -23,13 +23,25 @@ def load_trained(name: str, device: str) -> tuple[GPT2Model, Tokenizer]:
     Raises:
         ValueError: 不是上面几种之一，没有分词器，或没有这个设备。
     """
-    from app.data.tokenizers import load_tokenizer
+    model, tokenizer, folder = load_model(name, device)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer: it takes token ids only, in Python")
+    return model, tokenizer
+
+
+def load_model(name: str, device: str) -> tuple[GPT2Model, Tokenizer | None, Path]:
+    """同 load_trained，但没有分词器也行；还给出模型所在的文件夹。
+
+    Raises:
+        ValueError: 不是上面几种之一，或没有这个设备。
+    """
+    from app.data.tokenizers import META_FILE, load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
     folder = resolve_checkpoint(name, tell=lambda text: print(text, file=sys.stderr))
-    tokenizer = load_tokenizer(folder)
-    return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer
+    tokenizer = load_tokenizer(folder) if (folder / META_FILE).is_file() else None
+    return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer, folder
 
 
 def pick_device(name: str) -> torch.device:

@@ -120,8 +120,11 @@ class HubTokenizer(TableTokenizer):
             for t, a in zip(texts, arrays, strict=True)
         ]
 
-    def encode_continued(self, text: str) -> list[int]:
+    def encode_continued(self, texts: Sequence[str]) -> list[np.ndarray]:
         """垫一个字母在前面再编码，减去它：开头补空格、`▁` 之类的规则都不会触发。"""
+        return [np.array(self._continued(text), dtype=np.uint32) for text in texts]
+
+    def _continued(self, text: str) -> list[int]:
         utf8(text)
         ids = self._raw(_ANCHOR + text)
         if ids[: len(self._anchor)] != self._anchor:

@@ -54,8 +54,8 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """每段文本各自编码，给出 uint32 数组（与逐段 encode 相同）。"""
 
-    def encode_continued(self, text: str) -> list[int]:
-        """接在别的文本后面的一段（前一个字符不是空白）：不会在开头补空格。"""
+    def encode_continued(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """各段都接在别的文本后面（前一个字符不是空白）：不会在开头补空格。"""
 
     def encode_prompt(self, text: str) -> list[int]:
         """start_ids 加文本；什么都没有时是 [boundary_id]。"""
@@ -130,8 +130,8 @@ class TableTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
 
-    def encode_continued(self, text: str) -> list[int]:
-        return self.encode(text)
+    def encode_continued(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encode_batch(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
         return [*self.start_ids, *self.encode(text)] or [self.boundary_id]

@@ -63,23 +63,20 @@ class ByteTokenizer(_Separated):
 
 
 class CharTokenizer(TableTokenizer):
-    """一个字符一个 id，按给出的次序；分隔符（若有）在最后。
+    """一个字符一个 id，按初次给出的次序；分隔符（若有）在最后。
 
     separator=False：外来的字符模型，词表里没有多出的那一行。
 
     Raises:
-        ValueError: 没有字符，或有重复的。
+        ValueError: 没有字符。
     """
 
     kind = "chars"
 
     def __init__(self, characters: Iterable[str], separator: bool = True) -> None:
-        self._characters = list(characters)
+        self._characters = list(dict.fromkeys(characters))
         if not self._characters:
             raise ValueError("a character tokenizer needs at least one character")
-        if len(set(self._characters)) != len(self._characters):
-            twice = next(c for c in self._characters if self._characters.count(c) > 1)
-            raise ValueError(f"a character tokenizer has one id a character, {twice!r} comes twice")
         codes = np.array([ord(c) for c in self._characters], dtype=np.uint32)
         self._ids = np.full(int(codes.max()) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(codes))
@@ -87,6 +84,10 @@ class CharTokenizer(TableTokenizer):
         if separator:
             table.append(SEPARATOR_TEXT.encode())
         super().__init__(table, len(self._characters) if separator else None)
+
+    @property
+    def characters(self) -> tuple[str, ...]:
+        return tuple(self._characters)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_one(text) for text in texts]

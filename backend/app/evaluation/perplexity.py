@@ -22,8 +22,8 @@ import numpy as np
 
 from app.common.files import sha256_file
 from app.data import split
+from app.data.reading.sources import Sources
 from app.data.shards import META_FILE, TokenDataset
-from app.data.sources import Sources
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 

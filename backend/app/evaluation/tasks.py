@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from app.common.files import sha256_file
-from app.data.sources import jsonl_records
+from app.data.reading.records import jsonl_records
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 

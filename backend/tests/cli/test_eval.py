@@ -16,7 +16,7 @@ import yaml
 from app.cli.main import main
 from app.cli.shared import meter
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 from app.data.tokenizers import ByteTokenizer, load_tokenizer
 from app.evaluation import perplexity, tasks
 from app.evaluation.perplexity import open_text, score_windows, summarize

@@ -17,7 +17,7 @@ import pytest
 from app.cli import train as command
 from app.cli.shared.runfile import find_run_file, load_config
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 from app.training.config import TrainConfig
 from app.training.saving.checkpoint import resolve_checkpoint, verify_checkpoint
 

@@ -19,8 +19,8 @@ import pytest
 
 from app.data import prepare as prepare_module
 from app.data.prepare import JOURNAL_FILE, LOCK_FILE, Summary, TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.data.shards import TokenDataset
-from app.data.sources import Sources
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 BACKEND = Path(__file__).parents[2]
@@ -252,7 +252,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from app.data import prepare, split
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 
 source, out, kind, limit = sys.argv[1:5]
 prepare.CHECKPOINT_CHARS, prepare._BATCH_CHARS, split.UNIT_CHARS = 40_000, 10_000, 3_000

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from typing_extensions import Doc
 
-from app.cli.shared.trained import TrainedName
-from app.common.tell import to_stderr
+from app.cli.shared.trained import TrainedName, load_model
 from app.interop.targets import Target
 
 SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
@@ -42,15 +41,9 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是模型，去不了这种格式，或 --out 已有东西。
     """
-    from app.data.tokenizers import load_tokenizer
     from app.interop.export import export
-    from app.models.transformer import GPT2Model
-    from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(args.model, tell=to_stderr)
-    model = GPT2Model.from_pretrained(folder)
-    has_tokenizer = (folder / "tokenizer_meta.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    model, tokenizer, folder = load_model(args.model, "cpu")
     done = export(model, tokenizer, args.to, args.out, dtype=args.dtype, quantize=args.quantize)
     print(f"written  {done.written} ({done.kind})")
     for note in done.notes:

@@ -26,6 +26,7 @@ _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class HubTokenizer(TableTokenizer):
     """text 是 tokenizer.json 的内容；separator 是文档结束符（通常是 eos），可以没有。
 
+    names {id: 文字} 是它的全部词元，id 之间可以有洞。
     stop_ids 是生成时的停止 id，默认只有 separator。decode 是各词元在文本中间的字节相接，
     与流式解码相同：会给文本补空格的分词器，解出的文本开头就有那个空格。
 
@@ -63,7 +64,7 @@ class HubTokenizer(TableTokenizer):
         self._hub.no_padding()
         self._hub.encode_special_tokens = True
         self._text, self._data = text, data
-        names = {i: t for t, i in self._hub.get_vocab(with_added_tokens=True).items()}
+        self.names = names = {i: t for t, i in self._hub.get_vocab(with_added_tokens=True).items()}
         size = max(names, default=-1) + 1
         if not 1 <= size <= MAX_VOCAB:
             raise ValueError(f"{source}: {size} ids, must be between 1 and {MAX_VOCAB}")

@@ -123,8 +123,8 @@ def open_text(path: Path, tokenizer: Tokenizer, text_key: str | None = None) -> 
         raise ValueError(f"text={path} is a folder: give a file, or a prepared dataset with --data")
     if text_key is not None and path.suffix.lower() not in RECORD_SUFFIXES:
         raise ValueError(
-            f"text_key={text_key!r} is for {', '.join(RECORD_SUFFIXES)} files, but text={path} is read "
-            "as plain text: leave --text-key out"
+            f"text_key={text_key!r} is for {', '.join(RECORD_SUFFIXES)} files, but text={path} is "
+            "read as plain text: leave --text-key out"
         )
     sources = Sources([path], Reading(text_key))
     plan = split.survey(sources, 0.0, alphabet=False)

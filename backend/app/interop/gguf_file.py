@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from app.data import byte_level
 from app.data.tokenizers import BPETokenizer, Tokenizer
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import WPE, Weights, with_biases
+from app.interop.job import Job
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.norm import EPS
 from app.models.transformer.weights.layouts import HEAD
@@ -51,13 +52,7 @@ def gguf_name(ours: str) -> str:
     return f"blk.{layer}.{_LAYER_NAMES[rest]}.{kind}"
 
 
-def export_gguf(
-    model: GPT2Model,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    dtype: torch.dtype | None,
-    quantize: Literal["q8_0"] | None,
-) -> Exported:
+def export_gguf(job: Job) -> Exported:
     """矩阵用 dtype（None = 模型的）或 Q8_0；恒为 float32 的那些不先降到 dtype。
 
     Raises:
@@ -65,18 +60,18 @@ def export_gguf(
         ImportError: 没有装 gguf。
     """
     gguf = _library()
-    weights = with_biases(Weights.of(model))
-    dtype = dtype or weights.state[WPE].dtype
+    weights = with_biases(Weights.of(job.model))
+    dtype = job.dtype or weights.state[WPE].dtype
     if dtype not in _TYPES:
         raise ValueError(f"{dtype} does not exist in GGUF: use --dtype float32 or float16")
-    kind = "Q8_0" if quantize == "q8_0" else _TYPES[dtype]
+    kind = "Q8_0" if job.quantize == "q8_0" else _TYPES[dtype]
     name = f"model-{kind.lower()}.gguf"
     notes = list(weights.notes)
 
     def fill(new: Path) -> None:
         writer = gguf.GGUFWriter(new / name, "gpt2")
         _write_config(gguf, writer, weights.config, kind)
-        notes.extend(_write_tokenizer(gguf, writer, tokenizer, weights.config.vocab_size))
+        notes.extend(_write_tokenizer(gguf, writer, job.tokenizer, weights.config.vocab_size))
         for ours, tensor in weights.state.items():
             wanted = gguf.GGMLQuantizationType[_kind_of(ours, tensor, kind)]
             data = gguf.quants.quantize(tensor.float().numpy(), wanted)
@@ -86,9 +81,9 @@ def export_gguf(
         writer.write_tensors_to_file()
         writer.close()
 
-    write_folder(folder, fill)
-    checked = compare_gguf(model, folder / name)
-    return Exported(folder / name, f"gguf {kind}", tuple(notes), checked)
+    write_folder(job.folder, fill)
+    checked = compare_gguf(job.model, job.folder / name)
+    return Exported(job.folder / name, f"gguf {kind}", tuple(notes), checked)
 
 
 def _library() -> Any:

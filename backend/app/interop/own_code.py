@@ -42,7 +42,8 @@ def write_own_code(
     files = {}
     if tokenizer is not None:
         raw = special_keys(tokenizer) | {"vocab_size": weights.config.vocab_size}
-        files = tokens.tokenizer_files(tokenizer, weights.config.context_size)
+        size = weights.config.vocab_size
+        files = tokens.tokenizer_files(tokenizer, weights.config.context_size, size)
         files["generation_config.json"] = to_json(generation_settings(raw, tokenizer))
 
     def fill(new: Path) -> None:

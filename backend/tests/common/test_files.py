@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from app.data.sources import Sources
 
 from app.cli.main import main
 from app.common.files import check_free, check_new, write_atomic, write_folder, write_new
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.data.tokenizers import ByteTokenizer
 from app.interop.export import export
 from app.interop.importing import Imported, write_model

@@ -14,7 +14,6 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage, parse_options
-from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 
 _SUFFIX = ".yaml"
@@ -174,7 +173,9 @@ def load_model_config(name: str) -> RunFile:
     path = Path(name)
     if path.suffix != ".json":
         return load_config(name)
-    return RunFile(TrainConfig(model=GPT2Config.from_file(path)), True)
+    from app.models.transformer.weights.recognise import config_from_file
+
+    return RunFile(TrainConfig(model=config_from_file(path)), True)
 
 
 def config_name(argv: Sequence[str]) -> str | None:

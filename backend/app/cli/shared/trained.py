@@ -53,16 +53,27 @@ def load_trained(name: str | Path, device: str) -> Trained:
     Raises:
         ValueError: 不是上面几种之一，没有分词器，没有这个设备，或旁边有适配器。
     """
+    model, tokenizer, folder = load_model(name, device)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer: it takes token ids only, in Python")
+    return Trained(model, tokenizer, folder)
+
+
+def load_model(name: str | Path, device: str) -> tuple[GPT2Model, Tokenizer | None, Path]:
+    """同 load_trained，但没有分词器也行。
+
+    Raises:
+        ValueError: 不是上面几种之一，或没有这个设备。
+    """
     from app.cli.shared.foreign import refuse_foreign
-    from app.data.tokenizers import load_tokenizer
+    from app.data.tokenizers import META_FILE, load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
     refuse_foreign(Path(name))
     folder = resolve_checkpoint(name, tell=to_stderr)
-    tokenizer = load_tokenizer(folder)
-    model = GPT2Model.from_pretrained(folder, device=pick_device(device))
-    return Trained(model, tokenizer, folder)
+    tokenizer = load_tokenizer(folder) if (folder / META_FILE).is_file() else None
+    return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer, folder
 
 
 def pick_device(name: str) -> torch.device:

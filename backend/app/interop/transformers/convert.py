@@ -15,7 +15,7 @@ import app.models.transformer as core_package
 from app.models.transformer import GPT2Model
 
 from .configuration_workbench import WorkbenchConfig
-from .modeling_workbench import WorkbenchForCausalLM, WorkbenchModel
+from .modeling_workbench import WorkbenchForCausalLM, WorkbenchModel, is_tied
 
 AUTO_MAP = {
     "AutoConfig": "configuration_workbench.WorkbenchConfig",
@@ -54,11 +54,23 @@ def wrap(model: GPT2Model, **options: Any) -> WorkbenchForCausalLM:
 
 
 def unwrap(model: WorkbenchForCausalLM) -> GPT2Model:
-    """transformers 的模型 -> GPT2Model；参数是同一些张量。"""
+    """transformers 的模型 -> GPT2Model；参数是同一些张量，头是否共享也看张量而不看配置。
+
+    Raises:
+        ValueError: 有的层被适配器包着，张量不在原来的名字下。
+    """
+    config = model.config.core().replace(tie_weights=is_tied(model))
     with torch.device("meta"):
-        core = GPT2Model(model.config.core())
+        core = GPT2Model(config)
     names = core.state_dict().keys()
     state = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
+    missing = sorted(names - state.keys())
+    if missing:
+        others = sorted(state.keys() - names)
+        raise ValueError(
+            f"{len(missing)} tensors are not under their names ({missing[0]}, but there is "
+            f"{others[:2]}): merge adapters first, unwrap(peft_model.merge_and_unload())"
+        )
     core.load_state_dict({name: state[name] for name in names}, assign=True)
     return core.train(model.training)
 

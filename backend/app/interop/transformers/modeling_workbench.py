@@ -308,6 +308,15 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         )
 
 
+def is_tied(model: WorkbenchForCausalLM) -> bool:
+    """头与嵌入是不是同一个张量；适配器包着的层没有 weight，那就看配置。"""
+    head, table = model.lm_head, model.get_input_embeddings()
+    ends = [dict(module.named_parameters(recurse=False)).get("weight") for module in (head, table)]
+    if None in ends:
+        return bool(model.config.tie_weights)
+    return ends[0] is ends[1]
+
+
 class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed.wte.weight"}
 
@@ -316,6 +325,11 @@ class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):
         self.model = WorkbenchModel(config)
         self.lm_head = Linear(config.n_embed, config.vocab_size, bias=False)
         self.post_init()
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """PEFT 会拆开共享的头而不改配置：写出的配置照张量说。"""
+        self.config.tie_weights = is_tied(self)
+        super().save_pretrained(*args, **options)
 
     @can_return_tuple
     def forward(

@@ -14,6 +14,7 @@ from app.cli.shared.runfile import (
     fit_vocabulary,
     load_config,
     names_vocabulary,
+    where_lines,
 )
 from app.training.config import TrainConfig
 
@@ -62,8 +63,11 @@ def run(args: Args) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from app.training.run import train
 
+    config = args.train_config()
     preset = None if args.config is None else load_config(args.config)[0]
-    result = train(args.train_config(), show_plan, preset=preset)
+    for line in [] if args.config is None else where_lines(args.config, config):
+        print(line, flush=True)
+    result = train(config, show_plan, preset=preset)
     for line in summary(result):
         print(line)
     return 0

@@ -29,9 +29,17 @@ from .report.run_facts import Facts, write_facts
 from .report.run_page import REPORT, Reporter
 from .report.tensorboard import open_tensorboard, require_tensorboard
 from .saving.checkpoint import Tell, step_folder, sweep
+from .saving.home import leave_origin
 from .saving.initial import initialize_from
 from .saving.lock import run_lock
-from .saving.resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
+from .saving.resume import (
+    RUN_FILE,
+    check_compatible,
+    check_out,
+    check_same_machine,
+    find_start,
+    resume_lines,
+)
 from .saving.state import read_state, restore, versions
 from .trainer import Trainer
 from .watch.guidance import small_step
@@ -101,6 +109,7 @@ def train(
         if warning := small_step(config, trainer.model.num_parameters(), preset):
             note(warning)
         write_atomic(run / RUN_FILE, _as_yaml(config))
+        leave_origin(run, config, data.train.fingerprint)
         plan = describe(trainer, _compile(trainer, stop, note))
         write_facts(run, _facts(trainer, data, plan, notes))
         show_plan(plan)
@@ -161,6 +170,8 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
         trainer.restore_counters(state, own=start.parent.resolve() == Path(config.out).resolve())
         trainer.restore_best(tell)
         tell(f"resuming from {start} at step {trainer.step}")
+        for line in resume_lines(state, config, trainer.sampler):
+            tell(line)
     return trainer
 
 
@@ -231,7 +242,7 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
     shape = config.model
     passes = -(-config.batch_size // trainer.micro)
     passed = "one pass" if passes == 1 else f"{passes} passes of {trainer.micro} sequences"
-    total = config.steps * config.tokens_per_step
+    total = trainer.tokens + (config.steps - trainer.step) * config.tokens_per_step
     epochs = trainer.sampler.epoch(config.steps)
     return [
         ("device", str(runtime.device), runtime.device_why),

@@ -40,6 +40,7 @@ from .saving.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
+from .saving.resume import windows_read
 from .saving.state import fill_checkpoint
 from .step import (
     Sums,
@@ -290,6 +291,7 @@ class Trainer:
         facts = {
             "step": self.step,
             "tokens": self.tokens,
+            "windows": self.sampler.windows(self.step),
             "skipped": self.skipped,
             "bad_in_a_row": self._bad_in_a_row,
             "spikes": self.spikes.state(),
@@ -303,6 +305,7 @@ class Trainer:
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:
         """接上计数；own 说明检查点就在本训练的文件夹里。"""
         self.step, self.tokens = state["step"], state["tokens"]
+        self.sampler = self.sampler.moved(self.step, windows_read(state))
         self.skipped, self._bad_in_a_row = state["skipped"], state["bad_in_a_row"]
         # 早先的检查点没有尖峰的历史。
         self.spikes.load(state.get("spikes", {}))
@@ -321,10 +324,10 @@ class Trainer:
         self.best = best
 
     def compile(self, tell: Tell) -> str:
-        """按配置编译各块；返回一句说明。试跑用第 0 批，不留痕迹。"""
+        """按配置编译各块；返回一句说明。试跑用下一批，不留痕迹。"""
 
         def probe() -> None:
-            inputs, targets = self.sampler.batch(self.data, 0, slice(0, self.micro))
+            inputs, targets = self.sampler.batch(self.data, self.step, slice(0, self.micro))
             self.model.train()
             accumulate(self.model, inputs, targets, self.micro, self.runtime)
 

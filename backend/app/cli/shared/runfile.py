@@ -14,6 +14,7 @@ from typing_extensions import Doc
 
 from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
+from app.training.saving.home import at_home, home_lines
 
 _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
@@ -93,7 +94,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def load_config(name: str) -> tuple[TrainConfig, bool]:
-    """(配置, 文件里是否写明了词表大小)。
+    """(配置, 文件里是否写明了词表大小)；训练文件夹里的运行文件，out 就是那个文件夹。
 
     Raises:
         ValueError: 找不到、读不懂、未知的键或坏值；信息里有文件名。
@@ -104,7 +105,13 @@ def load_config(name: str) -> tuple[TrainConfig, bool]:
         config = TrainConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config, "vocab_size" in (data.get("model") or {})
+    return at_home(path, config), "vocab_size" in (data.get("model") or {})
+
+
+def where_lines(name: str, config: TrainConfig) -> list[str]:
+    """按命令行盖过之后的 config 训练会在哪里：与运行文件里写的不同就说。"""
+    path = find_run_file(name)
+    return home_lines(path, TrainConfig.from_dict(read_run_file(path)), config)
 
 
 def load_model_config(name: str) -> tuple[TrainConfig, bool]:

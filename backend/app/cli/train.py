@@ -70,7 +70,7 @@ def run(args: Args) -> int:
     result = train(config, show_plan, preset=preset)
     for line in summary(result):
         print(line)
-    return 0
+    return 1 if result.unwritten else 0
 
 
 def show_plan(plan: Plan) -> None:
@@ -91,6 +91,8 @@ def summary(result: Result) -> list[str]:
         resume = f"gpt2 train --config {_quote(result.run_file)} --resume auto"
         lines.append(f"stopped by {result.stopped} at step {result.step}; saved. Go on with:")
         lines.append(f"  {resume}")
+    elif result.early is not None:
+        lines.append(f"{result.early}; saved, in {duration(result.seconds)}")
     else:
         lines.append(f"finished {result.step} steps in {duration(result.seconds)}")
     if result.best is not None:
@@ -101,6 +103,8 @@ def summary(result: Result) -> list[str]:
         lines.append(f"loss plot   {result.plot}")
     lines.append(f"report      {result.report}")
     lines.append(f"checkpoint  {result.checkpoint}")
+    if result.unwritten:
+        lines.append(f"trained and saved, but not written whole: {', '.join(result.unwritten)}")
     which = run_folder / "best" if result.best is not None else run_folder
     lines.append(f'write with it:\n  gpt2 generate {_quote(which)} --prompt "..."')
     return lines

@@ -135,6 +135,10 @@ class TrainConfig:
     eval_batches: Annotated[
         int, Doc("validation batches, evenly spread over the split; 0 = the whole split")
     ] = 20
+    patience: Annotated[
+        int,
+        Doc("end after this many validations in a row without a better loss; 0 = train all steps"),
+    ] = 0
     sample_every: Annotated[int, Doc("steps between samples; 0 = only at the end")] = 500
     sample_prompt: Annotated[str, Doc("text that samples continue; empty = a line break")] = ""
     sample_tokens: Annotated[int, Doc("tokens per sample; 0 = no samples")] = 120
@@ -151,6 +155,7 @@ class TrainConfig:
         for name in (
             "eval_every",
             "eval_batches",
+            "patience",
             "sample_every",
             "sample_tokens",
             "save_every",
@@ -162,6 +167,11 @@ class TrainConfig:
             raise ValueError(
                 f"micro_batch={self.micro_batch} must be between 1 and "
                 f"batch_size={self.batch_size}, or None for the whole batch"
+            )
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"patience={self.patience} counts validations but eval_every=0 makes none before "
+                "the end: use eval_every above 0, or patience=0"
             )
         self._check_schedule()
         for name in ("out", "resume", "device", "init_from"):

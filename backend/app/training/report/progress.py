@@ -10,6 +10,16 @@ from typing import Any
 _REFRESH_SECONDS, _LINE_SECONDS = 0.25, 10.0
 
 
+def say(text: str) -> None:
+    """打印一行；标准输出的编码写不出的字符写成 \\xNN，而不是为它结束训练。"""
+    print(printable(text), flush=True)
+
+
+def printable(text: str) -> str:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding, "replace")
+
+
 class Progress:
     """一个训练的显示。
 
@@ -45,9 +55,9 @@ class Progress:
             return
         try:
             if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False)
+                self._bar.console.print(printable(text), markup=False, highlight=False)
             else:
-                print(text, flush=True)
+                say(text)
         except OSError:
             self._quiet = True
 

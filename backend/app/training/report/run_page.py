@@ -128,7 +128,7 @@ def _status(history: History, steps: int | None) -> str:
         speed = speeds(history)[1]
         if len(speed):
             parts.append(f"{float(np.median(speed)):,.0f} tokens/s")
-    at, losses = history.evals()
+    at, losses = history.like_evals()
     if len(losses):
         best = int(losses.argmin())
         parts.append(f"best validation loss {losses[best]:.4f} at step {at[best]:.0f}")
@@ -259,6 +259,8 @@ def _events(history: History, notes: list[str]) -> list[str]:
 def _event(row: dict[str, Any]) -> str:
     if row.get("kind") == "skipped":
         return f"no update: {row.get('where')}; rows {row.get('rows')}"
+    if row.get("kind") == "spike":
+        return f"{row.get('where')}; updated all the same; rows {row.get('rows')}"
     if row.get("kind") == "hint":
         return str(row.get("text"))
     facts = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("kind", "step"))

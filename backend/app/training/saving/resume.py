@@ -25,7 +25,7 @@ from .lock import LOCK
 RUN_FILE = "run.yaml"
 # 不影响训练出的权重的设置；变了不必提。
 SILENT = {
-    "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
+    "out", "resume", "eval_every", "eval_batches", "patience", "sample_every", "sample_prompt",
     "sample_tokens", "save_every", "keep_last", "data.folder", "data.verify", "tensorboard",
     "activation_checkpointing", "init_from",
 }  # fmt: skip
@@ -156,7 +156,8 @@ def windows_read(state: Mapping[str, Any]) -> int:
 def resume_lines(state: Mapping[str, Any], config: TrainConfig, sampler: Sampler) -> list[str]:
     """接着训之前要说清的：学习率在这一步从多少变到多少，数据从哪里读起。"""
     step, lines = state["step"], []
-    old = TrainConfig.from_dict(state["config"])
+    kept = ("steps", "seed", "optim", "schedule")
+    old = TrainConfig.from_dict({k: v for k, v in state["config"].items() if k in kept})
     for name, before, now in zip(
         ("learning rate", "learning rate of muon"), _peaks(old), _peaks(config), strict=True
     ):

@@ -16,11 +16,29 @@ _SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """
+    """空的提示是一个换行；字符表里没有换行的（DNA、名单），就从文档的开头写起。
+
     Raises:
         ValueError: 分词器不认识提示里的字符；开训之前就该知道。
     """
-    return list(tokenizer.encode(prompt or "\n")) or [tokenizer.document_separator]
+    try:
+        return list(tokenizer.encode(prompt or "\n")) or [tokenizer.document_separator]
+    except ValueError as error:
+        if not prompt:
+            return [tokenizer.document_separator]
+        raise ValueError(
+            f"sample_prompt={prompt!r} cannot be encoded: {error}; use another --sample-prompt "
+            "(empty fits all data), or --sample-tokens 0 for no samples"
+        ) from None
+
+
+def check_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        ValueError: 要写样文，而分词器不认识提示里的字符。
+    """
+    if config.sample_tokens:
+        encode_prompt(tokenizer, config.sample_prompt)
 
 
 def sample_text(

@@ -43,7 +43,7 @@ from .saving.resume import (
 from .saving.state import read_state, restore, versions
 from .trainer import Trainer
 from .watch.guidance import small_step
-from .watch.samples import check_prompt
+from .watch.samples import usable_prompt
 from .watch.validation import Validation
 
 
@@ -105,6 +105,7 @@ def train(
     if config.tensorboard:
         require_tensorboard()
     data = open_data(config, note)
+    config = usable_prompt(config, preset, data.train.tokenizer(), note)
     check_out(config)
     runtime = choose_runtime(config)
     run = Path(config.out)
@@ -178,7 +179,6 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
     tokenizer = data.train.tokenizer()
     if start is None and config.init_from is not None:
         initialize_from(config.init_from, model, tokenizer, tell)
-    check_prompt(config, tokenizer)
     validation = None
     if data.val is not None:
         windows = config.eval_batches * config.batch_size

@@ -260,11 +260,16 @@ def _event(row: dict[str, Any]) -> str:
     if row.get("kind") == "skipped":
         return f"no update: {row.get('where')}; rows {row.get('rows')}"
     if row.get("kind") == "spike":
-        return f"{row.get('where')}; updated all the same; rows {row.get('rows')}"
+        said = f"A spike: the {row.get('where')}. The weights were updated all the same"
+        return f"{said}; the windows read start at tokens {_listed(row.get('rows'))}."
     if row.get("kind") == "hint":
         return str(row.get("text"))
     facts = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("kind", "step"))
     return f"{row.get('kind')}: {facts}"
+
+
+def _listed(rows: Any) -> str:
+    return ", ".join(map(str, rows)) if isinstance(rows, list) else "unknown"
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[str]:

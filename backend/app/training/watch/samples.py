@@ -11,6 +11,7 @@ from app.models.transformer import GPT2Model
 
 from ..config import TrainConfig
 from ..machine.runtime import Runtime
+from ..saving.checkpoint import Tell
 
 _SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
 
@@ -39,6 +40,27 @@ def check_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """
     if config.sample_tokens:
         encode_prompt(tokenizer, config.sample_prompt)
+
+
+def usable_prompt(
+    config: TrainConfig, preset: TrainConfig | None, tokenizer: Tokenizer, tell: Tell
+) -> TrainConfig:
+    """运行文件自带的提示（不是用户此刻要的）写不进这份数据，就换成默认的，说一句。
+
+    Raises:
+        ValueError: 用户自己给的提示里有分词器不认识的字符。
+    """
+    try:
+        check_prompt(config, tokenizer)
+    except ValueError:
+        if preset is None or preset.sample_prompt != config.sample_prompt:
+            raise
+        tell(
+            f"note: sample_prompt={config.sample_prompt!r} of the run file cannot be encoded with "
+            "this data: samples begin with a line break or a new document instead"
+        )
+        return config.replace(sample_prompt="")
+    return config
 
 
 def sample_text(

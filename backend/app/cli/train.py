@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
 from app.cli.shared.tables import print_table
-from app.common.console import say
+from app.common.console import forget_reader, say
 
 if TYPE_CHECKING:
     from app.training.run import Result
@@ -46,8 +46,12 @@ def run(args: Args) -> int:
     for line in [] if args.file is None else args.file.lines(args.train):
         say(line)
     result = train(args.train, print_table, preset=preset)
-    for line in summary(result):
-        print(line)
+    try:
+        for line in summary(result):
+            say(line)
+    except BrokenPipeError:
+        # 训练已经做完、存好，只是没有人看了。
+        forget_reader()
     return 1 if result.unwritten else 0
 
 

@@ -32,6 +32,7 @@ from .report.progress import Progress
 from .saving.checkpoint import (
     BEST,
     CheckpointError,
+    best_measured,
     mark_best,
     prune,
     read_best,

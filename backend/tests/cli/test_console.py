@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from app.data.sources import Sources
 
 from app.cli.main import main
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.models.transformer import create_gpt2_model
 from app.training.saving.checkpoint import list_steps
 

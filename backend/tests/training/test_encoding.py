@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from app.data.sources import Sources
 
+from app.common import console
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.training.config import DataConfig, ScheduleConfig, TrainConfig
-from app.training.report import progress
 from app.training.saving.checkpoint import resolve_checkpoint
 
 from .child import BACKEND, ENV
@@ -65,9 +65,9 @@ def test_what_can_be_written_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     for encoding, wanted in (("cp1252", "caf\xe9 \\u6f22"), ("utf-8", "caf\xe9 漢")):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", stream)
-        progress.say("caf\xe9 漢")
+        console.say("caf\xe9 漢")
         stream.flush()
         assert stream.buffer.getvalue().decode(encoding) == wanted + "\n"
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    progress.say("漢")
+    console.say("漢")
     assert sys.stdout.getvalue() == "漢\n"

@@ -114,9 +114,8 @@ def test_another_validation_part_measures_again(make: Make, tmp_path: Path) -> N
 
 
 def test_a_validation_part_of_another_tokenizer_is_refused(make: Make, tmp_path: Path) -> None:
-    from app.data.sources import Sources
-
     from app.data.prepare import TokenizerSpec, prepare
+    from app.data.reading.sources import Sources
 
     folder = write_dataset(tmp_path / "words")
     prepare(

@@ -280,8 +280,8 @@ def test_odd_names_are_ignored(tmp_path: Path) -> None:
 
 
 LEFT_BEHIND = [
-    ".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000000012", "state.json~",
-    ".state.json.swp", "notes.txt", "model (1).safetensors",
+    ".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000000012",
+    "state.json~", ".state.json.swp", "notes.txt", "model (1).safetensors",
 ]  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_strays_in_the_run_folder_are_no_checkpoints(tmp_path: Path) -> None:
     assert ck.list_steps(tmp_path) == [(1, ck.step_folder(tmp_path, 1))]
     save(tmp_path, 2)
     ck.prune(tmp_path, 1)
-    assert ck.sweep(tmp_path) == [] and newest(tmp_path) == 2
+    assert ck.clear_leftovers(tmp_path) == [] and newest(tmp_path) == 2
     after = {path.name for path in tmp_path.iterdir()}
     assert after == before - {"step-00000001"} | {"step-00000002"}
 
@@ -342,7 +342,7 @@ def test_a_leftover_that_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / ".trash-step-00000001-7").mkdir()
     monkeypatch.setattr(shutil, "rmtree", busy)
     told: list[str] = []
-    ck.sweep(tmp_path, told.append)
+    ck.clear_leftovers(tmp_path, told.append)
     assert len(told) == 1 and "resource busy" in told[0] and "training goes on" in told[0]
 
 

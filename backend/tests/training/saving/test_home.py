@@ -124,7 +124,7 @@ def test_another_out_is_a_new_run_and_says_so(
 def test_settings_outside_a_run_folder_mean_what_they_say(project: Path, tmp_path: Path) -> None:
     shutil.copy("runs/a/run.yaml", "recipe.yaml")
     assert home_of(Path("recipe.yaml")) is None and not is_run(project)
-    assert load_config("recipe.yaml")[0].out == "runs/a"
+    assert load_config("recipe.yaml").config.out == "runs/a"
 
 
 def test_the_data_is_the_one_it_was_trained_on(
@@ -134,13 +134,13 @@ def test_the_data_is_the_one_it_was_trained_on(
     other = tmp_path / "other"
     write_dataset(other / "data" / "words", seed=5)
     monkeypatch.chdir(other)
-    found = Path(load_config(str(project / "runs/a/run.yaml"))[0].data.folder)
+    found = Path(load_config(str(project / "runs/a/run.yaml")).config.data.folder)
     assert found.resolve() == (project / "data/words").resolve()
     said: list[str] = []
     last = project / "runs/a" / "step-00000006"
     assert own_data(last, said.append, "--data").resolve() == found.resolve()
     Path(shutil.move(project / "runs/a", tmp_path / "moved"))
-    found = Path(load_config(str(tmp_path / "moved" / "run.yaml"))[0].data.folder)
+    found = Path(load_config(str(tmp_path / "moved" / "run.yaml")).config.data.folder)
     assert found.resolve() == (project / "data/words").resolve()
 
 

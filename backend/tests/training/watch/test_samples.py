@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-from app.data.sources import Sources
 
 from app.cli import train as command
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.training.config import DataConfig, TrainConfig
 from app.training.sweep import check
 

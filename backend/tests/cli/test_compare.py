@@ -49,7 +49,7 @@ def test_sweep_then_compare(
         assert (tmp_path / name).stat().st_size > 5000
     before = (tmp_path / "c.html").read_bytes()
     for args, message in (
-        ((*folders, "--out", "c.html"), "already exists and is not overwritten"),
+        ((*folders, "--out", "c.html"), "already exists and is never overwritten"),
         ((*folders, "--out", "c.pdf"), "does not end in .html or .png: use --out c.html"),
         ((folders[0], "--out", "d.html"), "1 run given, at least 2"),
         ((folders[0], folders[0] + "/", "--out", "d.html"), "given twice"),

@@ -155,8 +155,8 @@ def open_data(config: TrainConfig, tell: Tell) -> Data:
     written, used = (part.meta["tokenizer"]["fingerprint"] for part in (val, train))
     if written != used:
         raise ValueError(
-            f"{folder / 'val'} was written with the tokenizer {written[:12]} but {folder / 'train'} "
-            f"with {used[:12]}: their losses have nothing to do with each other; prepare both "
+            f"{folder / 'val'} was written with the tokenizer {written[:12]} but "
+            f"{folder / 'train'} with {used[:12]}: their losses have nothing to do with each other; prepare both "
             "parts together into a new folder"
         )
     return Data(train, val)

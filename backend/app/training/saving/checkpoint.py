@@ -211,9 +211,7 @@ def find_latest(run: Path) -> tuple[Path | None, list[Skipped]]:
     return None, skipped
 
 
-def mark_best(
-    run: Path, step: int, loss: float, measured: Mapping[str, Any] | None = None
-) -> None:
+def mark_best(run: Path, step: int, loss: float, measured: Mapping[str, Any] | None = None) -> None:
     """记下验证损失最低的检查点（只记名字，不复制），连同这个数是在什么上量的。"""
     data = {"step": step, "loss": loss} | ({"measured": dict(measured)} if measured else {})
     write_atomic(run / BEST, (json.dumps(data) + "\n").encode())

@@ -280,8 +280,8 @@ def test_odd_names_are_ignored(tmp_path: Path) -> None:
 
 
 LEFT_BEHIND = [
-    ".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000000012", "state.json~",
-    ".state.json.swp", "notes.txt", "model (1).safetensors",
+    ".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000000012",
+    "state.json~", ".state.json.swp", "notes.txt", "model (1).safetensors",
 ]  # fmt: skip
 
 
@@ -333,9 +333,7 @@ def test_pruning_spares_what_someone_put_there(tmp_path: Path) -> None:
     assert [step for step, _ in ck.list_steps(tmp_path)] == [1, 4]
 
 
-def test_a_leftover_that_cannot_be_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_leftover_that_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """网络盘上还被占着的 .nfs… 删不掉：说一句，训练照常。"""
 
     def busy(path: Path) -> None:

@@ -60,9 +60,10 @@ def test_every_window_once_over_changed_batch_sizes(make: Make, read: list[int])
     assert done == whole.n_windows
     assert read == [int(whole.offsets(i)[0]) for i in range(whole.n_windows)]
     assert set(Counter(read).values()) == {1}
-    assert json.loads((step_folder(Path(config.out), step) / "state.json").read_text())[
-        "windows"
-    ] == done
+    assert (
+        json.loads((step_folder(Path(config.out), step) / "state.json").read_text())["windows"]
+        == done
+    )
 
 
 def test_where_it_goes_on_is_said(make: Make) -> None:

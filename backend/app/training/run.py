@@ -161,8 +161,8 @@ def open_data(config: TrainConfig, tell: Tell) -> Data:
     if written != used:
         raise ValueError(
             f"{folder / 'val'} was written with the tokenizer {written[:12]} but "
-            f"{folder / 'train'} with {used[:12]}: their losses have nothing to do "
-            "with each other; prepare both parts together into a new folder"
+            f"{folder / 'train'} with {used[:12]}: their losses "
+            "have nothing to do with each other; prepare both parts together into a new folder"
         )
     return Data(train, val)
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -285,3 +286,44 @@ def test_nanogpt_recipe_is_the_published_shape() -> None:
     assert (shape.norm, shape.dropout, config.batch_size, config.steps) == ("pre", 0.0, 12, 2000)
     assert (optim.lr, optim.betas, config.schedule.warmup_steps) == (1e-3, (0.9, 0.99), 100)
     assert optim.lr * config.schedule.min_lr_ratio == pytest.approx(1e-4)
+
+
+# ---- 成了才算成 ----
+
+
+def test_what_was_not_written_is_no_success(tmp_path: Path, data: Path) -> None:
+    """训练做完了，报告却没写成：说出来，退出码不是 0；修好再来一次就是 0。"""
+    path = write_run_file(tmp_path, data, "run", steps=12)
+    assert gpt2("--config", str(path)).returncode == 0
+    report = tmp_path / "run" / "report.html"
+    report.unlink()
+    (report / "x").mkdir(parents=True)
+    more = ("--config", str(tmp_path / "run" / "run.yaml"), "--resume", "auto")
+    done = gpt2(*more, "--steps", "14")
+    assert done.returncode == 1
+    assert "trained and saved, but not written whole: report.html" in done.stdout
+    (report / "x").rmdir()
+    report.rmdir()
+    done = gpt2(*more)
+    assert done.returncode == 0 and report.is_file() and "not written" not in done.stdout
+
+
+def test_a_moved_run_goes_on_from_anywhere(tmp_path: Path, data: Path) -> None:
+    """真的进程：复制出来的训练从别的文件夹续，原来的一个字节也不动。"""
+    path = write_run_file(tmp_path, data, "run", steps=12)
+    assert gpt2("--config", str(path)).returncode == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    done = gpt2("--config", "../copy/run.yaml", "--resume", "auto", "--steps", "15",
+                cwd=_folder(tmp_path / "elsewhere"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert resolve_checkpoint(tmp_path / "copy").name == "step-00000015"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert "data goes on at window " in done.stdout
+    assert "learning rate of the next step (step 13) is " in done.stdout
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path

@@ -39,9 +39,8 @@ def check_out(config: TrainConfig) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"out={config.out} is a file: give a folder")
     # 只剩锁文件：上一次在写下任何成果之前就失败了，照新文件夹看待。
-    if not run.is_dir() or all(
-        path.name == LOCK or is_clutter(path.name) for path in run.iterdir()
-    ):
+    names = [path.name for path in run.iterdir()] if run.is_dir() else []
+    if all(name == LOCK or is_clutter(name) for name in names):
         return
     if config.resume == "none":
         raise ValueError(

@@ -1,23 +1,22 @@
-"""损失曲线：由 metrics.jsonl 画一张 PNG。matplotlib 只在此处导入。"""
+"""损失曲线：由 metrics.jsonl 的各行画一张 PNG。matplotlib 只在此处导入。"""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from app.common.files import write_atomic
-from app.training.report.metrics import METRICS, read_metrics
 
 PLOT = "loss.png"
 
 
-def plot_losses(run: Path) -> Path | None:
+def plot_losses(rows: Sequence[dict[str, Any]], path: Path) -> Path | None:
     """画训练（原样与平滑）、验证与学习率；还没有一步可画时返回 None。"""
-    rows = read_metrics(run / METRICS)
     train = [r for r in rows if r.get("kind") == "train" and _finite(r.get("loss"))]
     evals = [r for r in rows if r.get("kind") == "eval" and _finite(r.get("loss"))]
     if not train:
@@ -32,7 +31,6 @@ def plot_losses(run: Path) -> Path | None:
     lr_axes.plot([r["step"] for r in train], [r["lr"] for r in train], color="tab:green")
     lr_axes.set(xlabel="optimizer step", ylabel="learning rate", ylim=(0, None))
     lr_axes.grid(alpha=0.3)
-    path = run / PLOT
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png")
     write_atomic(path, drawn.getvalue())

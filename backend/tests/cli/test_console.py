@@ -17,7 +17,7 @@ import torch
 from app.cli.main import main
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Sources
-from app.models.transformer import create_gpt2_model
+from app.models.transformer import MoEConfig, create_gpt2_model
 from app.training.saving.checkpoint import list_steps
 
 BACKEND = Path(__file__).parents[2]
@@ -81,7 +81,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from app.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(root / "data" / "train")
-    for name, more in (("dense", {}), ("experts", {"moe_num_experts": 2})):
+    for name, more in (
+        ("dense", {}),
+        ("experts", {"moe_num_experts": 2, "moe": MoEConfig(hidden=64)}),
+    ):
         torch.manual_seed(0)
         model = create_gpt2_model(
             vocab_size=tokenizer.vocab_size, context_size=16, n_layer=1, n_head=2, n_embed=16,
@@ -94,13 +97,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+TINY = ["--model.n-layer", 1, "--model.n-embed", 16, "--model.n-head", 2]
+TINY += ["--model.context-size", 16]
 COMMANDS = {
     "prepare": (0, ["prepare", "PLACE/text.txt", "--out", "NEW/data", "--tokenizer", "chars"]),
     "generate": (0, ["generate", "PLACE/dense", "--prompt", HARD, "--max-new-tokens", 5]),
     "generate refused": (2, ["generate", "PLACE/dense", "--prompt", "漢"]),
     "generate nowhere": (2, ["generate", f"{HARD}-none", "--prompt", "a"]),
     "eval": (0, ["eval", "PLACE/dense", "--data", "PLACE/data", "--task", "PLACE/task.jsonl"]),
-    "plan": (0, ["plan", "--out", f"NEW/{HARD}", "--data.folder", "PLACE/data"]),
+    "plan": (0, ["plan", "--out", f"NEW/{HARD}", "--data.folder", "PLACE/data", *TINY]),
     "show": (0, [
         "show", "routing", "--run", "PLACE/experts", "--text", HARD, "--out", f"NEW/{HARD}.png",
     ]),
@@ -108,10 +113,7 @@ COMMANDS = {
     "experts": (0, [
         "experts", "PLACE/experts", "--average", "--data", "PLACE/data", "--out", f"NEW/{HARD}",
     ]),
-    "verify": (0, [
-        "verify", "--model.n-layer", 1, "--model.n-embed", 16, "--model.n-head", 2,
-        "--model.vocab-size", 31, "--model.context-size", 16,
-    ]),
+    "verify": (0, ["verify", *TINY, "--model.vocab-size", 31]),
     "unknown": (2, [HARD]),
 }  # fmt: skip
 

@@ -276,10 +276,21 @@ def test_patterns_that_do_not_fit_the_context(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["local(64)", "strided(64)", "fixed(64, 64)", "global(64)", "local(32, 2)", "causal"]
-)
-def test_patterns_that_just_fit(text: str) -> None:
-    check_pattern(parse(text), 64)
+    "text, least",
+    [
+        ("local(64)", 64), ("strided(64)", 64), ("fixed(64, 64)", 64), ("global(64)", 64),
+        ("local(32, 2)", 63), ("causal", 1),
+    ],
+)  # fmt: skip
+def test_patterns_that_just_fit(text: str, least: int) -> None:
+    """64 放得下；least 是放得下的最小上下文，再少一个就拒绝。"""
+    pattern = parse(text)
+    for context in {least, 64}:
+        check_pattern(pattern, context)
+        assert all(seen(pattern, q) for q in range(context))
+    if text != "causal":
+        with pytest.raises(ValueError, match=f"more than context_size={least - 1}"):
+            check_pattern(pattern, least - 1)
 
 
 def test_a_hand_made_and_of_causal_keeps_clauses_clean() -> None:

@@ -50,8 +50,11 @@ def test_resuming_goes_on_from_the_run_and_not_from_there(make, first, tmp_path)
 
 
 def test_what_does_not_change_the_shape_may_differ(make, first):
-    config = make(init_from=str(first), steps=5)
-    train(config.replace(model=config.model.replace(dropout=0.0)))
+    config = make(init_from=str(first), steps=5, optim=OptimConfig(lr=1e-12))
+    assert config.model.dropout != 0.0
+    done = train(config.replace(model=config.model.replace(dropout=0.0)))
+    before, after = weights(first), weights(done.checkpoint)
+    assert all(torch.allclose(before[n], after[n], atol=1e-9) for n in before)
 
 
 @pytest.mark.parametrize("change, words", [

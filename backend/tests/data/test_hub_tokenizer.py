@@ -158,18 +158,24 @@ def test_ids_equal_auto_tokenizer(pair: tuple[Hub, HubTokenizer], tmp_path: Path
     special = {i for t, i in ours.special_tokens.items() if t not in ("<unk>", "[UNK]")}
     start, mistaken = list(ours.start_ids), 0
     n_end = hub.num_special_tokens_to_add(False) - len(start)
-    for _ in range(10_000):
-        text = "".join(
+    texts = [
+        "".join(
             random_text.choice([*EDGES, *"abcxyz .,'!09-\t"])
             for _ in range(random_text.randrange(1, 12))
         )
-        wanted = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for _ in range(10_000)
+    ]
+    plain = theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    whole = theirs(texts, split_special_tokens=True)["input_ids"]
+    encoded = ours.encode_batch(texts)
+    for text, wanted, prompt, ids in zip(texts, plain, whole, encoded, strict=True):
         if not special.isdisjoint(wanted):  # Unigram 的词表里直接有 </s>：那边写成了特殊词元
             mistaken += 1
             continue
-        assert ours.encode(text) == wanted, text
-        whole = theirs(text, split_special_tokens=True)["input_ids"]
-        assert whole[: len(whole) - n_end] == (ours.encode_prompt(text) if wanted else start)
+        assert ids.tolist() == wanted, text
+        assert prompt[: len(prompt) - n_end] == [*start, *wanted]
+        if wanted:
+            assert ours.encode_prompt(text) == [*start, *wanted]
     assert mistaken == 0 or '"Unigram"' in hub.to_str()
 
 

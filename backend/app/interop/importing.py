@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from app.data.tokenizers import Tokenizer, load_tokenizer
-from app.interop.file_kinds import file_kind
-from app.interop.foreign_tokenizer import foreign_tokenizer
+from app.interop.foreign.file_kinds import file_kind
+from app.interop.foreign.foreign_tokenizer import foreign_tokenizer
+from app.interop.foreign.nanogpt import META_FILE, open_checkpoint, read_meta
 from app.interop.hf import write_folder
-from app.interop.nanogpt import META_FILE, open_checkpoint, read_meta
 from app.interop.pickles import LoadedTensors, load_pickle, load_tensors
 from app.interop.tokens import without_separator
 from app.models.transformer import GPT2Config, GPT2Model
@@ -77,6 +77,8 @@ def import_model(
     Raises:
         ValueError: 找不到、读不懂、不安全，或与 wanted 不符。
     """
+    if not source.strip():
+        raise ValueError("the name of the model is empty: give a folder, a file or a hub id")
     read = _Reader(allow_pickle, dtype, wanted or {})
     path = Path(source)
     if path.is_file():

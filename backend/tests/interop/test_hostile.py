@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from app.data.tokenizers import train_bpe
 from app.interop.equivalent import Weights
-from app.interop.foreign_tokenizer import read_hub_tokenizer
+from app.interop.foreign.foreign_tokenizer import read_hub_tokenizer
 from app.interop.hf import write_hf
 from app.interop.importing import import_model
 from app.interop.pickles import load_pickle

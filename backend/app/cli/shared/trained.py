@@ -35,12 +35,24 @@ def load_model(name: str, device: str) -> tuple[GPT2Model, Tokenizer | None, Pat
     Raises:
         ValueError: 不是上面几种之一，或没有这个设备。
     """
-    from app.data.tokenizers import META_FILE, load_tokenizer
+    from app.data.tokenizers import META_FILE, TABLE_FILE, load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
+    if Path(name).is_file():
+        raise ValueError(
+            f"{name} is a file: give a run, checkpoint or model folder; weights from elsewhere "
+            f"become one with `gpt2 import {name} --out NEW`"
+        )
     folder = resolve_checkpoint(name, tell=lambda text: print(text, file=sys.stderr))
-    tokenizer = load_tokenizer(folder) if (folder / META_FILE).is_file() else None
+    tokenizer = None
+    if (folder / META_FILE).is_file():
+        tokenizer = load_tokenizer(folder)
+    elif (folder / TABLE_FILE).is_file():
+        raise ValueError(
+            f"{folder} has a tokenizer of another maker ({TABLE_FILE} without {META_FILE}): make a "
+            f"model folder of it first with `gpt2 import {folder} --out NEW`"
+        )
     return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer, folder
 
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import load_model
+from app.cli.shared.trained import TrainedName, load_model
 from app.interop.targets import Target
 
 SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
@@ -28,10 +27,7 @@ library, where it is installed, computes the same tokens and the largest differe
 class Args:
     """`gpt2 export` 的选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: TrainedName
     to: Annotated[Target, Doc("format; a model that has no place in it is refused with the reason")]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     dtype: Annotated[

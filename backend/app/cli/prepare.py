@@ -37,7 +37,7 @@ class Args:
     """`gpt2 prepare` 的选项。"""
 
     sources: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.Positional[tuple[str, ...]],
         Doc("text files, folders, .jsonl, .json, .csv, .tsv or .parquet; none = standard library"),
     ] = ()
     out: Annotated[
@@ -68,7 +68,7 @@ class Args:
         str | None, Doc(r"text between the documents of a text file; \n is a line end")
     ] = None
     val: Annotated[
-        tuple[Path, ...], Doc("files or folders to validate on; none = a share is held out")
+        tuple[str, ...], Doc("files or folders to validate on; none = a share is held out")
     ] = ()
     val_fraction: Annotated[
         float | None, Doc("share held out for validation; 0 = none, None = 0.1")
@@ -86,6 +86,8 @@ def run(args: Args) -> int | None:
             f"--val {args.val[0]} is the validation text and --val-fraction {args.val_fraction} "
             "would hold out more: give one of them"
         )
+    if "" in (*args.sources, *args.val, args.tokenizer):
+        raise ValueError("one of the names given is empty: is a shell variable not set?")
     if args.sources and args.out is None:
         raise ValueError(f"{args.sources[0]}: say with --out where its tokens shall go")
     if args.tokens is None:
@@ -140,7 +142,12 @@ def _prepare_tokens(args: Args) -> None:
             f"--tokenizer {args.tokenizer} would be made from text, but --tokens {args.tokens} "
             "reads ready ids: name the tokenizer that wrote them (gpt2, bytes or a folder)"
         )
-    files = TokenFiles.find(args.sources, args.val, args.tokens)
+    files = TokenFiles.find([*map(Path, args.sources)], [*map(Path, args.val)], args.tokens)
+    if "val" in files.sides and args.val_fraction is not None:
+        raise ValueError(
+            f"{files.sides['val']} is the validation set, so --val-fraction {args.val_fraction} "
+            "has no use: leave it out"
+        )
     sides = prepare_tokens(
         files,
         args.out or DEFAULT_OUT,

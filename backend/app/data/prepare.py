@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from app.data import progress, split, stock
+from app.common.progress import count_bytes
+from app.data import split, stock
 from app.data.journal import (
     JOURNAL_FILE,
     SCHEMA_VERSION,
@@ -293,7 +294,7 @@ class _Job:
         done, census, pending = self.journal["units"], Census(), 0
         stream = split.units(self.sources, self.plan, census)
         skipped = sum(unit.n_bytes for unit in islice(stream, done))
-        with progress.track("tokenizing", self.plan.content["bytes"], skipped) as advance:
+        with count_bytes("tokenizing", self.plan.content["bytes"], skipped) as advance:
             for batch in _batches(stream):
                 for unit, tokens in zip(batch, _tokens(tokenizer, batch), strict=True):
                     writers[unit.side].add(tokens, unit.n_bytes, unit.end)

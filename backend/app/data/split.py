@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -67,7 +68,8 @@ class Plan:
     """数完之后定下的事；alphabet 只在要求时收集。
 
     held 是用户自己给的验证文本（split="given"），val_documents 是其中的篇数；shared 是两边
-    都有的文档的名字，markers 是文本里见到的特殊词元的写法与次数。
+    都有的文档的名字，markers 是文本里见到的特殊词元的写法与次数，raw 是看来像 jsonl、却被
+    当作纯文本的文件。
     """
 
     content: dict[str, Any]
@@ -80,6 +82,7 @@ class Plan:
     held: Sources | None
     val_documents: int
     shared: list[str]
+    raw: list[str]
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -119,13 +122,16 @@ def survey(
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"val_fraction={val_fraction} must be in [0, 1)")
     census, skipped, seen = Census(), {}, set[str]()
-    counter, held, shared = _Markers(markers), set[bytes](), []
+    counter, held, shared, raw = _Markers(markers), set[bytes](), [], []
     val_characters = val_documents = 0
     for document, side in _labelled(sources, val):
         before, key, found = census.characters, None, set[str]()
         try:
             for piece in census.watch(document):
-                key = _key(piece) if key is None else key
+                if key is None:
+                    key = _key(piece)
+                    if document.plain and _is_record(piece):
+                        raw.append(document.name)
                 counter.feed(piece, document)
                 if alphabet:
                     found.update(piece)
@@ -143,10 +149,10 @@ def survey(
         if key is not None and key < val_fraction:
             val_characters += census.characters - before
     if not census.characters:
-        raise ValueError(f"{sources.description}: no text there, nothing to prepare")
+        raise ValueError(_nothing(sources, skipped))
     for given, n in ((val, val_documents), (sources, census.documents - val_documents)):
         if given is not None and n == 0:
-            raise ValueError(f"{given.description}: no text there, nothing to prepare")
+            raise ValueError(_nothing(given, skipped))
     plan = Plan(
         content=census.content(),
         split="given" if val else _choose(val_fraction, val_characters / census.characters),
@@ -158,6 +164,7 @@ def survey(
         held=val,
         val_documents=val_documents,
         shared=shared,
+        raw=raw,
     )
     if plan.split == "tail" and not 0 < plan.train_characters < census.characters:
         raise ValueError(
@@ -165,6 +172,22 @@ def survey(
             f"val_fraction={val_fraction}: use more text or --val-fraction 0"
         )
     return plan
+
+
+def _is_record(text: str) -> bool:
+    """第一行是一个 JSON 对象。"""
+    line = text.split("\n", 1)[0]
+    if not line.startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _nothing(sources: Sources, skipped: dict[str, NotTextError]) -> str:
+    reason = f" ({len(skipped)} files are not UTF-8 text)" if skipped else ""
+    return f"{sources.description}: no text there{reason}, nothing to prepare"
 
 
 def _labelled(sources: Sources, val: Sources | None) -> Iterator[tuple[Document, Side | None]]:

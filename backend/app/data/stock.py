@@ -69,6 +69,11 @@ def tell(plan: Plan, reading: Reading, say: Say) -> None:
     for marker, times in plan.markers.most_common(_SHOWN):
         fix = "" if reading.splits else f"; --document-separator {marker!r} splits plain text there"
         say(f"{marker!r} stands {times:,} times in the text and is taken as plain text{fix}")
+    if plan.raw:
+        say(
+            f"{len(plan.raw):,} documents of plain text begin with a JSON object ({plan.raw[0]} is "
+            "the first): name the file .jsonl to read one document a line"
+        )
     if plan.shared:
         say(
             f"warning: {len(plan.shared):,} documents are in both the training and the validation "

@@ -6,7 +6,7 @@ id 原样搬过来，每遇分隔符算一篇文档的结尾；id 属于哪个�
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ class TokenFiles:
     dtype: Dtype
 
     @classmethod
-    def find(cls, paths: tuple[Path, ...], val: tuple[Path, ...], dtype: Dtype) -> TokenFiles:
+    def find(cls, paths: Sequence[Path], val: Sequence[Path], dtype: Dtype) -> TokenFiles:
         """一个文件夹（train.bin，或许还有 val.bin），或一个文件；val 另给。"""
         if len(paths) != 1 or len(val) > 1:
             raise ValueError(

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.generation.lean_step import LeanStep, why_not_lean
 from app.generation.overflow import Overflow
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
-from app.models.transformer.cache.kv_cache import Quantize
+from app.models.transformer.cache.kv_dtype import KVDtype
 
 
 def cache_options(config: GPT2Config, longest: int, overflow: Overflow) -> dict[str, Any]:
@@ -57,19 +58,20 @@ class DecodingContext:
         room: int,
         prefill_chunk: int | None,
         overflow: Overflow,
-        quantize: Quantize = None,
+        kv_dtype: KVDtype,
     ) -> None:
         """prompts: 各行的提示，都不空。room: 提示之后至多再喂多少个词元。"""
         self._model, self._chunk = model, prefill_chunk
         self._prompts = [tuple(prompt) for prompt in prompts]
         self._lengths = [len(prompt) for prompt in prompts]
         self._device = model.device
+        self._lean = LeanStep(model) if why_not_lean(model) is None else None
         longest = max(self._lengths) + room
         # 窗口长到这么长才滑；extend 与 sinks 从不滑。
         self._limit = model.config.context_size if overflow in ("error", "slide") else longest
         options = cache_options(model.config, longest, overflow)
         rows = len(set(self._prompts))
-        self._cache = model.new_cache(rows, **options, quantize=quantize)
+        self._cache = model.new_cache(rows, **options, kv_dtype=kv_dtype)
 
     def prefill(self) -> Tensor:
         """算各行的提示，返回最后一个词元的 logits (B, V)；相同的提示只算一次。"""
@@ -129,6 +131,8 @@ class DecodingContext:
         return logits
 
     def _forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        if ids.shape[1] == 1 and mask is None and self._lean and self._cache.uniform is not None:
+            return self._lean(ids[:, 0], self._cache)
         out = self._model(
             ids, attention_mask=mask, cache=self._cache, use_cache=True, logits_to_keep=1
         )

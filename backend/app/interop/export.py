@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from app.common.files import check_free
 from app.data.tokenizers import Tokenizer
 from app.interop.compare import Exported
-from app.interop.hf import check_free
 from app.interop.job import DType, Job, Quantize
 from app.interop.targets import TARGETS, Target, check_target
 from app.models.transformer import GPT2Model

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from app.common.files import write_folder
 from app.data import byte_level
 from app.data.tokenizers import BPETokenizer, Tokenizer
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import WPE, Weights, with_biases
-from app.interop.hf import write_folder
 from app.interop.job import Job
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.norm import EPS

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from app.data.tokenizers import BPETokenizer, train_bpe
 from app.generation.config import SamplingConfig
-from app.generation.generate import generate
-from app.interop.transformers import WorkbenchForCausalLM, register, save, unwrap, wrap
+from app.interop.transformers import (
+    WorkbenchForCausalLM,
+    convert,
+    register,
+    save,
+    unwrap,
+    wrap,
+)
 from app.models.transformer import GPT2Config, GPT2Model
+from tests.generation.helpers import new_tokens
 
 from .variants import VARIANTS, model, tokens
 
@@ -49,6 +57,17 @@ def outside(code: str, home: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_flattened_files_keep_their_names_apart() -> None:
+    """导出时房间摊平：主干与 interop/transformers 的文件名各不相同，否则后写的盖住先写的。"""
+    names = Counter(
+        path.name
+        for folder in (convert._CORE, convert._HERE)
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py"
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_a_process_without_this_package_loads_the_folder(tmp_path: Path) -> None:
     """每个开关一个文件夹，一个进程全装：逻辑值、生成、再存一次、再装一次都相同。"""
     expected = {}
@@ -60,7 +79,7 @@ def test_a_process_without_this_package_loads_the_folder(tmp_path: Path) -> None
         expected[folder.name] = {
             "ids": ids.tolist(),
             "logits": core(ids)["logits"].tolist(),
-            "text": generate(
+            "text": new_tokens(
                 core, ids.tolist(), max_new_tokens=6, sampling=SamplingConfig(temperature=0)
             ),
             "tied": core.config.tie_weights,
@@ -171,7 +190,7 @@ def test_a_pipeline_runs_on_the_folder(tmp_path: Path) -> None:
     assert run.model.generation_config.eos_token_id == ours.document_separator
     prompt = "the cat sat"
     out = run(prompt, max_new_tokens=8, do_sample=False, return_full_text=False)
-    ids = generate(
+    ids = new_tokens(
         core, [ours.encode(prompt)], max_new_tokens=8, sampling=SamplingConfig(temperature=0),
         stop_ids=(ours.document_separator,),
     )  # fmt: skip

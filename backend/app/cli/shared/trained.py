@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import tyro
+from typing_extensions import Doc
+
+from app.common.files import write_folder
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -17,34 +21,57 @@ if TYPE_CHECKING:
     from app.models.transformer import GPT2Config, GPT2Model
 
 
-def load_trained(name: str, device: str) -> tuple[GPT2Model, Tokenizer]:
+# 各命令的同一个参数、同一句说明。
+TrainedName = Annotated[
+    tyro.conf.Positional[str],
+    Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
+]
+Device = Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")]
+
+
+class Trained(NamedTuple):
+    """装好的模型；folder 是它所在的检查点或模型文件夹，已经核对过。"""
+
+    model: GPT2Model
+    tokenizer: Tokenizer
+    folder: Path
+
+    def weights_sha256(self) -> str:
+        """检查点的清单里就有（装入时刚核对过）；别的文件夹现算。"""
+        from app.common.files import sha256_file
+        from app.training.saving.checkpoint import MANIFEST, MODEL_FILES
+
+        manifest, weights = self.folder / MANIFEST, MODEL_FILES[1]
+        if manifest.is_file():
+            return str(json.loads(manifest.read_bytes())["files"][weights]["sha256"])
+        return sha256_file(self.folder / weights)
+
+
+def load_trained(name: str | Path, device: str) -> Trained:
     """name 是训练文件夹（取最新的检查点）、RUN/best、一个检查点或存下的模型。
 
     Raises:
-        ValueError: 不是上面几种之一，没有分词器，或没有这个设备。
+        ValueError: 不是上面几种之一，没有分词器，没有这个设备，或旁边有适配器。
     """
     model, tokenizer, folder = load_model(name, device)
     if tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer: it takes token ids only, in Python")
-    return model, tokenizer
+    return Trained(model, tokenizer, folder)
 
 
-def load_model(name: str, device: str) -> tuple[GPT2Model, Tokenizer | None, Path]:
-    """同 load_trained，但没有分词器也行；还给出模型所在的文件夹。
+def load_model(name: str | Path, device: str) -> tuple[GPT2Model, Tokenizer | None, Path]:
+    """同 load_trained，但没有分词器也行。
 
     Raises:
         ValueError: 不是上面几种之一，或没有这个设备。
     """
+    from app.cli.shared.foreign import refuse_foreign
     from app.data.tokenizers import META_FILE, TABLE_FILE, load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
-    if Path(name).is_file():
-        raise ValueError(
-            f"{name} is a file: give a run, checkpoint or model folder; weights from elsewhere "
-            f"become one with `gpt2 import {name} --out NEW`"
-        )
-    folder = resolve_checkpoint(name, tell=lambda text: print(text, file=sys.stderr))
+    refuse_foreign(Path(name))
+    folder = resolve_checkpoint(name, tell=to_stderr)
     tokenizer = None
     if (folder / META_FILE).is_file():
         tokenizer = load_tokenizer(folder)
@@ -70,25 +97,14 @@ def pick_device(name: str) -> torch.device:
     return open_device(name)
 
 
-def check_new_folder(out: Path) -> None:
-    """
-    Raises:
-        ValueError: 那里已有东西，或上一层文件夹不存在。
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"out={out} already exists and is never overwritten: use another --out")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out={out}: the folder {out.parent} does not exist: create it first")
-
-
-def write_model(
+def write_trained(
     config: GPT2Config,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     out: Path,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """写一个新的模型文件夹：先写在旁边再改名，写到一半断了，out 处什么也没有。"""
+    """写一个新的模型文件夹，连同分词器与 files（文件名 -> 内容）。"""
     import torch
 
     from app.models.transformer import GPT2Model
@@ -96,18 +112,14 @@ def write_model(
     with torch.device("meta"):
         model = GPT2Model(config)
     model.load_state_dict(state, assign=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save(temporary)
+
+    def fill(new: Path) -> None:
+        model.save_pretrained(new)
+        tokenizer.save(new)
         for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        check_new_folder(out)
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            (new / name).write_text(text, encoding="utf-8")
+
+    write_folder(out, fill)
 
 
 def own_run_file(folder: Path) -> Path | None:
@@ -118,19 +130,42 @@ def own_run_file(folder: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def own_data(folder: Path, tell: Callable[[str], object], instead: str) -> Path:
+def own_data(folder: Path, instead: str) -> Path:
     """模型所属的训练的数据；instead：没有的话，该给哪些选项。
 
     Raises:
-        ValueError: 它不属于哪次训练。
+        ValueError: 它不属于哪次训练，或那里的数据在训练之后换过。
     """
     from app.cli.shared.runfile import load_config
+    from app.training.report.run_facts import read_facts
 
     run_file = own_run_file(folder)
     if run_file is None:
         raise ValueError(
             f"{folder} does not belong to a run, so there is no data of its own: give {instead}"
         )
-    data = Path(load_config(str(run_file))[0].data.folder)
-    tell(f"note: scoring the data of the run, {data} (from {run_file})")
+    data = Path(load_config(str(run_file)).config.data.folder)
+    facts = read_facts(run_file.parent)
+    unknown = ""
+    if facts is None:
+        unknown = "; its fingerprint was not kept, so it may have been prepared anew since"
+    else:
+        _check_unchanged(data, facts.data, run_file.parent, instead)
+    to_stderr(f"note: scoring the data of the run, {data} (from {run_file}){unknown}")
     return data
+
+
+def _check_unchanged(data: Path, kept: tuple[str, str], run: Path, instead: str) -> None:
+    """kept: 开训时训练与验证部分的指纹；没有验证部分的为空。"""
+    from app.data.shards import META_FILE, TokenDataset
+
+    for part, wanted in zip(("train", "val"), kept, strict=True):
+        if not (data / part / META_FILE).is_file():
+            continue
+        found = TokenDataset.open(data / part).fingerprint
+        if found != wanted:
+            had = f"was trained with {wanted[:12]}" if wanted else "was trained without one"
+            raise ValueError(
+                f"{data / part} is not the data of the run any more: it holds {found[:12]}, but "
+                f"{run} {had}: prepare that data again, or say what to score with {instead}"
+            )

@@ -22,14 +22,17 @@ class Inventory:
         self._hidden: list[str] = []
         self._links: list[str] = []
         self._odd: list[str] = []
+        self._prepared: list[str] = []
         self._known: set[tuple[int, int]] = set()
 
     def enters(self, folder: Path) -> bool:
-        """隐藏的与链接来的文件夹不进去。"""
+        """隐藏的、链接来的、`gpt2 prepare` 自己写的文件夹不进去。"""
         if folder.name.startswith("."):
             self._hidden.append(folder.name + "/")
         elif folder.is_symlink():
             self._links.append(str(folder))
+        elif is_prepared(folder):
+            self._prepared.append(str(folder))
         else:
             return True
         return False
@@ -57,15 +60,16 @@ class Inventory:
 
     def left_out(self) -> str:
         there = (self._left + self._need_key).most_common(_SHOWN)
-        return ", ".join(f"{suffix or '(none)'}: {n}" for suffix, n in there)
+        hidden = [f"{len(self._hidden)} hidden"] if self._hidden else []
+        return ", ".join([*(f"{suffix or '(none)'}: {n}" for suffix, n in there), *hidden])
 
     def lines(self, splits: bool) -> Iterator[str]:
         """说给用户听的话，一行一件事。"""
         if self.plain:
             how = "split into documents" if splits else "one document a file"
-            yield f"as plain text, {how}: {counts(self.plain)}"
+            yield f"to read as plain text, {how}: {counts(self.plain)}"
         if self.records:
-            yield f"as records, text from {self._key!r}: {counts(self.records)}"
+            yield f"to read as records, text from {self._key!r}: {counts(self.records)}"
         if self._need_key:
             yield f"not read: {counts(self._need_key)} (name the key of their text with --text-key)"
         if self._left:
@@ -74,10 +78,17 @@ class Inventory:
             yield f"not read: {_names(self._hidden)} (hidden; name them as sources to read them)"
         if self._links:
             yield f"not followed: {_names(self._links)} (linked folders; name them as sources)"
+        if self._prepared:
+            yield f"not read: {_names(self._prepared)} (prepared data)"
         if self._odd:
             yield f"not read: {_names(self._odd)} (broken links or not regular files)"
         if self.twice:
             yield f"read twice: {_names([str(p) for p in self.twice])} (the same file again)"
+
+
+def is_prepared(folder: Path) -> bool:
+    """来源里若有输出的文件夹，不能把自己写的再读进来。"""
+    return (folder / "prepare.json").is_file() and (folder / "train").is_dir()
 
 
 def counts(suffixes: Counter[str]) -> str:

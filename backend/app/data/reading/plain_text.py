@@ -57,6 +57,8 @@ def _refuse(path: Path, reason: str, binary: bool) -> None:
         fix = "it is packed: unpack it first"
     elif utf16:
         fix = "it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8` or leave it out"
+    elif binary:
+        fix = "it is binary, or of another encoding: convert it to UTF-8 or leave it out"
     else:
         fix = "convert it to UTF-8 (`iconv -f LATIN1 -t UTF-8`, say) or leave it out"
     raise NotTextError(f"{path}: not UTF-8 text ({reason}): {fix}", binary and not utf16)

@@ -194,6 +194,10 @@ def read_csv(path: Path, text_key: str) -> Iterator[str]:
                 f"{path}: no column {text_key!r} in its first line (columns: {keys}): choose with "
                 "--text-key, or rename it to .txt to take it as plain text"
             )
+        if names.count(text_key) > 1:
+            raise ValueError(
+                f"{path}: {names.count(text_key)} columns are named {text_key!r}: rename one"
+            )
         column = names.index(text_key)
         last = rows.line_num
         for number, row in enumerate(rows, start=1):
@@ -207,7 +211,8 @@ def read_csv(path: Path, text_key: str) -> Iterator[str]:
                 yield _checked(row[column], f"{where}: {text_key!r}")
     except csv.Error as error:
         raise ValueError(
-            f"{path} line {rows.line_num}: {error}: is a double quote missing?"
+            f"{path} line {rows.line_num}: {error}: is a double quote missing, or are the line "
+            "ends not those of Unix or Windows?"
         ) from None
     finally:
         csv.field_size_limit(before)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from app.data.reading.inventory import Inventory
+from app.data.reading.inventory import Inventory, is_prepared
 from app.data.reading.plain_text import PACKED_SUFFIXES, is_text, lines, read_text, split_at
 from app.data.reading.records import read_csv, read_json, read_jsonl, read_parquet
 
@@ -26,6 +26,7 @@ _READERS = {
     ".csv": read_csv,
     ".tsv": read_csv,
 }
+RECORD_SUFFIXES = tuple(_READERS)
 # 文件夹里的这几种可能是数据，也可能是设置：点名取哪个键，才当作数据。
 _NEED_A_KEY = (".json", ".csv", ".tsv")
 
@@ -112,6 +113,8 @@ class Sources:
         for path in self.paths:
             if not path.exists():
                 raise ValueError(f"{path}: there is no such file or folder")
+            if is_prepared(path):
+                raise ValueError(f"{path} is prepared data already: train on it, or give its text")
             if not path.is_dir() and not path.is_file():
                 raise ValueError(f"{path}: neither a regular file nor a folder")
         self.reading, self._exclude = reading, exclude

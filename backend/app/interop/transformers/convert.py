@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,16 @@ def save(
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
     write_code(folder)
+    _follow_umask(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _follow_umask(folder: Path) -> None:
+    """safetensors 库写的文件总是只有主人可读；权限与同一个文件夹里别的文件一样。"""
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int | None]:

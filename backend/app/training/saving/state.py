@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from app.models.transformer import GPT2Model
+from app.models.transformer.weights.safetensors_file import write_tensors_file
 
 from ..config import TrainConfig
 from .checkpoint import SCHEMA_VERSION, CheckpointError
@@ -114,10 +114,7 @@ def fill_checkpoint(
         OSError: 写不下。
     """
     model.save_pretrained(folder)
-    try:
-        save_file(optimizer_tensors(model, optimizer), folder / OPTIM)
-    except SafetensorError as error:
-        raise OSError(f"{folder / OPTIM} cannot be written: {error}") from error
+    write_tensors_file(optimizer_tensors(model, optimizer), folder / OPTIM)
     state = {
         "schema_version": SCHEMA_VERSION,
         **facts,
@@ -149,10 +146,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def load_weights(folder: Path, model: GPT2Model) -> None:
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
 def restore(
     folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     """权重、优化器、随机数复原到保存的那一刻。"""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_weights(folder, model)
     load_optimizer_tensors(model, optimizer, load_file(folder / OPTIM))
     set_random_state(state["rng"])

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from app.models.transformer import GPT2Model, create_gpt2_small
-from app.models.transformer.block import residual_plan
-from app.models.transformer.layers.init import base_std, deepnorm_gain, residual_std, xavier
+from app.models.transformer.block import residuals
+from app.models.transformer.layers.init import (
+    base_std,
+    deepnorm_gain,
+    initialize,
+    residual_std,
+    xavier,
+)
 
 from ..helpers import tiny_config
 
@@ -27,15 +33,15 @@ CONSTANTS = {
 def test_constants(depth: int) -> None:
     alpha, gain, keel, std = CONSTANTS[depth]
     config = tiny_config(n_layer=depth, n_embed=768, n_head=12)
-    attn, mlp = residual_plan(config.replace(norm="deepnorm"), 1)
+    attn, mlp = residuals(config.replace(norm="deepnorm"), 1)
     assert attn.alpha == mlp.alpha == pytest.approx(alpha, abs=1e-6)
     assert deepnorm_gain(depth) == pytest.approx(gain, abs=1e-6)
-    assert {r.alpha for r in residual_plan(config.replace(norm="keel"), 1)} == {keel}
+    assert {r.alpha for r in residuals(config.replace(norm="keel"), 1)} == {keel}
     assert residual_std(config) == pytest.approx(std, abs=1e-8)
 
 
 def test_keel_first_layer_exception() -> None:
-    attn, mlp = residual_plan(tiny_config(norm="keel"), 0)
+    attn, mlp = residuals(tiny_config(norm="keel"), 0)
     assert (attn.inner, attn.outer, attn.alpha) == (True, False, 1.0)
     assert (mlp.inner, mlp.outer, mlp.alpha) == (True, True, 1.0)
 
@@ -66,6 +72,21 @@ def test_deepnorm_scales_v_but_not_q_and_k() -> None:
     assert q.std().item() == pytest.approx(unit, rel=0.02)
     assert k.std().item() == pytest.approx(unit, rel=0.02)
     assert v.std().item() == pytest.approx(unit * deepnorm_gain(6), rel=0.02)
+
+
+def test_deepnorm_takes_gate_and_up_as_two_matrices() -> None:
+    config = tiny_config(n_embed=256, norm="deepnorm", n_layer=6, activation="swiglu")
+    fc = GPT2Model(config).h["0"].mlp.c_fc.weight.detach()
+    unit = math.sqrt(2 / (256 + config.mlp_hidden))
+    for part in fc.chunk(2):
+        assert part.std().item() == pytest.approx(unit * deepnorm_gain(6), rel=0.02)
+
+
+def test_a_module_that_says_nothing_of_its_initialisation_is_refused() -> None:
+    model = GPT2Model(tiny_config())
+    model.add_module("extra", torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="Linear would keep torch's own initialisation"):
+        initialize(model, model.config)
 
 
 def test_same_seed_same_model_and_meta_is_safe() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import tracemalloc
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 from app.models.transformer.weights.own_folder import expected_shapes
 from app.models.transformer.weights.safetensors_file import SafetensorsFiles
 
@@ -165,3 +166,16 @@ def test_training_goes_on_after_the_file_is_replaced(tmp_path: Path) -> None:
     before = model(ids)["logits"]
     tiny_model(torch.float32).save_pretrained(tmp_path)
     assert torch.equal(model(ids)["logits"], before)
+
+
+def test_what_leaves_the_weights_alone_may_be_asked_for_on_loading(tmp_path: Path) -> None:
+    stored = MoEConfig(hidden=24, router="sigmoid")
+    model = tiny_model(torch.float32, moe_num_experts=4, moe=stored)
+    model.save_pretrained(tmp_path)
+    free = dataclasses.replace(stored, capacity_factor=1.0, dispatch="reference", jitter_noise=0.1)
+    again = GPT2Model.from_pretrained(tmp_path, moe=free, dropout=0.25)
+    assert again.config == model.config.replace(moe=free, dropout=0.25)
+    ids = tokens(2, 8)
+    torch.testing.assert_close(again(ids)["logits"], model.eval()(ids)["logits"])
+    with pytest.raises(ValueError, match=r"moe.hidden=16 was asked for .* have moe.hidden=24"):
+        GPT2Model.from_pretrained(tmp_path, moe=dataclasses.replace(stored, hidden=16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +38,8 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """
+    """写完由目标的运行时算一遍；算出的不是同一个函数，退出码就是 1。
+
     Raises:
         ValueError: 不是模型，去不了这种格式，或 --out 已有东西。
     """
@@ -51,4 +53,7 @@ def run(args: Args) -> int:
     if tokenizer is None:
         print(f"note     {folder} has no tokenizer, so none was written")
     print(f"checked  {done.checked}")
+    if not isinstance(done.checked, str) and not done.checked.same:
+        print(f"error: {args.to} computes another function: do not use {args.out}", file=sys.stderr)
+        return 1
     return 0

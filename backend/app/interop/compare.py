@@ -12,6 +12,7 @@ from torch import Tensor
 from app.models.transformer import GPT2Model
 
 _ROWS, _LENGTH = 2, 48
+_SAME = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Comparison:
     largest: float
     words: int
     agree: float
+
+    @property
+    def same(self) -> bool:
+        """还是不是同一个模型：舍入（bfloat16、八位）差得远不到这么多，写错了的远不止；NaN 不是。"""
+        return self.difference <= _SAME * self.largest
 
     def __str__(self) -> str:
         return (

@@ -39,6 +39,10 @@ def export(
         raise ValueError(
             f"quantize={quantize!r} is for {', '.join(takers)} only, not --to {target}"
         )
+    if quantize is not None and dtype is not None:
+        raise ValueError(
+            f"quantize={quantize!r} and dtype={dtype!r} both say how the matrices are stored"
+        )
     check_target(target, model.config)
     check_free(folder)
     wanted = None if dtype is None else getattr(torch, dtype)

@@ -74,3 +74,38 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path, capsys) -> None:
     assert "has no tokenizer, so none was written" in out
     _, out, _ = gpt2(capsys, "import", tmp_path / "out", "--out", tmp_path / "again")
     assert "tokenizer  none (" in out and "`gpt2 generate` needs one" in out
+
+
+def test_what_was_not_written_as_asked_is_no_success(tmp_path, capsys, monkeypatch) -> None:
+    """目标库算出的是另一个函数：写了，但退出码不是 0。"""
+    pytest.importorskip("transformers", reason="pip install 'gpt2-workbench[hf]'")
+    from app.interop.compare import Comparison
+
+    model = saved(tmp_path / "model", norm="pre")
+    for number, difference in enumerate((float("nan"), 1.0)):
+        found = Comparison("twin", difference, largest=2.0, words=5, agree=0.9)
+        monkeypatch.setattr("app.interop.hf.compare", lambda *a, found=found: found)
+        out = tmp_path / f"out-{number}"
+        code, _, err = gpt2(capsys, "export", model, "--to", "hf", "--out", out)
+        assert code == 1 and "computes another function" in err
+
+
+def test_clumsy_arguments(tmp_path, capsys) -> None:
+    model = saved(tmp_path / "model", norm="pre")
+    foreign = saved(tmp_path / "foreign", norm="pre")
+    (foreign / "tokenizer_meta.json").unlink()
+    for argv, message in (
+        (("export", model / "config.json", "--to", "hf"), "config.json is a file: give a run"),
+        (("export", foreign, "--to", "hf"), "has a tokenizer of another maker"),
+        (
+            ("export", model, "--to", "gguf", "--quantize", "q8_0", "--dtype", "float16"),
+            "both say how the matrices are stored",
+        ),
+        (("import", ""), "the name of the model is empty"),
+        (("import", model, "--n-head", "3"), "n_head=3 was asked for but the weights"),
+        (("import", model, "--activation", "relu"), "activation='relu' was asked for"),
+        (("import", model, "--tokenizer", tmp_path / "no"), "there is no such folder"),
+    ):
+        code, _, err = gpt2(capsys, *argv, "--out", tmp_path / "x")
+        assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()

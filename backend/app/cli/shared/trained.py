@@ -66,13 +66,20 @@ def load_model(name: str | Path, device: str) -> tuple[GPT2Model, Tokenizer | No
         ValueError: 不是上面几种之一，或没有这个设备。
     """
     from app.cli.shared.foreign import refuse_foreign
-    from app.data.tokenizers import META_FILE, load_tokenizer
+    from app.data.tokenizers import META_FILE, TABLE_FILE, load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
     refuse_foreign(Path(name))
     folder = resolve_checkpoint(name, tell=to_stderr)
-    tokenizer = load_tokenizer(folder) if (folder / META_FILE).is_file() else None
+    tokenizer = None
+    if (folder / META_FILE).is_file():
+        tokenizer = load_tokenizer(folder)
+    elif (folder / TABLE_FILE).is_file():
+        raise ValueError(
+            f"{folder} has a tokenizer of another maker ({TABLE_FILE} without {META_FILE}): make a "
+            f"model folder of it first with `gpt2 import {folder} --out NEW`"
+        )
     return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer, folder
 
 

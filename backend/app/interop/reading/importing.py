@@ -77,6 +77,8 @@ def import_model(
     Raises:
         ValueError: 找不到、读不懂、不安全，或与 wanted 不符。
     """
+    if not source.strip():
+        raise ValueError("the name of the model is empty: give a folder, a file or a hub id")
     read = _Reader(allow_pickle, dtype, wanted or {})
     path = Path(source)
     if path.is_file():

@@ -83,6 +83,16 @@ def read_foreign(
     return config, read_tensors(LAYOUTS[raw["model_type"]], config, expected, source, extra)
 
 
+def _check_agrees(name: str, value: Any, found: Any, where: str) -> None:
+    if value == found or name in marked(GPT2Config, Mark.FREE):
+        return
+    why = "; Pre-LN and Post-LN weights are not interchangeable" if name == "norm" else ""
+    raise ValueError(
+        f"{name}={value!r} was asked for but the weights of {where} have {name}={found!r}"
+        f"{why}: use {name}={found!r} or leave it out"
+    )
+
+
 def open_shards(folder: Path, most: int) -> TensorSource:
     """
     Raises:
@@ -97,19 +107,16 @@ def agree(config: GPT2Config, wanted: Mapping[str, Any], where: str) -> GPT2Conf
     Raises:
         ValueError: 不相符（点名两个值），或没有这个字段。
     """
-    asked = GPT2Config.from_dict({**config.to_dict(), **wanted})
+    try:
+        asked = GPT2Config.from_dict({**config.to_dict(), **wanted})
+    except ValueError:
+        # 与别的字段凑不成一份配置，多半只因为它不是权重的那个值。
+        for name in wanted.keys() & config.to_dict().keys():
+            _check_agrees(name, wanted[name], getattr(config, name), where)
+        raise
     for name in differing(asked, config):
-        if name in marked(GPT2Config, Mark.FREE):
-            continue
         get = attrgetter(name)
-        value, found = get(asked), get(config)
-        why = ""
-        if name == "norm":
-            why = "; Pre-LN and Post-LN weights are not interchangeable"
-        raise ValueError(
-            f"{name}={value!r} was asked for but the weights of {where} have {name}={found!r}"
-            f"{why}: use {name}={found!r} or leave it out"
-        )
+        _check_agrees(name, get(asked), get(config), where)
     return asked
 
 

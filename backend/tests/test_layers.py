@@ -29,7 +29,7 @@ FLOORS = {
         "training", "planning", "interop", "cli",
     ),
     "app.training": (
-        "config", "optim saving machine", "step watch", "report", "trainer", "run", "sweep",
+        "config", "optim", "saving machine", "step watch", "report", "trainer", "run", "sweep",
     ),
     "app.cli": ("shared", "*", "main", "__main__"),
 }  # fmt: skip

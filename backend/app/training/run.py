@@ -24,7 +24,7 @@ from app.models.transformer.experts.dispatch import explain_dispatch
 from .config import TrainConfig
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
-from .report.metrics import METRICS, Metrics, read_metrics
+from .report.metrics import METRICS, Metrics
 from .report.progress import Progress
 from .report.run_charts import PLOT, plot_losses
 from .report.run_facts import Decisions, Facts, write_facts
@@ -248,7 +248,7 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
 def _plot(run: Path, tell: Tell, failed: list[str]) -> Path | None:
     """画不出（盘满、matplotlib 坏了）只警告：训练已经做完，也不该盖住它自己的错误。"""
     try:
-        return plot_losses(read_metrics(run / METRICS), run / PLOT)
+        return plot_losses(run)
     except Exception as error:
         tell(f"warning: cannot draw {PLOT}: {type(error).__name__}: {error}")
         failed.append(PLOT)

@@ -25,7 +25,7 @@ def test_sweep_then_compare(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("app.training.run.plot_losses", lambda rows, path: None)
+    monkeypatch.setattr("app.training.run.plot_losses", lambda run: None)
     path = write_run_file(tmp_path, data, "unused", steps=12)
     sweep = ("sweep", "--config", str(path), "--out", "s", "--seeds", "0", "1")
     vary = ("--vary", "model.norm=post,pre", "--eval-every", "6")

@@ -70,7 +70,7 @@ def make(dataset: Path, tmp_path: Path) -> Make:
 def no_plot(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """画图占一秒；除了画图自己的试验都不画。"""
     if "plot" not in request.node.name:
-        monkeypatch.setattr(run_module, "plot_losses", lambda rows, path: None)
+        monkeypatch.setattr(run_module, "plot_losses", lambda run: None)
 
 
 def train(config: TrainConfig, told: list[str] | None = None) -> Result:

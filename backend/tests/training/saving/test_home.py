@@ -136,9 +136,8 @@ def test_the_data_is_the_one_it_was_trained_on(
     monkeypatch.chdir(other)
     found = Path(load_config(str(project / "runs/a/run.yaml")).config.data.folder)
     assert found.resolve() == (project / "data/words").resolve()
-    said: list[str] = []
     last = project / "runs/a" / "step-00000006"
-    assert own_data(last, said.append, "--data").resolve() == found.resolve()
+    assert own_data(last, "--data").resolve() == found.resolve()
     Path(shutil.move(project / "runs/a", tmp_path / "moved"))
     found = Path(load_config(str(tmp_path / "moved" / "run.yaml")).config.data.folder)
     assert found.resolve() == (project / "data/words").resolve()

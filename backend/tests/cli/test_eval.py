@@ -186,7 +186,7 @@ def test_the_key_of_the_text(folder, text, tmp_path, capsys):
     code, out, _ = gpt2(capsys, folder, "--text", str(file), "--text-key", "body")
     assert code == 0 and f"{file}: 7 tokens" in out
     for argv, message in (
-        (["--text", text], "is for .jsonl and .ndjson and .parquet files"),
+        (["--text", text], "is for .jsonl, .ndjson, .parquet, .json, .csv, .tsv files"),
         (["--data", "x"], "text_key='body' is for --text, which is not given"),
     ):
         code, out, err = gpt2(capsys, folder, *argv, "--text-key", "body")

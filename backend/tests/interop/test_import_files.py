@@ -359,7 +359,7 @@ def test_a_config_without_model_type_is_recognised(
     edit(path, drop=("model_type",) if by == "architectures" else ("model_type", "architectures"))
     assert equal(import_model(str(tmp_path / "hub")).model, model)
     # plan 与 verify 都这样读 --config。
-    assert load_model_config(str(path))[0].model == model.config
+    assert load_model_config(str(path)).config.model == model.config
     code, out, err = gpt2(capsys, "plan", "--config", path)
     assert code == 0 and "layer" in out, err
 

@@ -57,6 +57,12 @@ class Scheme:
                 f"group={self.group} does not divide the width {width} of {name}: {use}"
             )
 
+    def label(self) -> str:
+        if self.bits == 16:
+            return "fp16"
+        kind = " asymmetric" if self.asymmetric else ""
+        return "int8" if self.bits == 8 else f"int4 g{self.group}{kind}"
+
     def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """(..., O, I) 的矩阵存成哪几个张量：{字段: (类型, 形状)}。"""
         *front, width = shape
@@ -87,7 +93,7 @@ class Codes:
         group: 4 位时几列共用一个尺度。
     """
 
-    bits: int
+    bits: Bits
     codes: Tensor
     scale: Tensor | None = None
     minimum: Tensor | None = None
@@ -98,10 +104,19 @@ class Codes:
         *front, columns = self.codes.shape
         return (*front, columns * (2 if self.bits == 4 else 1))
 
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(self.bits, self.group, self.minimum is not None)
+
     def __getitem__(self, expert: int) -> Codes:
         """叠起来的里面的一个；不复制。"""
         scale, minimum = (None if t is None else t[expert] for t in (self.scale, self.minimum))
         return Codes(self.bits, self.codes[expert], scale, minimum, self.group)
+
+    def outputs(self, rows: slice) -> Codes:
+        """几行输出；不复制。"""
+        scale, minimum = (None if t is None else t[rows] for t in (self.scale, self.minimum))
+        return Codes(self.bits, self.codes[rows], scale, minimum, self.group)
 
     def tensors(self) -> dict[str, Tensor]:
         """有的那几个张量，按存盘的名字。"""

@@ -137,9 +137,9 @@ class GPT2Model(nn.Module):
             balanced = ctx.want_loads and self.config.moe_layers
             out = self._balance(ctx) if balanced else GPT2Output()
             if targets is not None:
-                out["loss"] = head_cross_entropy(x, self.head_weight, targets)
+                out["loss"] = self.head_loss(x, targets)
             if targets is None or logits_to_keep:
-                out["logits"] = linear(x[:, -logits_to_keep:], self.head_weight)
+                out["logits"] = self.head(x[:, -logits_to_keep:])
         if step is not None:
             step.commit()
         if return_cache and cache is not None:
@@ -160,6 +160,14 @@ class GPT2Model(nn.Module):
             expert_load=torch.stack([one.load for one in loads]),
             expert_dropped=torch.stack([one.dropped for one in loads]),
         )
+
+    def head(self, x: Tensor) -> Tensor:
+        """(..., C) -> logits (..., V)。"""
+        return linear(x, self.head_weight)
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """(B, T, C) 与 (B, T) -> 平均交叉熵，不产生整张 logits。"""
+        return head_cross_entropy(x, self.head_weight, targets)
 
     @property
     def head_weight(self) -> Tensor:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import MAX_FILE_BYTES, GPT2Config
+from ..config import MAX_FILE_BYTES, SCHEMA_VERSION, GPT2Config
 from .families import OWN_TYPE, extra_vocab, read_config
+from .formats import find_loader
 from .hub import find_folder
 from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, OWN, read_tensors
 from .own_folder import CONFIG_FILE, WEIGHTS_FILE, assemble, expected_shapes, read_own
@@ -46,6 +47,10 @@ def load_pretrained(
             config = GPT2Config.from_dict(raw)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+        version = raw.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            config = agree(config, wanted, str(source))
+            return find_loader(version, folder)(config, folder, device, dtype)
         tensors = read_own(config, folder)
     config = agree(config, wanted, str(source))
     return assemble(cls, config, tensors, device, dtype)

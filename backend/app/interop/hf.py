@@ -76,7 +76,7 @@ def write_hf(
     def fill(new: Path) -> None:
         for name, text in files.items():
             (new / name).write_text(text, encoding="utf-8")
-        tensors = write_tensors(LAYOUTS[family], weights.state)
+        tensors = write_tensors(LAYOUTS[family], weights.config, weights.state)
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
 
     write_folder(folder, fill)

@@ -15,11 +15,12 @@ from app.interop.hf import write_folder
 from app.interop.pickles import LoadedTensors, load_pickle
 from app.interop.tokens import read_hub_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.settings.json_file import read_json
 from app.models.transformer.weights.families import extra_vocab, read_config
 from app.models.transformer.weights.hub import MODEL_FILES, TOKENIZER_FILES, find_folder
 from app.models.transformer.weights.layouts import NANOGPT, read_tensors
 from app.models.transformer.weights.own_folder import CONFIG_FILE, assemble, expected_shapes
-from app.models.transformer.weights.pretrained import LAYOUTS, agree, load_pretrained, read_json
+from app.models.transformer.weights.pretrained import LAYOUTS, agree, load_pretrained
 
 PICKLE_FILE = "pytorch_model.bin"
 # nanoGPT 的 model_args -> 我们的字段。
@@ -113,7 +114,7 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
         return load_tokenizer(folder), ""
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         return None, f"{folder} holds no tokenizer"
-    kind = read_json(folder / CONFIG_FILE, folder).get("model_type")
+    kind = read_json(folder / CONFIG_FILE).get("model_type")
     try:
         return read_hub_tokenizer(folder), ""
     except ValueError as error:
@@ -124,14 +125,15 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer | None, str]:
 
 
 def _pickled(folder: Path, dtype: torch.dtype | None, wanted: Mapping[str, Any]) -> GPT2Model:
-    raw = read_json(folder / CONFIG_FILE, folder)
+    raw = read_json(folder / CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
     stored = read_config(raw, where)
     extra = extra_vocab(raw, stored, where)
     config = stored.replace(vocab_size=stored.vocab_size - extra)
     path = folder / PICKLE_FILE
     source = LoadedTensors(str(path), _state(load_pickle(path), str(path)))
-    tensors = read_tensors(LAYOUTS[raw["model_type"]], expected_shapes(config), source, extra)
+    expected = expected_shapes(GPT2Model, config)
+    tensors = read_tensors(LAYOUTS[raw["model_type"]], config, expected, source, extra)
     config = agree(config, wanted, str(folder))
     return assemble(GPT2Model, config, tensors, torch.device("cpu"), dtype)
 
@@ -154,7 +156,8 @@ def _nanogpt(
         raise ValueError(f"{path}: its model_args lack {', '.join(missing)}")
     config = GPT2Config(norm="pre", **known)
     source = LoadedTensors(str(path), _state(data["model"], str(path)))
-    tensors = read_tensors(NANOGPT, expected_shapes(config), source)
+    expected = expected_shapes(GPT2Model, config)
+    tensors = read_tensors(NANOGPT, config, expected, source)
     config = agree(config, wanted, str(path))
     return assemble(GPT2Model, config, tensors, torch.device("cpu"), dtype)
 

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 from app.models.transformer.config import GPT2Config
+from app.models.transformer.model import GPT2Model
 from app.models.transformer.visibility.coverage import coverage
 from app.models.transformer.weights.own_folder import expected_shapes
 
@@ -50,7 +51,7 @@ class Flops:
 def product_weights(config: GPT2Config) -> int:
     """每个词元都要乘一遍的权重数：各层的矩阵与输出头。"""
     blocks = 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in expected_shapes(GPT2Model, config).items():
         if name.startswith("h.") and name.endswith(".weight") and len(shape) >= 2:
             blocks += math.prod(shape[-2:]) * (config.moe_top_k if len(shape) == 3 else 1)
     return blocks + config.vocab_size * config.n_embed

@@ -16,6 +16,7 @@ from app.models.transformer.backends.choose import explain_backends
 from app.models.transformer.block import residual_plan
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.layers.loss import CHUNK_BYTES
+from app.models.transformer.layers.norm import NORMS
 
 from .sizes import FLOAT32_BYTES, parameter_shapes
 
@@ -119,7 +120,7 @@ def activation_bytes(
     total = sum(inputs if layer in recompute else size for layer, size in enumerate(blocks))
     # 末尾的归一化、进输出头的那一份与它的梯度。
     ends = 2 * config.n_embed
-    if config.norm == "pre":
+    if config.has_final_norm:
         ends += config.n_embed + _statistics(config)
     if config.dropout:
         ends += config.n_embed
@@ -194,8 +195,10 @@ def _saved_per_token(config: GPT2Config, layer: int, dtype: torch.dtype) -> tupl
 
 
 def _hidden_copies(config: GPT2Config) -> int:
-    """激活函数的输入与输出；swiglu 另有门过 SiLU 的那一份，relu 的反向只要输出。"""
-    return {"swiglu": 4, "relu": 1}.get(config.activation, 2)
+    """激活函数的输入与输出；有门的另有门过激活的那一份，relu 的反向只要输出。"""
+    if config.is_gated:
+        return 4
+    return 1 if config.activation == "relu" else 2
 
 
 def _saved_by_experts(config: GPT2Config, dtype: torch.dtype) -> tuple[int, int]:
@@ -211,8 +214,8 @@ def _saved_by_experts(config: GPT2Config, dtype: torch.dtype) -> tuple[int, int]
 
 
 def _statistics(config: GPT2Config) -> int:
-    """归一化在它的输入之外为每个词元记下的：均值与标准差的倒数；RMSNorm 还记乘增益之前的结果。"""
-    return 1 + config.n_embed if config.norm_type == "rmsnorm" else 2
+    """归一化在它的输入之外为每个词元记下的。"""
+    return NORMS[config.norm_type].saved(config.n_embed)
 
 
 def _map_bytes(

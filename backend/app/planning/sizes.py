@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from app.models.transformer.cache.kv_cache import KVCache, Quantize
 from app.models.transformer.config import GPT2Config
+from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 
 PARTS = ("embedding", "attention", "mlp", "router", "experts", "norms", "head")
@@ -34,7 +35,9 @@ def parameters_by_part(config: GPT2Config) -> dict[str, int]:
 def parameter_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """expected_shapes 里会训练的那些。"""
     return {
-        name: shape for name, shape in expected_shapes(config).items() if not name.endswith(BUFFERS)
+        name: shape
+        for name, shape in expected_shapes(GPT2Model, config).items()
+        if not name.endswith(BUFFERS)
     }
 
 

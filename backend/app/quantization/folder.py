@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.models.transformer import GPT2Model
 from app.models.transformer.config import QUANTIZED_VERSION, GPT2Config
+from app.models.transformer.settings.json_file import read_json
 from app.models.transformer.weights.own_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     expected_shapes,
+    write_beside,
+    write_weights,
 )
-from app.models.transformer.weights.pretrained import read_json
 from app.models.transformer.weights.safetensors_file import SafetensorsFiles, header_limit
 
 from .codes import Codes, Scheme
@@ -39,25 +41,10 @@ def save_quantized(model: QuantizedModel, folder: Path) -> None:
         ValueError: folder 是一个文件。
         OSError: 写不下。
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file: give a folder to save the model in")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    try:
-        save_file(state, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from error
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    write_weights(model, folder)
     config = model.config.to_dict() | {"schema_version": QUANTIZED_VERSION}
     for name, data in ((QUANTIZATION_FILE, _facts(model)), (CONFIG_FILE, config)):
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_beside(folder / name, json.dumps(data, indent=2) + "\n")
 
 
 def load_quantized(
@@ -92,7 +79,7 @@ def load_quantized(
 def expected_tensors(config: GPT2Config, schemes: Mapping[str, Scheme]) -> Expected:
     """文件里该有的每个张量：{名字: (类型, 形状)}。"""
     found: Expected = {}
-    for name, shape in expected_shapes(config).items():
+    for name, shape in expected_shapes(GPT2Model, config).items():
         if name in schemes:
             parts = schemes[name].stored(shape).items()
             found |= {f"{name}.{kind}": part for kind, part in parts}
@@ -108,7 +95,7 @@ def read_schemes(config: GPT2Config, folder: Path) -> tuple[str, dict[str, Schem
         ValueError: 没有它，版本是将来的，或与配置的矩阵对不上。
     """
     path = folder / QUANTIZATION_FILE
-    raw = read_json(path, folder)
+    raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
         version = raw.get("version") if isinstance(raw, dict) else None
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 from typing_extensions import Doc
 
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.settings.fields import check_types, nearest
+from app.models.transformer.settings.fields import Mark, nearest, normalise_types
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
@@ -28,14 +28,18 @@ T = TypeVar("T")
 class DataConfig:
     """读哪个数据集。"""
 
-    folder: Annotated[str, Doc("dataset folder written by `gpt2 prepare`")] = "data/stdlib"
+    folder: Annotated[
+        str, Doc("dataset folder written by `gpt2 prepare`"), Mark.SILENT, Mark.ASIDE
+    ] = "data/stdlib"
     verify: Annotated[
         Literal["sha256", "size"],
         Doc("before training, check the content of every data file, or only its size"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = "sha256"
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class OptimConfig:
     grad_clip: Annotated[float, Doc("largest gradient norm; 0 = no clipping")] = 1.0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
         _between(self, "lr", 0.0, 100.0, open_low=True)
         if self.muon_lr is not None:
             _between(self, "muon_lr", 0.0, 100.0, open_low=True)
@@ -78,7 +82,7 @@ class ScheduleConfig:
     decay_fraction: Annotated[float, Doc("wsd: part of all steps spent in the final decay")] = 0.2
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
         _between(self, "warmup_steps", 0, math.inf)
         _between(self, "min_lr_ratio", 0.0, 1.0)
         _between(self, "decay_fraction", 0.0, 1.0, open_low=True)
@@ -102,20 +106,26 @@ class TrainConfig:
     schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
         default_factory=ScheduleConfig
     )
-    out: Annotated[str, Doc("run folder: checkpoints, metrics and plot")] = "runs/train"
+    out: Annotated[
+        str, Doc("run folder: checkpoints, metrics and plot"), Mark.SILENT, Mark.ASIDE
+    ] = "runs/train"
     resume: Annotated[
-        str, Doc("none, auto (newest valid checkpoint in the run folder), or a checkpoint folder")
+        str,
+        Doc("none, auto (newest valid checkpoint in the run folder), or a checkpoint folder"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = "none"
     init_from: Annotated[
         str | None,
         Doc("run, checkpoint or model folder: start at step 0 from its weights; None = random"),
+        Mark.SILENT,
     ] = None
     steps: Annotated[int, Doc("optimizer steps")] = 1000
     batch_size: Annotated[int, Doc("sequences per optimizer step")] = 32
     micro_batch: Annotated[
         int | None, Doc("sequences at once; smaller needs less memory, same result. None = all")
     ] = None
-    seed: Annotated[int, Doc("seed of weights, dropout and batches")] = 0
+    seed: Annotated[int, Doc("seed of weights, dropout and batches"), Mark.ASIDE] = 0
     device: Annotated[str, Doc("auto, cpu, cuda, cuda:1, mps")] = "auto"
     precision: Annotated[
         Precision, Doc("auto = bfloat16 where the hardware computes in it, else float32")
@@ -126,26 +136,44 @@ class TrainConfig:
     activation_checkpointing: Annotated[
         int,
         Doc("recompute the activations of every n-th block: less memory, same result; 0 = off"),
+        Mark.SILENT,
     ] = 0
     spike: Annotated[
         SpikePolicy,
         Doc("a step 6 sigma above the last 128 in loss or gradient: warn, skip its update, or off"),
     ] = "warn"
-    eval_every: Annotated[int, Doc("steps between validations; 0 = only at the end")] = 250
+    eval_every: Annotated[
+        int, Doc("steps between validations; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
+    ] = 250
     eval_batches: Annotated[
-        int, Doc("validation batches, evenly spread over the split; 0 = the whole split")
+        int,
+        Doc("validation batches, evenly spread over the split; 0 = the whole split"),
+        Mark.SILENT,
     ] = 20
-    sample_every: Annotated[int, Doc("steps between samples; 0 = only at the end")] = 500
-    sample_prompt: Annotated[str, Doc("text that samples continue; empty = a line break")] = ""
-    sample_tokens: Annotated[int, Doc("tokens per sample; 0 = no samples")] = 120
-    save_every: Annotated[int, Doc("steps between checkpoints; 0 = only at the end")] = 500
-    keep_last: Annotated[int, Doc("newest checkpoints kept; the best one is kept besides")] = 2
+    sample_every: Annotated[
+        int, Doc("steps between samples; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
+    ] = 500
+    sample_prompt: Annotated[
+        str, Doc("text that samples continue; empty = a line break"), Mark.SILENT, Mark.ASIDE
+    ] = ""
+    sample_tokens: Annotated[
+        int, Doc("tokens per sample; 0 = no samples"), Mark.SILENT, Mark.ASIDE
+    ] = 120
+    save_every: Annotated[
+        int, Doc("steps between checkpoints; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
+    ] = 500
+    keep_last: Annotated[
+        int, Doc("newest checkpoints kept; the best one is kept besides"), Mark.SILENT, Mark.ASIDE
+    ] = 2
     tensorboard: Annotated[
-        bool, Doc("also write TensorBoard events; needs the extra 'tensorboard'")
+        bool,
+        Doc("also write TensorBoard events; needs the extra 'tensorboard'"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = False
 
     def __post_init__(self) -> None:
-        check_types(self)
+        normalise_types(self)
         for name in ("steps", "batch_size", "keep_last"):
             _between(self, name, 1, 1 << 40)
         for name in (

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from app.models.transformer import GPT2Model
 from app.models.transformer.layers.init import base_std
+from app.models.transformer.layers.norm import NORMS
 from app.verification.subject import Subject
 
 Result = tuple[bool, str]
@@ -81,14 +82,14 @@ def expected_parameters(subject: Subject) -> int:
     products = (d * qkv + bias * qkv) + (d * d + bias * d) + (2 * c.head_dim if c.qk_norm else 0)
 
     def mlp(hidden: int) -> int:
-        up = hidden * (2 if c.activation == "swiglu" else 1)
+        up = hidden * (2 if c.is_gated else 1)
         return (d * up + bias * up) + (hidden * d + bias * d)
 
     mixed = len(c.moe_layers)
     feeds = (c.n_layer - mixed) * mlp(c.mlp_hidden)
     feeds += mixed * c.moe_num_experts * (mlp(c.expert_hidden) + d)
     feeds += mixed * (mlp(c.shared_hidden) if c.moe.shared_experts else 0)
-    norm = d * (1 + (bias if c.norm_type == "layernorm" else 0))
+    norm = d * (1 + bias * NORMS[c.norm_type].biased)
     norms = {"post": 2 * c.n_layer, "deepnorm": 2 * c.n_layer, "pre": 2 * c.n_layer + 1}
     norms["keel"] = 4 * c.n_layer - 1  # 每个子层内外两个，第一个注意力没有外面的
     tables = c.vocab_size * (1 if c.tie_weights else 2)

@@ -101,7 +101,7 @@ def check_factories() -> Result:
             for norm in ("pre", "post"):
                 with torch.device("meta"):
                     model = create(vocab_size=vocab, norm=norm)
-                wanted = pre if norm == "pre" else pre - 2 * model.config.n_embed
+                wanted = pre if model.config.has_final_norm else pre - 2 * model.config.n_embed
                 total += 1
                 if model.num_parameters() != wanted:
                     wrong.append(f"{preset}/{vocab}/{norm} {model.num_parameters():,}≠{wanted:,}")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from app.data.tokenizers import BPETokenizer, train_bpe
 from app.generation.config import SamplingConfig
 from app.generation.generate import generate
-from app.interop.transformers import WorkbenchForCausalLM, register, save, unwrap, wrap
+from app.interop.transformers import (
+    WorkbenchForCausalLM,
+    convert,
+    register,
+    save,
+    unwrap,
+    wrap,
+)
 from app.models.transformer import GPT2Config, GPT2Model
 
 from .variants import VARIANTS, model, tokens
@@ -47,6 +55,17 @@ def outside(code: str, home: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", blocked + code],
         capture_output=True, text=True, cwd=home, env=env, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def test_flattened_files_keep_their_names_apart() -> None:
+    """导出时房间摊平：主干与 interop/transformers 的文件名各不相同，否则后写的盖住先写的。"""
+    names = Counter(
+        path.name
+        for folder in (convert._CORE, convert._HERE)
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py"
+    )
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_a_process_without_this_package_loads_the_folder(tmp_path: Path) -> None:

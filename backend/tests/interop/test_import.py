@@ -198,7 +198,7 @@ def test_an_old_pickle_only_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpt(prefix: str, bias: bool, tmp_path: Path) -> None:
     model = tiny_model(torch.float32, norm="pre", bias=bias)
-    state = write_tensors(NANOGPT, model.state_dict())
+    state = write_tensors(NANOGPT, model.config, model.state_dict())
     state["lm_head.weight"] = state["transformer.wte.weight"]
     state = {prefix + name: tensor for name, tensor in state.items()}
     args = {
@@ -219,7 +219,7 @@ def test_nanogpt(prefix: str, bias: bool, tmp_path: Path) -> None:
         import_model(str(path), allow_pickle=True, wanted={"norm": "post"})
     # nanoGPT 的矩阵不转置：当作 Hugging Face 的读，方阵 c_proj 会悄悄错，所以是两张表。
     assert not torch.equal(
-        write_tensors(GPT2, model.state_dict())["transformer.h.0.attn.c_proj.weight"],
+        write_tensors(GPT2, model.config, model.state_dict())["transformer.h.0.attn.c_proj.weight"],
         state[prefix + "transformer.h.0.attn.c_proj.weight"],
     )
 

@@ -91,7 +91,8 @@ def gradients(ours: GPT2Model, theirs: nn.Module, layout: str) -> list[tuple[Ten
     """每个参数的 (我们的, 它们的) 梯度，借同一张表换成它们的写法。"""
     grads = {name: p.grad for name, p in ours.named_parameters()}
     wanted = dict(theirs.named_parameters())
-    translated = write_tensors(LAYOUTS[layout], {k: g for k, g in grads.items() if g is not None})
+    found = {k: g for k, g in grads.items() if g is not None}
+    translated = write_tensors(LAYOUTS[layout], ours.config, found)
     assert translated.keys() == wanted.keys()
     return [(translated[name], wanted[name].grad) for name in translated]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.config import RoPEConfig
-from app.models.transformer.layers.rope import Rotary, inverse_frequencies, to_interleaved
+from app.models.transformer.layers.rope import Rotary, inverse_frequencies
+from app.models.transformer.weights.rope_rows import to_interleaved
 
 transformers = pytest.importorskip("transformers", reason="pip install 'gpt2-workbench[hf]'")
 

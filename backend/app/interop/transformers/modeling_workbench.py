@@ -173,7 +173,7 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         self.embed = Embeddings(core)
         layers = {str(i): WorkbenchLayer(config, core, i) for i in range(core.n_layer)}
         self.h = nn.ModuleDict(layers)
-        self.ln_f = make_norm(core) if core.norm == "pre" else None
+        self.ln_f = make_norm(core) if core.has_final_norm else None
         self.gradient_checkpointing = False
         self.post_init()
 

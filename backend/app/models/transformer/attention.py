@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .backends.attend import attend, attention_weights
 from .config import GPT2Config
 from .layers.context import Context
+from .layers.fused import attention_parts
 from .layers.linear import Linear
 from .layers.norm import EPS
 
@@ -20,7 +21,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
         self.dropout_p = config.dropout
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        width = sum(attention_parts(config).values())
         self.c_attn = Linear(config.n_embed, width, bias=config.bias)
         self.c_proj = Linear(config.n_embed, config.n_embed, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)

@@ -14,31 +14,34 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from .settings.fields import check_types, nearest
-from .settings.moe_config import MoEConfig, check_moe, expert_hidden, moe_layers
+from .settings.fields import Mark, check_bounds, nearest, normalise_types
+from .settings.json_file import read_json
+from .settings.moe_config import MoEConfig
 from .settings.rope_config import RoPEConfig
 from .visibility.pattern import CAUSAL, Pattern
 from .visibility.pattern_fit import check_pattern
-from .visibility.pattern_text import parse
+from .visibility.pattern_text import canonical, parse
 
 SCHEMA_VERSION = 1
 # 字段相同，而旁边的权重是量化的：只认得 1 的旧程序因此说得出为什么读不了。
 QUANTIZED_VERSION = 2
-MAX_FILE_BYTES = 1 << 20
 
 Norm = Literal["post", "pre", "deepnorm", "keel"]
 NormType = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope", "none"]
 Activation = Literal["gelu_tanh", "gelu", "relu", "relu2", "swiglu", "silu"]
+# 有门的：c_fc 是门与值两个矩阵拼成的。式子在 mlp.py；加一种激活只动这两个文件。
+GATED: frozenset[Activation] = frozenset({"swiglu"})
 Backend = Literal["auto", "reference", "sdpa", "blocked", "flex"]
 
 # 上界只为在分配内存之前挡住荒唐的配置文件（GPT-3 175B 也远在其内）。
-_UPPER = {
-    "vocab_size": 10_000_000,
-    "context_size": 10_000_000,
-    "n_layer": 4096,
-    "n_head": 4096,
-    "n_embed": 262_144,
+_MOST_LAYERS = 4096
+_BOUNDS = {
+    "vocab_size": (1, 10_000_000),
+    "context_size": (1, 10_000_000),
+    "n_layer": (1, _MOST_LAYERS),
+    "n_head": (1, 4096),
+    "n_embed": (1, 262_144),
 }
 
 
@@ -55,7 +58,9 @@ class GPT2Config:
     n_layer: Annotated[int, Doc("number of blocks")] = 12
     n_head: Annotated[int, Doc("number of query heads")] = 12
     n_embed: Annotated[int, Doc("width of the residual stream")] = 768
-    dropout: Annotated[float, Doc("dropout on embeddings, attention weights and branches")] = 0.1
+    dropout: Annotated[
+        float, Doc("dropout on embeddings, attention weights and branches"), Mark.FREE
+    ] = 0.1
     bias: Annotated[bool, Doc("biases in linear layers and LayerNorms")] = True
     norm: Annotated[Norm, Doc("where the norms sit; 'pre' is GPT-2, 'keel' trains deep")] = "post"
     norm_type: Annotated[NormType, Doc("layernorm or rmsnorm")] = "layernorm"
@@ -80,15 +85,13 @@ class GPT2Config:
     moe: Annotated[MoEConfig, Doc("router, balance, layers; used with moe_num_experts")] = (
         MoEConfig()
     )
-    attention_backend: Annotated[Backend, Doc("attention implementation")] = "auto"
+    attention_backend: Annotated[Backend, Doc("attention implementation"), Mark.FREE] = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention_pattern", _canonical(self.attention_pattern))
-        check_types(self)
-        for name, upper in _UPPER.items():
-            value = getattr(self, name)
-            if not 1 <= value <= upper:
-                raise ValueError(f"{name}={value} must be between 1 and {upper}")
+        pattern = canonical(self.attention_pattern, _MOST_LAYERS)
+        object.__setattr__(self, "attention_pattern", pattern)
+        normalise_types(self)
+        check_bounds(self, _BOUNDS)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if self.n_embed % self.n_head:
@@ -102,9 +105,24 @@ class GPT2Config:
                 f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: "
                 "use None (= n_head) or a divisor"
             )
-        check_moe(self)
+        self._check_experts()
         self._check_rope()
         self._check_patterns()
+
+    def _check_experts(self) -> None:
+        experts, k = self.moe_num_experts, self.moe_top_k
+        if k < 1:
+            raise ValueError(f"moe_top_k={k} must be at least 1")
+        if experts == 0:
+            self.moe.check_unused(k)
+            return
+        self.moe.check_fits(
+            experts,
+            k,
+            n_layer=self.n_layer,
+            mlp_hidden=self.mlp_hidden,
+            context_size=self.context_size,
+        )
 
     def _check_rope(self) -> None:
         if self.position != "rope":
@@ -166,24 +184,34 @@ class GPT2Config:
         return any(pattern != CAUSAL for pattern in self.patterns)
 
     @property
+    def is_gated(self) -> bool:
+        """前馈的激活有门。"""
+        return self.activation in GATED
+
+    @property
+    def has_final_norm(self) -> bool:
+        """只有 pre 的残差流从不归一化，所以最后一层之后另有一个归一化。"""
+        return self.norm == "pre"
+
+    @property
     def mlp_hidden(self) -> int:
-        """GPT-2 的 4·n_embed；swiglu 有三个矩阵，取 8/3（对齐 64）使参数量相当。
+        """GPT-2 的 4·n_embed；有门的有三个矩阵，取 8/3（对齐 64）使参数量相当。
 
         来源：Shazeer 2020, arXiv:2002.05202, 第 3 节。
         """
-        if self.activation == "swiglu":
+        if self.is_gated:
             return -(-8 * self.n_embed // (3 * 64)) * 64
         return 4 * self.n_embed
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """哪些层的前馈是混合专家。"""
-        return moe_layers(self)
+        return self.moe.layers_among(self.n_layer) if self.moe_num_experts else ()
 
     @property
     def expert_hidden(self) -> int:
         """一个路由专家的宽度。"""
-        return expert_hidden(self)
+        return self.moe.width(self.moe_top_k, self.mlp_hidden)
 
     @property
     def shared_hidden(self) -> int:
@@ -255,37 +283,10 @@ class GPT2Config:
         """读一个 JSON 文件；错误里带上文件名。
 
         Raises:
-            ValueError: 文件大得不像配置、不是 UTF-8，或内容不对。
+            ValueError: 没有这个文件、大得不像配置、不是 UTF-8 或 JSON，或内容不对。
         """
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}: "
-                "this is no model config"
-            )
+        data = read_json(path)
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text") from None
+            return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-
-def _canonical(given: Any) -> str | tuple[str, ...] | None:
-    """图样的标准写法：文字、Pattern 或它们的序列，变为可散列、可写进 JSON 的文字。"""
-    if given is None:
-        return None
-    if not isinstance(given, list | tuple):
-        return _text(given)
-    if not given:
-        raise ValueError("attention_pattern is an empty cycle: give a pattern, or None for causal")
-    if len(given) > _UPPER["n_layer"]:
-        raise ValueError(
-            f"attention_pattern has a cycle of {len(given)} patterns: more than "
-            f"{_UPPER['n_layer']} layers are not allowed"
-        )
-    texts = tuple(_text(one) for one in given)
-    return texts[0] if len(texts) == 1 else texts
-
-
-def _text(given: Any) -> str:
-    return str(parse(str(given) if isinstance(given, Pattern) else given))

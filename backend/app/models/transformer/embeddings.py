@@ -14,6 +14,8 @@ from .visibility.positions import Positions
 class Embedding(nn.Embedding):
     """初始化统一在 init.py，构造时不做。"""
 
+    init_std: float | None = None
+
     def reset_parameters(self) -> None:
         pass
 

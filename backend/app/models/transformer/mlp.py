@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Activation, GPT2Config
+from .layers.fused import feed_forward_parts
 from .layers.linear import Linear
 
 
@@ -26,6 +27,7 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+# 有门的把最后一维减半；哪些有门在 config.GATED。
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": gelu_tanh,
     "gelu": F.gelu,
@@ -42,9 +44,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPT2Config, hidden: int | None = None) -> None:
         super().__init__()
-        gates = 2 if config.activation == "swiglu" else 1
         hidden = config.mlp_hidden if hidden is None else hidden
-        self.c_fc = Linear(config.n_embed, gates * hidden, bias=config.bias)
+        rows = sum(feed_forward_parts(config, hidden).values())
+        self.c_fc = Linear(config.n_embed, rows, bias=config.bias)
         self.c_proj = Linear(hidden, config.n_embed, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)

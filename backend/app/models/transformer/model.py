@@ -59,10 +59,10 @@ class GPT2Model(nn.Module):
         self.embed = Embeddings(config)
         # 用字典而不用列表：流水线切分之后层的名字不变。
         self.h = nn.ModuleDict({str(i): Block(config, i) for i in range(config.n_layer)})
-        self.ln_f = make_norm(config) if config.norm == "pre" else None
+        self.ln_f = make_norm(config) if config.has_final_norm else None
         tied = config.tie_weights
         self.lm_head = None if tied else Linear(config.n_embed, config.vocab_size, bias=False)
-        initialize(self)
+        initialize(self, config)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 
 from ..config import TrainConfig
@@ -164,7 +165,7 @@ def _is_memory(error: Exception) -> bool:
 
 def _memory_advice(config: TrainConfig, rows: int) -> str:
     shape = config.model
-    parameters = sum(map(math.prod, expected_shapes(shape).values()))
+    parameters = sum(map(math.prod, expected_shapes(GPT2Model, shape).values()))
     # 权重、梯度与两个矩，都是 float32。
     held = f"{parameters:,} parameters ({16 * parameters / 1e6:,.0f} MB with gradients and AdamW)"
     if rows > 1:

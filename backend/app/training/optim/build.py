@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.layers.fused import parts_of
 
 from ..config import OptimConfig
 from .muon import MuonAdamW
@@ -97,13 +98,4 @@ def _muon_group(named: _Named, shape: GPT2Config, config: OptimConfig) -> dict[s
 def _parts(name: str, parameter: nn.Parameter, shape: GPT2Config) -> list[int]:
     """融合的矩阵由哪几块叠成（各块的行数）；muon.py 说明为什么分开。E 个专家是 E 份。"""
     rows, experts = parameter.shape[-2], len(parameter) if parameter.ndim == 3 else 1
-    return experts * _fused(name, rows, shape)
-
-
-def _fused(name: str, rows: int, shape: GPT2Config) -> list[int]:
-    if name.endswith(".attn.c_attn.weight"):
-        keys = shape.kv_heads * shape.head_dim
-        return [shape.n_embed, keys, keys]
-    if name.endswith(".c_fc.weight") and shape.activation == "swiglu":
-        return [rows // 2, rows // 2]
-    return [rows]
+    return experts * list(parts_of(name, rows, shape).values())

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from app.models.transformer.settings.fields import Mark, marked
 from app.viz.chart import Chart, Line, figure, short
 from app.viz.html_page import page, table
 from app.viz.loss_plot import smooth
@@ -27,10 +28,7 @@ from .progress import duration
 from .run_facts import Facts, read_facts
 
 # 不算作设置的差别：在哪里、怎样看着，不改变训练。
-_ASIDE = {
-    "out", "resume", "seed", "sample_every", "sample_prompt", "sample_tokens", "save_every",
-    "keep_last", "tensorboard", "data.folder", "data.verify", "eval_every",
-}  # fmt: skip
+_ASIDE = marked(TrainConfig, Mark.ASIDE)
 
 HEAD = (
     "run", "seeds", "best val", "final val", "tokens", "time", "tokens/s", "parameters", "steps",

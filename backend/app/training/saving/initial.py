@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from app.data.tokenizers import Tokenizer, load_tokenizer
-from app.models.transformer import GPT2Model
+from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.settings.fields import Mark, marked
 
 from .checkpoint import Tell, resolve_checkpoint
 from .resume import flat
-
-# 不改变权重的形状与含义的设置，可以与存下的不同。
-_FREE = {
-    "dropout", "attention_backend", "moe.dispatch", "moe.jitter_noise", "moe.aux_loss_coef",
-    "moe.z_loss_coef", "moe.bias_update_rate", "moe.capacity_factor",
-}  # fmt: skip
 
 
 def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: Tell) -> None:
@@ -24,8 +19,9 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
     found = resolve_checkpoint(folder, tell)
     source = GPT2Model.from_pretrained(found)
     theirs = dict(flat(source.config.to_dict()))
+    free = marked(GPT2Config, Mark.FREE)
     for name, ours in flat(model.config.to_dict()):
-        if name not in _FREE and theirs[name] != ours:
+        if name not in free and theirs[name] != ours:
             raise ValueError(
                 f"model.{name}={ours!r} but init_from={found} has {theirs[name]!r}: its weights "
                 f"do not fit; use model.{name}={theirs[name]!r}"

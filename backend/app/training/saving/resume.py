@@ -6,22 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.models.transformer.settings.fields import Mark, marked
+
 from ..config import TrainConfig
 from .checkpoint import CheckpointError, Tell, find_latest, list_steps, step_of, verify_checkpoint
 from .lock import LOCK
 
 RUN_FILE = "run.yaml"
-# 不影响训练出的权重的设置；变了不必提。
-SILENT = {
-    "out", "resume", "eval_every", "eval_batches", "sample_every", "sample_prompt",
-    "sample_tokens", "save_every", "keep_last", "data.folder", "data.verify", "tensorboard",
-    "activation_checkpointing", "init_from",
-}  # fmt: skip
-# 模型里可以变的：不改变权重的形状与含义。
-_MODEL_FREE = {
-    "model.dropout", "model.attention_backend", "model.moe.dispatch", "model.moe.jitter_noise",
-    "model.moe.aux_loss_coef", "model.moe.z_loss_coef", "model.moe.bias_update_rate",
-}  # fmt: skip
+SILENT = marked(TrainConfig, Mark.SILENT)
 # 决定优化器状态里有什么。
 _STATE_SHAPE = {"optim.name"}
 
@@ -110,11 +102,12 @@ def check_compatible(state: Mapping[str, Any], config: TrainConfig, data: str, t
     # 存下之后才有的设置：当时的行为就是它的默认值。
     before = dict(flat(TrainConfig().to_dict())) | dict(flat(state["config"]))
     now = dict(flat(config.to_dict()))
+    free = marked(TrainConfig, Mark.FREE)
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if old == new or name in SILENT:
             continue
-        if name in _STATE_SHAPE or (name.startswith("model.") and name not in _MODEL_FREE):
+        if name in _STATE_SHAPE or (name.startswith("model.") and name not in free):
             raise ValueError(
                 f"{name}={new!r} but the checkpoint has {old!r}: what it holds does not fit; "
                 f"set it back to {old!r} or start a new run with another --out"

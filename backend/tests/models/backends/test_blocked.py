@@ -229,9 +229,9 @@ def test_no_square_tensor_is_ever_made(pattern: Pattern) -> None:
 PEAK = """
 import sys, torch
 from app.models.transformer.pattern_text import parse
-from app.models.transformer.plan import MaskPlan
-from app.models.transformer.positions import Positions
-from app.models.transformer.attend import attend
+from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.visibility.positions import Positions
+from app.models.transformer.backends.attend import attend
 torch.set_num_threads(1)
 T, H, D = 16384, 4, 64
 def resident(field):  # not ru_maxrss: it counts what the parent held before exec

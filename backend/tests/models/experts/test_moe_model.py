@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from app.models.transformer import GPT2Model, MoEConfig
 from app.models.transformer.experts.moe import Experts
-from app.models.transformer.experts.router import Router
-from app.models.transformer.layers.init import ROUTER_STD, deepnorm_gain, residual_std
+from app.models.transformer.experts.router import ROUTER_STD, Router
+from app.models.transformer.layers.init import deepnorm_gain, residual_std
 
 from ..helpers import MIXED, ROUTERS, relative, tiny_config, tiny_model, tokens
 

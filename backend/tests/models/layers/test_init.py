@@ -9,7 +9,13 @@ import torch
 
 from app.models.transformer import GPT2Model, create_gpt2_small
 from app.models.transformer.block import residual_plan
-from app.models.transformer.layers.init import base_std, deepnorm_gain, residual_std, xavier
+from app.models.transformer.layers.init import (
+    base_std,
+    deepnorm_gain,
+    initialize,
+    residual_std,
+    xavier,
+)
 
 from ..helpers import tiny_config
 
@@ -68,6 +74,21 @@ def test_deepnorm_scales_v_but_not_q_and_k() -> None:
     assert v.std().item() == pytest.approx(unit * deepnorm_gain(6), rel=0.02)
 
 
+def test_deepnorm_takes_gate_and_up_as_two_matrices() -> None:
+    config = tiny_config(n_embed=256, norm="deepnorm", n_layer=6, activation="swiglu")
+    fc = GPT2Model(config).h["0"].mlp.c_fc.weight.detach()
+    unit = math.sqrt(2 / (256 + config.mlp_hidden))
+    for part in fc.chunk(2):
+        assert part.std().item() == pytest.approx(unit * deepnorm_gain(6), rel=0.02)
+
+
+def test_a_module_that_says_nothing_of_its_initialisation_is_refused() -> None:
+    model = GPT2Model(tiny_config())
+    model.add_module("extra", torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="Linear would keep torch's own initialisation"):
+        initialize(model, model.config)
+
+
 def test_same_seed_same_model_and_meta_is_safe() -> None:
     torch.manual_seed(7)
     first = GPT2Model(tiny_config())
@@ -89,7 +110,7 @@ def gradient_norms(norm: str, depth: int) -> list[float]:
     model = GPT2Model(config)
     with torch.no_grad():
         for block in model.h.values():
-            xavier(block, deepnorm_gain(depth) if norm == "deepnorm" else 1.0)
+            xavier(block, config, deepnorm_gain(depth) if norm == "deepnorm" else 1.0)
     ids = torch.randint(0, 65, (16, 65))
     model(ids[:, :-1].contiguous(), targets=ids[:, 1:].contiguous())["loss"].backward()
     return [

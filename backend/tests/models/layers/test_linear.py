@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.transformer.layers import linear as module
-from app.models.transformer.layers.linear import linear, product
+from app.models.transformer.layers import cpu_products as module
+from app.models.transformer.layers.cpu_products import product
+from app.models.transformer.layers.linear import linear
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"

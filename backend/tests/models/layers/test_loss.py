@@ -102,7 +102,7 @@ _MEASURE = """
 import sys, torch
 from pathlib import Path
 rows = int(sys.argv[1])
-from app.models.transformer.loss import head_cross_entropy
+from app.models.transformer.layers.loss import head_cross_entropy
 torch.set_num_threads(2)
 hidden = torch.randn(rows, 1024, 768, requires_grad=True)
 weight = torch.randn(50304, 768, requires_grad=True)

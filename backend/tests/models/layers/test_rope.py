@@ -17,9 +17,8 @@ from app.models.transformer.layers.rope import (
     Rotary,
     inverse_frequencies,
     rerotate,
-    to_half,
-    to_interleaved,
 )
+from app.models.transformer.weights.rope_rows import to_half, to_interleaved
 
 D, CONTEXT = 64, 1024
 LAYOUTS = ("half", "interleaved")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.models.transformer import GPT2Config, MoEConfig
+from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 from app.models.transformer.weights.own_folder import expected_shapes
 
 from ..helpers import tiny_config
@@ -62,7 +62,7 @@ def test_layers(moe: dict[str, Any], layers: tuple[int, ...]) -> None:
     assert config.moe_layers == layers
     again = GPT2Config.from_json(config.to_json())
     assert again == config and hash(again) == hash(config)
-    names = expected_shapes(config)
+    names = expected_shapes(GPT2Model, config)
     assert {int(n.split(".")[1]) for n in names if ".experts." in n} == set(layers)
     assert config.dense().moe_layers == () and config.dense().n_layer == 6
 

@@ -60,7 +60,7 @@ def test_a_shard_that_lies_about_another(good: Path, tmp_path: Path) -> None:
 def fuzz(good: Path, tmp_path: Path, rounds: int) -> tuple[int, int]:
     """改头里的几个字节：要么我们的错误，要么读出完全相同的张量。返回 (拒绝, 相同)。"""
     config = tiny_config()
-    expected = expected_shapes(config)
+    expected = expected_shapes(GPT2Model, config)
     original = SafetensorsFiles([good / FILE])
     want = {name: original.read(name) for name in expected}
     data = (good / FILE).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import tracemalloc
@@ -12,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 from app.models.transformer.weights.own_folder import expected_shapes
-from app.models.transformer.weights.safetensors_file import read_header
+from app.models.transformer.weights.safetensors_file import SafetensorsFiles
 
 from ..helpers import VARIANTS, tiny_config, tiny_model, tokens
 
@@ -42,7 +43,7 @@ def test_dtype_on_request(tmp_path: Path) -> None:
 def test_expected_shapes_are_those_of_the_model(name: str) -> None:
     config = tiny_config(**VARIANTS[name])
     state = GPT2Model(config).state_dict()
-    assert expected_shapes(config) == {k: tuple(v.shape) for k, v in state.items()}
+    assert expected_shapes(GPT2Model, config) == {k: tuple(v.shape) for k, v in state.items()}
 
 
 def rewrite(path: Path, change) -> None:
@@ -111,7 +112,7 @@ def test_junk_headers(tmp_path: Path, junk: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(junk)
     with pytest.raises(ValueError, match="header"):
-        read_header(path)
+        SafetensorsFiles([path])
 
 
 @given(st.binary(max_size=300))
@@ -119,7 +120,7 @@ def test_random_headers_never_crash(tmp_path_factory, text: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(ValueError):
-        read_header(path)
+        SafetensorsFiles([path])
         raise ValueError("an empty header is valid")
 
 
@@ -165,3 +166,16 @@ def test_training_goes_on_after_the_file_is_replaced(tmp_path: Path) -> None:
     before = model(ids)["logits"]
     tiny_model(torch.float32).save_pretrained(tmp_path)
     assert torch.equal(model(ids)["logits"], before)
+
+
+def test_what_leaves_the_weights_alone_may_be_asked_for_on_loading(tmp_path: Path) -> None:
+    stored = MoEConfig(hidden=24, router="sigmoid")
+    model = tiny_model(torch.float32, moe_num_experts=4, moe=stored)
+    model.save_pretrained(tmp_path)
+    free = dataclasses.replace(stored, capacity_factor=1.0, dispatch="reference", jitter_noise=0.1)
+    again = GPT2Model.from_pretrained(tmp_path, moe=free, dropout=0.25)
+    assert again.config == model.config.replace(moe=free, dropout=0.25)
+    ids = tokens(2, 8)
+    torch.testing.assert_close(again(ids)["logits"], model.eval()(ids)["logits"])
+    with pytest.raises(ValueError, match=r"moe.hidden=16 was asked for .* have moe.hidden=24"):
+        GPT2Model.from_pretrained(tmp_path, moe=dataclasses.replace(stored, hidden=16))

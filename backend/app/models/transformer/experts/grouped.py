@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.linear import FEW_ROWS, linear
+from ..layers.cpu_products import FEW_ROWS
+from ..layers.linear import linear
 
 
 class GroupedLinear(nn.Module):
     """E 个线性层叠成一个：weight (E, O, I)、bias (E, O)。初始化统一在 init.py。"""
+
+    init_std: float | None = None
 
     def __init__(self, experts: int, width_in: int, width_out: int, bias: bool) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import GPT2Config
 from ..layers.context import Context, Load
+from ..layers.fused import feed_forward_parts
 from ..mlp import ACTIVATIONS, MLP
 from ..visibility.positions import PADDING
 from .dispatch import Groups, Way, choose_dispatch, count, drop_overflow, group
@@ -19,14 +20,14 @@ from .router import Router, balance_loss, capacity, z_loss
 
 
 class Experts(nn.Module):
-    """E 个前馈叠在一起：c_fc (E, h, C)（swiglu 是 2h）、c_proj (E, C, h)。"""
+    """E 个前馈叠在一起：c_fc (E, h, C)（有门的是 2h）、c_proj (E, C, h)。"""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        gates = 2 if config.activation == "swiglu" else 1
         self.count, self.dispatch = config.moe_num_experts, config.moe.dispatch
         width, hidden = config.n_embed, config.expert_hidden
-        self.c_fc = GroupedLinear(self.count, width, gates * hidden, config.bias)
+        rows = sum(feed_forward_parts(config, hidden).values())
+        self.c_fc = GroupedLinear(self.count, width, rows, config.bias)
         self.c_proj = GroupedLinear(self.count, hidden, width, config.bias)
         self.activation = ACTIVATIONS[config.activation]
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ..config import GPT2Config
 from ..settings.moe_config import Router as Kind
 
+# 打分起初要小而各不相同：大了一开始就偏，全零则次次选前 k 号。
+ROUTER_STD = 0.006
+
 
 class Choice(NamedTuple):
     """expert (N, k) int64；weight (N, k)；share (N, E) 每行和为 1 的分数；logits (N, E)。"""
@@ -33,6 +36,7 @@ class Router(nn.Module):
     （Wang et al. 2024, arXiv:2408.15664）。它随权重一起存取。
     """
 
+    init_std = ROUTER_STD
     selection_bias: Tensor | None
 
     def __init__(self, config: GPT2Config) -> None:

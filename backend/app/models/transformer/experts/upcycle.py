@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import GPT2Config
-from ..layers.init import ROUTER_STD
+from .router import ROUTER_STD
 
 State = Mapping[str, Tensor]
 

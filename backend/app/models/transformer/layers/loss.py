@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import product
+from .cpu_products import product
 
 IGNORE = -100
 # 一块 logits 的上限：够大使矩阵乘吃满，又只占峰值内存的一小部分。

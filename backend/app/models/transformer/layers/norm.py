@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import nn
 
-from ..config import GPT2Config
+from ..config import GPT2Config, NormType
 
 EPS = 1e-5
 
 
+@dataclass(frozen=True)
+class Kind:
+    """一种归一化。
+
+    Attributes:
+        make: (宽度, 有没有偏置) -> 模块。
+        biased: 听 config.bias 的话。
+        saved: 宽度 -> 反向在输入之外为每个词元记下几个数。
+    """
+
+    make: Callable[[int, bool], nn.Module]
+    biased: bool
+    saved: Callable[[int], int]
+
+
+NORMS: dict[NormType, Kind] = {
+    # 均值与标准差的倒数。
+    "layernorm": Kind(lambda n, bias: nn.LayerNorm(n, eps=EPS, bias=bias), True, lambda n: 2),
+    # 标准差的倒数，与乘增益之前的结果。
+    "rmsnorm": Kind(lambda n, bias: nn.RMSNorm(n, eps=EPS), False, lambda n: 1 + n),
+}
+
+
 def make_norm(config: GPT2Config) -> nn.Module:
-    if config.norm_type == "rmsnorm":
-        return nn.RMSNorm(config.n_embed, eps=EPS)
-    return nn.LayerNorm(config.n_embed, eps=EPS, bias=config.bias)
+    return NORMS[config.norm_type].make(config.n_embed, config.bias)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..settings.rope_config import RoPEConfig, RoPELayout
+from .rope_turn import turn, turn_one
 
 # YaRN 的两个边界（Peng et al. 2023, arXiv:2309.00071, 第 3.2 节）：在原上下文里转过这么多圈的
 # 维保持不动，不足一圈的维整个内插。
@@ -122,23 +122,11 @@ class Rotary:
         x 比表窄（bf16）时用表的精度算，最后舍入一次。transformers 的 Llama 在 autocast 下
         也是如此；整个模型是 bf16 时它连 cos 也先舍入，这里更准。
         """
-        dim = -2 if self.layout == "half" else -1
-        if torch.compiler.is_compiling():
-            return _turn_fused(x, self.cos, self.sin, dim)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Turn.apply(x, self.cos, self.sin, dim, 1.0)
-        if x.shape[2] == 1:
-            return self._apply_to_one(x)
-        return _turn(x, self.cos, self.sin, dim, 1.0)
-
-    def _apply_to_one(self, x: Tensor) -> Tensor:
-        """解码一个词元时花费全在算子的个数上：x·cos 加上对调后的 x·(-sin, sin)。"""
-        cos, sin = self._wide
-        if self.layout == "half":
-            swapped = x.roll(x.shape[-1] // 2, -1)
-        else:
-            swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+        # 编译时不看形状：看了就是一道守卫。
+        plain = not torch.compiler.is_compiling()
+        if plain and x.shape[2] == 1 and not (torch.is_grad_enabled() and x.requires_grad):
+            return turn_one(x, *self._wide, self.layout)
+        return turn(x, self.cos, self.sin, -2 if self.layout == "half" else -1)
 
     @cached_property
     def _wide(self) -> tuple[Tensor, Tensor]:
@@ -177,83 +165,3 @@ def _tables(
     dtype = torch.promote_types(dtype, torch.float32)
     home = positions.device
     return Rotary(cos.to(home, dtype), sin.to(home, dtype), layout)
-
-
-def to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """把 half 布局的 q 或 k 投影变成 interleaved 的：只换行的次序，模型的输出不变。
-
-    Args:
-        weight: (heads·D, in) 的权重或 (heads·D,) 的偏置；qk_norm 的 (D,) 用 heads=1。
-
-    Raises:
-        ValueError: 行数分不成 heads 个偶数宽的头。
-    """
-    return _permute(weight, heads, 2, -1)
-
-
-def to_half(weight: Tensor, heads: int) -> Tensor:
-    """to_interleaved 的逆。"""
-    return _permute(weight, heads, -1, 2)
-
-
-def _permute(weight: Tensor, heads: int, *pairs: int) -> Tensor:
-    rows = weight.shape[0]
-    if heads < 1 or rows % (2 * heads):
-        raise ValueError(
-            f"weight has {rows} rows, which are not heads={heads} heads of an even width"
-        )
-    grouped = weight.unflatten(0, (heads, *pairs))
-    return grouped.transpose(1, 2).reshape(weight.shape)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, dim: int, sign: float) -> Tensor:
-    """每对 (a, b) 变成 (a·cos - b·sin, b·cos + a·sin)，sign=-1 则往回转；dim：成对的那一维。
-
-    瓶颈是内存：写一遍 x·cos，再就地补上两半，不像 rotate_half 的式子要建几个同样大的中间张量。
-    """
-    if dim == -1 and x.dtype.itemsize < 4:
-        # 相邻成对的走下面的复数，而半精度没有复数。
-        return _turn(x.to(cos.dtype), cos, sin, dim, sign).to(x.dtype)
-    pairs = x.unflatten(-1, (2, -1) if dim == -2 else (-1, 2))
-    if dim == -1 and _viewable_as_complex(x):
-        # 隔一个取一个的就地加法不能向量化；复数乘法一遍走完。
-        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin * sign)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
-    out = pairs * cos.unsqueeze(dim)
-    a, b = pairs.unbind(dim)
-    left, right = out.unbind(dim)
-    left.addcmul_(b, sin, value=-sign)
-    right.addcmul_(a, sin, value=sign)
-    return out.flatten(-2).to(x.dtype)
-
-
-def _viewable_as_complex(x: Tensor) -> bool:
-    """反向来的梯度可以是任意步长的（例如 sum 的，步长为 0）。"""
-    *outer, last = x.stride()
-    return last == 1 and not any(n % 2 for n in (*outer, x.storage_offset()))
-
-
-def _turn_fused(x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    """同一式子的函数式写法：inductor 自会融成一遍，而它不会编译复数。"""
-    a, b = x.unflatten(-1, (2, -1) if dim == -2 else (-1, 2)).unbind(dim)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim).flatten(-2).to(x.dtype)
-
-
-class _Turn(torch.autograd.Function):
-    """旋转的导数就是往回转：反向与前向一样便宜，且只存两张小表，不存 x。"""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, dim: int, sign: float) -> Tensor:
-        return _turn(x, cos, sin, dim, sign)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, cos, sin, ctx.dim, ctx.sign = inputs
-        ctx.save_for_backward(cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        return _Turn.apply(grads[0], cos, sin, ctx.dim, -ctx.sign), None, None, None, None

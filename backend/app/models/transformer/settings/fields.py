@@ -1,13 +1,45 @@
-"""配置字段的检查：类型对照注解，名字给出最近的；各配置类共用。不需要 torch。"""
+"""配置字段：怎样检查，以及写在字段旁边的事实（Mark）。各配置类共用，不需要 torch。
+
+dropout: Annotated[float, Doc("..."), Mark.FREE] = 0.1
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+
+class Mark(Enum):
+    """字段的事实，写在注解里；谁要问就用 marked 问，不另列名单。
+
+    FREE    模型的：既不改变权重的形状，也不改变它们的意思。读取、续训、init_from 时都可以不同。
+    SILENT  训练的：不影响训练出的权重，续训时变了不必提。
+    ASIDE   训练的：比较几次训练时不算作差别。
+    """
+
+    FREE = "free"
+    SILENT = "silent"
+    ASIDE = "aside"
+
+
+@cache
+def marked(kind: type, mark: Mark) -> frozenset[str]:
+    """kind（数据类）里带着 mark 的字段；嵌套的写成带点的名字，如 "moe.dispatch"。"""
+    found: set[str] = set()
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner, *facts = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if mark in facts:
+            found.add(name)
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            found |= {f"{name}.{deeper}" for deeper in marked(inner, mark)}
+    return frozenset(found)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -32,8 +64,38 @@ def from_mapping(kind: type[T], data: Any, where: str) -> T:
     return kind(**data)
 
 
-def check_types(config: Any, prefix: str = "") -> None:
-    """YAML 与 JSON 会送来错类型，数据类自己不查；int 可作 float，bool 不可作 int。
+def differing(one: Any, other: Any) -> list[str]:
+    """两个同类的配置里值不同的字段，名字同 marked。"""
+    found = []
+    for field in dataclasses.fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(mine):
+            found += [f"{field.name}.{deeper}" for deeper in differing(mine, theirs)]
+        elif mine != theirs:
+            found.append(field.name)
+    return found
+
+
+def check_bounds(config: Any, bounds: Mapping[str, tuple[int, int]], prefix: str = "") -> None:
+    """bounds {字段: (下界, 上界)}，都含在内；None 不查。
+
+    Raises:
+        ValueError: 越界。
+    """
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{prefix}{name}={value} must be between {low} and {high}")
+
+
+def short(value: Any) -> str:
+    """报错里的值，太长就截断。"""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def normalise_types(config: Any, prefix: str = "") -> None:
+    """核对并就地写成注解的类型：YAML 与 JSON 会送来错的；int 可作 float，bool 不可作 int。
 
     prefix 是报错时字段名之前的部分，如 "rope."。
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from .fields import check_types, from_mapping
+from .fields import from_mapping, normalise_types
 
 RoPELayout = Literal["half", "interleaved"]
 RoPEScaling = Literal["none", "linear", "ntk", "yarn"]
@@ -33,7 +33,7 @@ class RoPEConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        check_types(self, "rope.")
+        normalise_types(self, "rope.")
         if self.theta <= 1.0:
             raise ValueError(f"rope.theta={self.theta} must be above 1 (10000 is usual)")
         if self.scaling == "none" and self.factor != 1.0:

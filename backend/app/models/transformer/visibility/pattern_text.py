@@ -24,6 +24,27 @@ _MAX_CHARS, _MAX_DEPTH = 512, 16
 _EXAMPLE = "write it like 'local(256) | global(16)'"
 
 
+def canonical(given: Any, most: int) -> str | tuple[str, ...] | None:
+    """图样的标准写法：文字、Pattern 或至多 most 个的序列，变为可散列、可写进 JSON 的文字。"""
+    if given is None:
+        return None
+    if not isinstance(given, list | tuple):
+        return _text(given)
+    if not given:
+        raise ValueError("attention_pattern is an empty cycle: give a pattern, or None for causal")
+    if len(given) > most:
+        raise ValueError(
+            f"attention_pattern has a cycle of {len(given)} patterns: more than "
+            f"{most} layers are not allowed"
+        )
+    texts = tuple(_text(one) for one in given)
+    return texts[0] if len(texts) == 1 else texts
+
+
+def _text(given: Any) -> str:
+    return str(parse(str(given) if isinstance(given, Pattern) else given))
+
+
 def parse(text: str) -> Pattern:
     """文字到图样；对每个用运算符组成的图样 p，parse(str(p)) == p。
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Activation, GPT2Config, Norm
-from ..settings.moe_config import MoEConfig
-from ..settings.rope_config import RoPEConfig
+from ..settings.fields import short
+from .mixtral import not_mixtral, read_mixtral, write_mixtral
 
 # Hugging Face 的激活名；写出用第一个对得上的。
 _ACTIVATIONS: dict[str, Activation] = {
@@ -156,57 +156,6 @@ OPT = Family(
 )
 
 
-def _read_mixtral(raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 把 RoPE 写在 rope_parameters 里，此前是 rope_theta 与 rope_scaling。"""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise ValueError(
-            f"rope_type={_short(kind)} means scaled rotary positions; mixtral is read "
-            "with rope_type='default' only"
-        )
-    width, heads = raw.get("hidden_size", 4096), raw.get("num_attention_heads", 32)
-    given = raw.get("head_dim")
-    if given is not None and given * heads != width:
-        raise ValueError(
-            f"head_dim={_short(given)} but hidden_size={_short(width)} / "
-            f"num_attention_heads={_short(heads)}: only heads that share the width can be read"
-        )
-    return {
-        "rope": RoPEConfig(theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e6)))),
-        "moe": MoEConfig(
-            hidden=raw.get("intermediate_size", 14336),
-            aux_loss_coef=float(raw.get("router_aux_loss_coef", 0.001)),
-            z_loss_coef=0.0,
-            jitter_noise=float(raw.get("router_jitter_noise", 0.0)),
-        ),
-    }
-
-
-def _write_mixtral(config: GPT2Config) -> dict[str, Any]:
-    return {
-        "intermediate_size": config.expert_hidden,
-        "router_aux_loss_coef": config.moe.aux_loss_coef,
-        "router_jitter_noise": config.moe.jitter_noise,
-        "rope_theta": config.rope.theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
-        "head_dim": config.head_dim,
-    }
-
-
-def _not_mixtral(config: GPT2Config) -> str | None:
-    moe, rope = config.moe, config.rope
-    if moe.router != "softmax_topk":
-        return f"moe.router={moe.router!r} but mixtral has only moe.router='softmax_topk'"
-    if moe.shared_experts:
-        return f"moe.shared_experts={moe.shared_experts} but mixtral has only moe.shared_experts=0"
-    if config.moe_layers != tuple(range(config.n_layer)):
-        return f"experts in layers {list(config.moe_layers)} but mixtral has them in every layer"
-    if rope != RoPEConfig(theta=rope.theta):
-        return f"rope={rope} but mixtral has plain rotary positions, layout 'half'"
-    return None
-
-
 MIXTRAL = Family(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -237,7 +186,7 @@ MIXTRAL = Family(
         "is_sparse": False,
     },
     tied=False,
-    nested=Nested(_read_mixtral, _write_mixtral, _not_mixtral),
+    nested=Nested(read_mixtral, write_mixtral, not_mixtral),
 )
 FAMILIES = {family.model_type: family for family in (GPT2, OPENAI_GPT, OPT, MIXTRAL)}
 
@@ -272,7 +221,7 @@ def read_config(raw: dict[str, Any], where: str) -> GPT2Config:
         given = raw.get(key, value)
         if given != value and not (given is None and key in _NEVER):
             raise ValueError(
-                f"{where}: {key}={_short(given)} means {meaning}; {family.model_type} is read with "
+                f"{where}: {key}={short(given)} means {meaning}; {family.model_type} is read with "
                 f"{key}={value!r} only"
             )
     values: dict[str, Any] = {
@@ -314,7 +263,7 @@ def extra_vocab(raw: dict[str, Any], config: GPT2Config, where: str) -> int:
     trained = raw.get(VOCAB_KEY, config.vocab_size)
     if type(trained) is not int or not 1 <= trained <= config.vocab_size:
         raise ValueError(
-            f"{where}: {VOCAB_KEY}={_short(trained)} must be between 1 and "
+            f"{where}: {VOCAB_KEY}={short(trained)} must be between 1 and "
             f"vocab_size={config.vocab_size}"
         )
     return config.vocab_size - trained
@@ -328,7 +277,7 @@ def _look_up(
     given = raw.get(key, default)
     if not isinstance(given, str | bool) or given not in table:
         known = ", ".join(str(name) for name in table)
-        raise ValueError(f"{where}: {key}={_short(given)} is not one of {known}")
+        raise ValueError(f"{where}: {key}={short(given)} is not one of {known}")
     return table[given]
 
 
@@ -339,13 +288,13 @@ def _check_widths(raw: dict[str, Any], family: Family, config: GPT2Config, where
         given = raw.get(key, default)
         if given is not None and given != width:
             raise ValueError(
-                f"{where}: {key}={_short(given)} but here the MLP is always 4 times "
+                f"{where}: {key}={short(given)} but here the MLP is always 4 times "
                 f"{family.sizes['n_embed'][0]}={config.n_embed}, {width} wide"
             )
     projected = raw.get("word_embed_proj_dim")
     if projected is not None and projected != config.n_embed:
         raise ValueError(
-            f"{where}: word_embed_proj_dim={_short(projected)} with hidden_size={config.n_embed} "
+            f"{where}: word_embed_proj_dim={short(projected)} with hidden_size={config.n_embed} "
             "puts projections around the blocks (opt-350m); only equal widths can be read"
         )
 
@@ -405,8 +354,3 @@ def write_config(family: Family, config: GPT2Config) -> dict[str, Any]:
 
 def _shown(name: str) -> str:
     return {"kv_heads": "n_kv_head", "is_sparse": "sparse attention"}.get(name, name)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

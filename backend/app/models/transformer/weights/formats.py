@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..config import GPT2Config
-    from ..model import GPT2Model
 
-    Loader = Callable[[GPT2Config, Path, torch.device, torch.dtype | None], GPT2Model]
+    Loader = Callable[[GPT2Config, Path, torch.device, torch.dtype | None], nn.Module]
 
 _LOADERS: dict[int, Loader] = {}
 

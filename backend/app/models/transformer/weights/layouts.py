@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import GPT2Config
+from ..layers.fused import parts_of
 from .safetensors_file import TensorSource
 
 HEAD = "lm_head.weight"
@@ -29,25 +31,21 @@ class Row:
             一个专家的，各专家叠成我们的第 0 维。
         transpose: 对方的矩阵存 (in, out)。
         skip: 对方在前面多出的行数，没有内容。
-        square: 几个里的第一个是方阵，其余平分剩下的行（分组查询里 q 比 k、v 宽）。
     """
 
     theirs: tuple[str, ...]
     transpose: bool = False
     skip: int = 0
-    square: bool = False
 
     @property
     def stacked(self) -> bool:
         return "{e}" in self.theirs[0]
 
-    def rows(self, shape: tuple[int, ...]) -> list[int]:
-        """我们的形状（一个专家的）里，theirs 各占几行。"""
-        if not self.square:
-            return [shape[0] // len(self.theirs)] * len(self.theirs)
-        return [shape[1]] + [(shape[0] - shape[1]) // (len(self.theirs) - 1)] * (
-            len(self.theirs) - 1
-        )
+    def rows(self, ours: str, rows: int, config: GPT2Config) -> list[int]:
+        """我们的 rows 行（一个专家的）里，theirs 各占几行：对方分开的正是我们拼成的那几部分。"""
+        if len(self.theirs) == 1:
+            return [rows]
+        return list(parts_of(ours, rows, config).values())
 
 
 def _rows(table: Mapping[str, str], conv1d: bool = False) -> dict[str, Row]:
@@ -64,15 +62,18 @@ class Layout:
 
     Attributes:
         prefixes: 对方名字的前缀；写出用第一个，读入认任何一个。
+        rows: 我们的名字 -> 表的一行；None = 名字与存法都是我们的。
         ignored: 文件里可以有、与计算无关的张量（旧文件把掩码也存了）。
     """
 
     prefixes: tuple[str, ...]
-    rows: Mapping[str, Row]
+    rows: Mapping[str, Row] | None
     ignored: str = r"h\.\d+\.attn\.(bias|masked_bias)"
 
     def place(self, ours: str, experts: int = 1) -> tuple[list[str], Row]:
         """我们的张量在对方那里的全名（不含前缀）与存法；叠起来的逐个专家列出。"""
+        if self.rows is None:
+            return [ours], Row((ours,))
         stem, _, kind = ours.rpartition(".")
         layer = _LAYER.fullmatch(stem)
         row = self.rows[f"h.{{i}}.{layer[2]}" if layer else stem]
@@ -131,7 +132,7 @@ MIXTRAL = Layout(
                 "ln_f": "norm",
             }
         ),
-        "h.{i}.attn.c_attn": Row(_QKV, square=True),
+        "h.{i}.attn.c_attn": Row(_QKV),
         "h.{i}.mlp.experts.c_fc": Row((_EXPERT + "w1", _EXPERT + "w3")),
         "h.{i}.mlp.experts.c_proj": Row((_EXPERT + "w2",)),
     },
@@ -139,19 +140,13 @@ MIXTRAL = Layout(
 )
 
 
-class _SameNames(dict[str, Row]):
-    """名字就是我们的名字。"""
-
-    def __missing__(self, name: str) -> Row:
-        return Row((name,))
-
-
 # 我们自带代码的 transformers 模型：主干外面只多一层 "model."。
-OWN = Layout(("model.",), _SameNames())
+OWN = Layout(("model.",), None)
 
 
 def read_tensors(
     layout: Layout,
+    config: GPT2Config,
     expected: Mapping[str, tuple[int, ...]],
     source: TensorSource,
     extra_vocab: int = 0,
@@ -170,7 +165,8 @@ def read_tensors(
         names, row = _full(layout, prefix, ours, shape)
         extra = extra_vocab if ours in _VOCAB else 0
         one = shape[1:] if row.stacked else shape
-        for name, rows in zip(names, row.rows(one) * (len(names) // len(row.theirs)), strict=True):
+        each = row.rows(ours, one[0], config) * (len(names) // len(row.theirs))
+        for name, rows in zip(names, each, strict=True):
             size = (rows + row.skip + extra, *one[1:])
             wanted[name] = size[::-1] if _turned(row, shape) else size
     _check_names(layout, prefix, wanted, source, tied=HEAD not in expected)
@@ -189,7 +185,9 @@ def read_tensors(
         yield ours, tensor if end == len(tensor) and not first else tensor[first:end].clone()
 
 
-def write_tensors(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def write_tensors(
+    layout: Layout, config: GPT2Config, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """我们的 state_dict 换成对方的名字与存法；read_tensors 的逆。"""
     result = {}
     for ours, tensor in state.items():
@@ -198,10 +196,8 @@ def write_tensors(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tens
             tensor = tensor.T
         if row.skip:
             tensor = torch.cat([tensor.new_zeros(row.skip, *tensor.shape[1:]), tensor])
-        if row.stacked:
-            parts = [part for one in tensor for part in one.split(row.rows(one.shape))]
-        else:
-            parts = list(tensor.split(row.rows(tensor.shape)))
+        each = tensor if row.stacked else (tensor,)
+        parts = [part for one in each for part in one.split(row.rows(ours, one.shape[0], config))]
         result.update({n: p.contiguous() for n, p in zip(names, parts, strict=True)})
     return result
 

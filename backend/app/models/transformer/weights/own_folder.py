@@ -6,23 +6,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import GPT2Config
 from .safetensors_file import SafetensorsFiles, TensorSource, header_limit
 
-if TYPE_CHECKING:
-    from ..model import GPT2Model
+M = TypeVar("M", bound=nn.Module)
+# 由配置造出模型的东西：模型的类自己。这里不认得是哪个类。
+Build = Callable[[GPT2Config], nn.Module]
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-def save_model(model: GPT2Model, folder: Path) -> None:
+class Savable(Protocol):
+    @property
+    def config(self) -> GPT2Config: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def save_model(model: Savable, folder: Path) -> None:
+    write_weights(model, folder)
+    write_beside(folder / CONFIG_FILE, model.config.to_json())
+
+
+def write_weights(model: Savable, folder: Path) -> None:
+    """state_dict 写成 folder 里的 model.safetensors；没有文件夹就建。
+
+    Raises:
+        ValueError: folder 是一个文件，或模型在 meta 设备上。
+        OSError: 写不下。
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -40,12 +59,16 @@ def save_model(model: GPT2Model, folder: Path) -> None:
         # 盘满时它抛的不是 OSError：谁也不会去接，而这正是要接的。
         raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from error
     os.replace(temporary, folder / WEIGHTS_FILE)
-    temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    temporary.write_text(model.config.to_json(), encoding="utf-8")
-    os.replace(temporary, folder / CONFIG_FILE)
 
 
-def read_own(config: GPT2Config, folder: Path) -> Iterable[tuple[str, Tensor]]:
+def write_beside(path: Path, text: str) -> None:
+    """先写在旁边再改名。"""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_own(build: Build, config: GPT2Config, folder: Path) -> Iterable[tuple[str, Tensor]]:
     """save_model 写的权重，逐个；返回之前已核对完名字与形状。
 
     Raises:
@@ -54,22 +77,22 @@ def read_own(config: GPT2Config, folder: Path) -> Iterable[tuple[str, Tensor]]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}: it is not a saved model")
-    expected = expected_shapes(config)
+    expected = expected_shapes(build, config)
     source = SafetensorsFiles([path], header_limit(len(expected)))
     check_shapes(source, expected, config)
     return ((name, source.read(name)) for name in expected)
 
 
 def assemble(
-    cls: type[GPT2Model],
+    build: Callable[[GPT2Config], M],
     config: GPT2Config,
     tensors: Iterable[tuple[str, Tensor]],
     device: torch.device,
     dtype: torch.dtype | None,
-) -> GPT2Model:
+) -> M:
     """在 meta 设备上造模型，张量逐个换好精度放进去：任何时刻至多比模型多一个张量。"""
     with torch.device("meta"):
-        model = cls(config)
+        model = build(config)
     state = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in tensors}
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -104,7 +127,7 @@ def _norm_hint(config: GPT2Config, missing: list[str], extra: list[str]) -> str:
     return ""
 
 
-def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(build: Build, config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """配置推出的名字与形状，缓冲区也算。
 
     只在 meta 设备上造两层：第 0 层可能特殊（keel），其余都像第 1 层；有 MoE 层时，全是稠密层的与
@@ -112,9 +135,9 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """
     plain = config.replace(attention_pattern=None, use_sparse_attention=False)
     few = min(config.n_layer, 2)
-    dense, mixed = _shapes(plain.dense().replace(n_layer=few)), {}
+    dense, mixed = _shapes(build, plain.dense().replace(n_layer=few)), {}
     if config.moe_layers:
-        mixed = _shapes(plain.with_layers(few, range(few)))
+        mixed = _shapes(build, plain.with_layers(few, range(few)))
     shapes = {name: shape for name, shape in dense.items() if not name.startswith("h.")}
     for layer in range(config.n_layer):
         like = f"h.{min(layer, 1)}."
@@ -124,9 +147,7 @@ def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    from ..model import GPT2Model
-
+def _shapes(build: Build, config: GPT2Config) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        small = GPT2Model(config)
+        small = build(config)
     return {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}

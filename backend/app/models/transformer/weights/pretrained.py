@@ -5,43 +5,48 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..config import MAX_FILE_BYTES, SCHEMA_VERSION, GPT2Config
+from ..config import SCHEMA_VERSION, GPT2Config
+from ..settings.fields import Mark, differing, marked
+from ..settings.json_file import read_json
 from .families import OWN_TYPE, extra_vocab, read_config
 from .formats import find_loader
 from .hub import find_folder
 from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, OWN, read_tensors
-from .own_folder import CONFIG_FILE, WEIGHTS_FILE, assemble, expected_shapes, read_own
+from .own_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Build,
+    M,
+    assemble,
+    expected_shapes,
+    read_own,
+)
 from .safetensors_file import SafetensorsFiles, header_limit
-
-if TYPE_CHECKING:
-    from ..model import GPT2Model
 
 INDEX_FILE = "model.safetensors.index.json"
 LAYOUTS = {"gpt2": GPT2, "openai-gpt": OPENAI_GPT, "opt": OPT, "mixtral": MIXTRAL, OWN_TYPE: OWN}
-# 换了也不改变权重的意思的字段：给了就照办；别的字段给了只是核对。
-_FREE = ("dropout", "attention_backend")
 
 
 def load_pretrained(
-    cls: type[GPT2Model],
+    build: Callable[[GPT2Config], M],
     source: str | Path,
     device: torch.device,
     dtype: torch.dtype | None,
     wanted: Mapping[str, Any],
-) -> GPT2Model:
+) -> M:
     """见 GPT2Model.from_pretrained。"""
     folder = find_folder(source)
-    raw = read_json(folder / CONFIG_FILE, folder)
+    raw = read_json(folder / CONFIG_FILE)
     if isinstance(raw, dict) and "model_type" in raw:
-        config, tensors = read_foreign(raw, folder)
+        config, tensors = read_foreign(build, raw, folder)
     else:
         try:
             config = GPT2Config.from_dict(raw)
@@ -50,34 +55,14 @@ def load_pretrained(
         version = raw.get("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
             config = agree(config, wanted, str(source))
-            return find_loader(version, folder)(config, folder, device, dtype)
-        tensors = read_own(config, folder)
+            return cast(M, find_loader(version, folder)(config, folder, device, dtype))
+        tensors = read_own(build, config, folder)
     config = agree(config, wanted, str(source))
-    return assemble(cls, config, tensors, device, dtype)
-
-
-def read_json(path: Path, folder: Path) -> Any:
-    """
-    Raises:
-        ValueError: 没有这个文件，太大，不是 UTF-8 或 JSON。
-    """
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}: it is not a saved model")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}: "
-            "this is no model config"
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    return assemble(build, config, tensors, device, dtype)
 
 
 def read_foreign(
-    raw: dict[str, Any], folder: Path
+    build: Build, raw: dict[str, Any], folder: Path
 ) -> tuple[GPT2Config, Iterable[tuple[str, Tensor]]]:
     """Hugging Face 的文件夹：译好的配置，与逐个读出的张量。
 
@@ -88,24 +73,25 @@ def read_foreign(
     stored = read_config(raw, where)
     extra = extra_vocab(raw, stored, where)
     config = stored.replace(vocab_size=stored.vocab_size - extra)
-    expected = expected_shapes(config)
+    expected = expected_shapes(build, config)
     # 旧文件每层多存两个掩码，OPT 把 q、k、v 分开，专家各自存放。
     most = 3 * len(expected) * max(1, config.moe_num_experts)
     source = SafetensorsFiles(_shards(folder), header_limit(most))
-    return config, read_tensors(LAYOUTS[raw["model_type"]], expected, source, extra)
+    return config, read_tensors(LAYOUTS[raw["model_type"]], config, expected, source, extra)
 
 
 def agree(config: GPT2Config, wanted: Mapping[str, Any], where: str) -> GPT2Config:
-    """用户点名的字段要与权重的相符；不改变权重的意思的则照用户的。
+    """用户点名的字段要与权重的相符；不改变权重的意思的（Mark.FREE）则照用户的。
 
     Raises:
         ValueError: 不相符（点名两个值），或没有这个字段。
     """
-    GPT2Config.from_dict({**config.to_dict(), **wanted})
-    for name, value in wanted.items():
-        found = getattr(config, name)
-        if name in _FREE or found == value:
+    asked = GPT2Config.from_dict({**config.to_dict(), **wanted})
+    for name in differing(asked, config):
+        if name in marked(GPT2Config, Mark.FREE):
             continue
+        get = attrgetter(name)
+        value, found = get(asked), get(config)
         why = ""
         if name == "norm":
             why = "; Pre-LN and Post-LN weights are not interchangeable"
@@ -113,7 +99,7 @@ def agree(config: GPT2Config, wanted: Mapping[str, Any], where: str) -> GPT2Conf
             f"{name}={value!r} was asked for but the weights of {where} have {name}={found!r}"
             f"{why}: use {name}={found!r} or leave it out"
         )
-    return config.replace(**{name: wanted[name] for name in _FREE if name in wanted})
+    return asked
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -136,7 +122,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _listed(index: Path, folder: Path) -> list[Path]:
-    raw = read_json(index, folder)
+    raw = read_json(index)
     files = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index} has no weight_map")

@@ -102,17 +102,14 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
         raise ValueError(f"{where}: tensor {name!r} holds NaN or infinity: the weights are broken")
 
 
-def read_header(path: Path, limit: int = _MIN_HEADER_LIMIT) -> dict[str, Any]:
-    """{名字: {dtype, shape, data_offsets}}，已核对布局。
+def _open(path: Path, limit: int) -> tuple[dict[str, Any], int]:
+    """({名字: {dtype, shape, data_offsets}}, 数据从文件的哪里开始)，已核对布局。
+
+    8 字节小端长度，然后是 JSON；长度不可信，先设上限再读。
 
     Raises:
         ValueError: 头太长、不是 JSON、有重复的键，或描述的不是这个文件。
     """
-    return _open(path, limit)[0]
-
-
-def _open(path: Path, limit: int) -> tuple[dict[str, Any], int]:
-    """(头, 数据从文件的哪里开始)。8 字节小端长度，然后是 JSON；长度不可信，先设上限再读。"""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -40,7 +40,9 @@ _TRAIN = (
 
 def matrices(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """要量化的矩阵：{名字: (..., O, I)}。归一化、位置、偏置与路由器不在其中。"""
-    return {n: shape for n, shape in expected_shapes(GPT2Model, config).items() if _MATRIX.search(n)}
+    return {
+        n: shape for n, shape in expected_shapes(GPT2Model, config).items() if _MATRIX.search(n)
+    }
 
 
 class QuantizedModel(GPT2Model):

@@ -144,7 +144,9 @@ def test_gptq_errs_far_less_on_its_inputs_than_rounding(scheme: Scheme) -> None:
     def error(codes: Codes) -> float:
         return float((x @ (codes.dequantize() - weight).t()).square().mean())
 
-    assert error(gptq(weight, moments.total, scheme)) < 0.6 * error(round_to_nearest(weight, scheme))
+    assert error(gptq(weight, moments.total, scheme)) < 0.6 * error(
+        round_to_nearest(weight, scheme)
+    )
 
 
 def test_gptq_without_inputs_is_rounding_and_bad_inputs_are_named() -> None:

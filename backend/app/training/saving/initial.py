@@ -18,6 +18,7 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
     """
     found = resolve_checkpoint(folder, tell)
     source = GPT2Model.from_pretrained(found)
+    check_float(source, f"init_from={found}")
     theirs = dict(flat(source.config.to_dict()))
     free = marked(GPT2Config, Mark.FREE)
     for name, ours in flat(model.config.to_dict()):

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from app.generation.config import SamplingConfig
-from app.generation.generate import generate
+from app.generation.config import Options, SamplingConfig
+from app.generation.generate import complete
 from app.models.transformer import GPT2Model, create_gpt2_small
 from app.models.transformer.layers import linear
 
@@ -77,9 +77,8 @@ def batch_jobs(
             )  # fmt: skip
 
     def our_generate() -> object:
-        return generate(
-            ours, ids.tolist(), max_new_tokens=new, sampling=SamplingConfig(temperature=0.0)
-        )
+        options = Options(max_new_tokens=new, sampling=SamplingConfig(temperature=0.0))
+        return complete(ours, ids.tolist(), options)
 
     def without_few_row_products() -> object:
         kept = linear._few_rows

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model, KVCache, create_gpt2_small
-from app.models.transformer.cache.kv_cache import Quantize
+from app.models.transformer.cache.kv_dtype import KVDtype
 from app.training.saving.checkpoint import resolve_checkpoint
 
 from .common import interleaved, table, write_result
@@ -112,10 +112,10 @@ def validation_windows(data: TokenDataset, length: int, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def score(model: GPT2Model, ids: Tensor, chunk: int, quantize: Quantize) -> Scores:
+def score(model: GPT2Model, ids: Tensor, chunk: int, kv_dtype: KVDtype) -> Scores:
     """ids (B, T+1) 分块喂过缓存。"""
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    cache = model.new_cache(len(ids), inputs.shape[1], quantize=quantize)
+    cache = model.new_cache(len(ids), inputs.shape[1], kv_dtype=kv_dtype)
     parts = [
         model(inputs[:, at : at + chunk], cache=cache, use_cache=True)["logits"]
         for at in range(0, inputs.shape[1], chunk)
@@ -133,16 +133,16 @@ def speed(held: int, steps: int, rounds: int) -> str:
     """解码的速度只看形状，不看权重：GPT-2 Small，已存 held 个键。"""
     model = create_gpt2_small(position="rope", context_size=held + steps).eval()
     ids = torch.randint(0, model.config.vocab_size, (1, held))
-    filled: dict[Quantize, KVCache] = {}
-    for quantize in (None, "int8"):
-        filled[quantize] = model.new_cache(1, held + steps, max_chunk=held, quantize=quantize)
+    filled: dict[KVDtype, KVCache] = {}
+    for kv_dtype in (None, "int8"):
+        filled[kv_dtype] = model.new_cache(1, held + steps, max_chunk=held, kv_dtype=kv_dtype)
         with torch.inference_mode():
-            model(ids, cache=filled[quantize], use_cache=True, logits_to_keep=1)
+            model(ids, cache=filled[kv_dtype], use_cache=True, logits_to_keep=1)
 
-    def job(quantize: Quantize) -> Callable[[], None]:
+    def job(kv_dtype: KVDtype) -> Callable[[], None]:
         @torch.inference_mode()
         def decode() -> None:
-            cache = filled[quantize]
+            cache = filled[kv_dtype]
             cache.truncate(held)
             for _ in range(steps):
                 model(ids[:, :1], cache=cache, use_cache=True)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, load_trained, own_data, write_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from app.data.tokenizers import Tokenizer
-    from app.evaluation.perplexity import HeldOut
-    from app.models.transformer import GPT2Model
+from app.cli.shared.held_out import check_held_out, held_out
+from app.cli.shared.trained import check_new_folder, load_trained, write_model
 
 SUMMARY = "average a model's experts into a dense one, or prune those little used"
 EXAMPLES = """\
@@ -52,6 +45,9 @@ class Args:
         Path | None, Doc("prepared dataset whose val part is measured; None = the data of the run")
     ] = None
     text: Annotated[Path | None, Doc("text file to measure instead")] = None
+    text_key: Annotated[
+        str | None, Doc("key of the text in the jsonl (or parquet) given by --text; None = text")
+    ] = None
     batch_size: Annotated[int, Doc("sequences computed at once")] = 8
     device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
         "auto"
@@ -63,18 +59,35 @@ def run(args: Args) -> None:
     Raises:
         ValueError: 没有专家，选项互相矛盾，数据不合，或 --out 已存在。
     """
-    from app.training.saving.checkpoint import resolve_checkpoint
+    from app.cli.shared.meter import meter
+    from app.evaluation.evaluate import mean_nats
+    from app.evaluation.reduce import averaged, pruned
 
     _check(args)
-    folder = resolve_checkpoint(args.model, tell=_tell)
-    model, tokenizer = load_trained(str(folder), args.device)
+    trained = load_trained(args.model, args.device)
+    model, tokenizer, _ = trained
     if not model.config.moe_num_experts:
         raise ValueError(f"{args.model} has moe_num_experts=0: there are no experts in it")
-    held = _held_out(args, folder, tokenizer)
-    if args.average:
-        _average(args, model, tokenizer, held)
-    else:
-        _prune(args, model, tokenizer, held)
+    held = held_out(args, trained, "--data or --text")
+    found = (
+        averaged(model)
+        if args.average
+        else pruned(model, tokenizer, held, args.keep, args.batch_size, meter)
+    )
+    before = mean_nats(model, tokenizer, held, args.batch_size, meter)
+    write_model(found.config, found.state, tokenizer, args.out)
+    made = load_trained(args.out, args.device).model
+    after = mean_nats(made, tokenizer, held, args.batch_size, meter)
+    for layer, kept in found.layers.items():
+        shares = " ".join(f"{kept.share(expert):.1%}" for expert in range(len(kept.load)))
+        numbers, share = ", ".join(map(str, kept.experts)), sum(map(kept.share, kept.experts))
+        print(f"layer {layer}: load {shares}; kept {numbers}, which had {share:.1%}")
+    counts = f"{model.num_parameters():,} -> {made.num_parameters():,} parameters"
+    print(f"{args.out}: {found.what}; {counts}")
+    print(
+        f"loss on {held.name}, {held.source.n_tokens:,} tokens: "
+        f"{before:.4f} -> {after:.4f} ({after - before:+.4f}) nats per token"
+    )
 
 
 def _check(args: Args) -> None:
@@ -83,93 +96,5 @@ def _check(args: Args) -> None:
         raise ValueError(f"{both}: give one of them")
     if args.keep is not None and not args.prune:
         raise ValueError(f"keep={args.keep} has no effect with --average: leave it out")
-    if args.data is not None and args.text is not None:
-        raise ValueError(f"data={args.data} and text={args.text} are both given: leave one out")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size={args.batch_size} must be at least 1")
+    check_held_out(args)
     check_new_folder(args.out)
-
-
-def _held_out(args: Args, folder: Path, tokenizer: Tokenizer) -> HeldOut:
-    from app.evaluation.perplexity import open_dataset, open_text
-
-    if args.text is not None:
-        return open_text(args.text, tokenizer)
-    return open_dataset(args.data or own_data(folder, _tell, "--data or --text"), tokenizer)
-
-
-def _average(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> None:
-    from app.models.transformer.experts.upcycle import average
-
-    config = model.config
-    state = average(model.state_dict(), config)
-    before = _loss(args, model, tokenizer, held)
-    write_model(config.dense(), state, tokenizer, args.out)
-    _report(args, model, before, tokenizer, held, f"{config.moe_num_experts} experts averaged")
-
-
-def _prune(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> None:
-    from app.models.transformer.experts.upcycle import most_used, prune
-
-    load = _load(args, model, tokenizer, held)
-    keep = most_used(load, model.config, args.keep)
-    state, config = prune(model.state_dict(), model.config, keep)
-    for row, (layer, kept) in zip(load.tolist(), keep.items(), strict=True):
-        shares = " ".join(f"{value / max(1, sum(row)):.1%}" for value in row)
-        share = sum(row[e] for e in kept) / max(1, sum(row))
-        print(f"layer {layer}: load {shares}; kept {_list(kept)}, which had {share:.1%}")
-    if config.moe_num_experts == model.config.moe_num_experts:
-        raise ValueError(
-            f"all {config.moe_num_experts} experts are in use in some layer on {held.name}: "
-            f"nothing is pruned without loss; give --keep below {config.moe_num_experts}"
-        )
-    before = _loss(args, model, tokenizer, held)
-    write_model(config, state, tokenizer, args.out)
-    what = f"{config.moe_num_experts} of {model.config.moe_num_experts} experts kept"
-    _report(args, model, before, tokenizer, held, what)
-
-
-def _load(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> Tensor:
-    from app.cli.shared.meter import meter
-    from app.evaluation.routing import expert_load
-
-    with meter("routing", held.source.n_tokens) as advance:
-        return expert_load(
-            model, tokenizer.document_separator, held.source, args.batch_size, advance
-        )
-
-
-def _loss(args: Args, model: GPT2Model, tokenizer: Tokenizer, held: HeldOut) -> float:
-    """nat 每词元。"""
-    from app.cli.shared.meter import meter
-    from app.evaluation.perplexity import score_windows, summarize
-
-    scores = []
-    stride = max(1, model.config.context_size // 2)
-    with meter(held.name, held.source.n_tokens) as advance:
-        for batch in score_windows(
-            model, tokenizer, held.source, stride=stride, batch_size=args.batch_size
-        ):
-            scores.extend(batch)
-            advance(sum(score.tokens for score in batch))
-    return summarize(scores).metrics()["nats per token"].value or 0.0
-
-
-def _report(
-    args: Args, model: GPT2Model, before: float, tokenizer: Tokenizer, held: HeldOut, what: str
-) -> None:
-    made, _ = load_trained(str(args.out), args.device)
-    after = _loss(args, made, tokenizer, held)
-    print(f"{args.out}: {what}; {model.num_parameters():,} -> {made.num_parameters():,} parameters")
-    print(
-        f"loss on {held.name}, {held.source.n_tokens:,} tokens: "
-        f"{before:.4f} -> {after:.4f} ({after - before:+.4f}) nats per token"
-    )
-
-
-def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)

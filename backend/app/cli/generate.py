@@ -5,22 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import load_trained
-from app.generation.config import SamplingConfig
-from app.generation.overflow import Overflow, check_overflow, check_prompts, usable
-from app.generation.stopping import StopText
+from app.cli.shared.trained import Trained, load_trained, tell
+from app.common.escapes import unescape
+from app.generation.config import Options, SamplingConfig
+from app.generation.overflow import Overflow, usable
+from app.models.transformer.cache.kv_dtype import KVDtype
 
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
-    from app.generation.generate import Completion
-    from app.models.transformer import GPT2Config, GPT2Model
+    from app.generation.row import Completion
+    from app.models.transformer import GPT2Config
 
 SUMMARY = "continue prompts with a trained model; text goes to stdout, everything else to stderr"
 EXAMPLES = """\
@@ -28,6 +29,8 @@ EXAMPLES = """\
   gpt2 generate runs/train/best --prompt "ROMEO:" --num-samples 3 --temperature 0.7
   gpt2 generate runs/rope --prompt "It was" --max-new-tokens 5000 --overflow sinks
   gpt2 generate my-model --prompts-file prompts.txt --greedy --stop "." > answers.txt"""
+
+RENAMED = {"--cache-dtype": "--kv-dtype"}
 
 # 没说要多少时的长度；上下文放不下就到上下文为止，并说出来。
 _DEFAULT_NEW = 200
@@ -65,7 +68,10 @@ class Args:
     num_samples: Annotated[int, Doc("texts per prompt")] = 1
     stop: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
-        Doc("end a text before this string; repeat for more"),
+        Doc(
+            "end a text before this string; repeat for more. \\n is a line break, \\t a tab, "
+            "\\uNNNN any character, \\\\ a backslash"
+        ),
     ] = ()
     overflow: Annotated[
         Overflow,
@@ -76,8 +82,8 @@ class Args:
             "without end and without reading again (RoPE or none)"
         ),
     ] = "error"
-    cache_dtype: Annotated[
-        Literal["int8"] | None,
+    kv_dtype: Annotated[
+        KVDtype,
         Doc("int8 = smaller cache of keys and values, rounded; None = the model's own type"),
     ] = None
     batch_size: Annotated[int, Doc("texts computed at once; does not change them")] = 16
@@ -94,50 +100,65 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是检查点、提示里有词表之外的字符、放不下，或选项的值不对。
     """
-    sampling = SamplingConfig(
-        temperature=0.0 if args.greedy else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-    )
     _check(args)
-    texts = _prompts(args)
-    model, tokenizer = load_trained(args.model, args.device)
-    prompts = [_encode(tokenizer, text, i, len(texts)) for i, text in enumerate(texts)]
-    check_overflow(args.overflow, model.config)
-    longest = max(map(len, prompts))
-    new = _new_tokens(args, longest, model.config)
-    check_prompts(prompts, tokenizer.vocab_size, model.config, new, args.overflow)
-    _tell_rings(args, longest + new - 1, model.config)
+    options = _options(args)
+    prompts = _prompts(args)
+    trained = load_trained(args.model, args.device)
+    encoded = [_encode(trained.tokenizer, prompt) for prompt in prompts]
+    options = replace(
+        options,
+        max_new_tokens=_new_tokens(args, max(map(len, encoded)), trained.model.config),
+        stop_ids=(trained.tokenizer.document_separator,),
+    )
     jobs = [
-        _Job(texts[i], prompts[i], args.seed + sample, _label(args, texts, i, sample))
-        for i in range(len(texts))
+        _Job(prompt, tokens, args.seed + sample, _label(args, len(prompts), i, sample))
+        for i, (prompt, tokens) in enumerate(zip(prompts, encoded, strict=True))
         for sample in range(args.num_samples)
     ]
-    _generate(args, model, tokenizer, sampling, jobs, new)
+    _generate(trained, jobs, options)
     return 0
+
+
+def _options(args: Args) -> Options:
+    """装入模型之前就能定下的；其余的之后再填。"""
+    return Options(
+        max_new_tokens=_DEFAULT_NEW if args.max_new_tokens is None else args.max_new_tokens,
+        sampling=SamplingConfig(
+            temperature=0.0 if args.greedy else args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        ),
+        stop_strings=tuple(unescape(text, "stop") for text in args.stop),
+        overflow=args.overflow,
+        prefill_chunk=args.prefill_chunk,
+        kv_dtype=args.kv_dtype,
+        batch_size=args.batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """一个提示；name 是报错时怎样称呼它：它从文件来时，是哪一行。"""
+
+    text: str
+    name: str
 
 
 @dataclass(frozen=True)
 class _Job:
     """一段要生成的文本。label 为空表示只有这一段：边生成边显示。"""
 
-    text: str
-    prompt: list[int]
+    prompt: _Prompt
+    tokens: list[int]
     seed: int
     label: str
 
 
-def _generate(
-    args: Args,
-    model: GPT2Model,
-    tokenizer: Tokenizer,
-    sampling: SamplingConfig,
-    jobs: list[_Job],
-    new: int,
-) -> None:
+def _generate(trained: Trained, jobs: list[_Job], options: Options) -> None:
     from app.generation.generate import complete
+    from app.generation.row import Callbacks
 
     start, count = time.perf_counter(), 0
 
@@ -145,46 +166,35 @@ def _generate(
         nonlocal count
         count += 1
 
-    for at in range(0, len(jobs), args.batch_size):
-        batch = jobs[at : at + args.batch_size]
-        on_text, on_finish = _printers(batch)
-        complete(
-            model,
-            [job.prompt for job in batch],
-            max_new_tokens=new,
-            sampling=sampling,
-            seeds=[job.seed for job in batch],
-            stop_ids=[tokenizer.document_separator],
-            stop_strings=args.stop,
-            tokenizer=tokenizer,
-            overflow=args.overflow,
-            prefill_chunk=args.prefill_chunk,
-            cache_quantize=args.cache_dtype,
-            on_token=counted,
-            on_text=on_text,
-            on_finish=on_finish,
-        )
-    seconds = time.perf_counter() - start
-    print(
-        f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, prompts included",
-        file=sys.stderr,
+    on_text, on_finish = _printers(jobs)
+    complete(
+        trained.model,
+        [job.tokens for job in jobs],
+        options,
+        tokenizer=trained.tokenizer,
+        seeds=[job.seed for job in jobs],
+        names=[job.prompt.name for job in jobs],
+        calls=Callbacks(on_token=counted, on_text=on_text, on_finish=on_finish),
     )
+    seconds = time.perf_counter() - start
+    _tell_rings(options, max(len(job.tokens) for job in jobs), trained.model.config)
+    tell(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, prompts included")
 
 
 def _printers(
-    batch: list[_Job],
+    jobs: list[_Job],
 ) -> tuple[Callable[[int, str], None] | None, Callable[[int, Completion], None]]:
     """一段文本：提示之后逐词元接上。多段：每段写完整的，带标签，谁先完谁先写。"""
-    unwritten = [batch[0].text]
+    unwritten = [jobs[0].prompt.text]
 
     def whole(row: int, done: Completion) -> None:
-        _write(f"{batch[row].label}\n{batch[row].text}{done.text}\n")
+        _write(f"{jobs[row].label}\n{jobs[row].prompt.text}{done.text}\n")
 
     def stream(row: int, piece: str) -> None:
         # 提示与第一段文本一起写：在那之前出错，标准输出上就什么也没有。
         _write(unwritten.pop() + piece if unwritten else piece)
 
-    if batch[0].label:
+    if jobs[0].label:
         return None, whole
     return stream, lambda row, done: stream(row, "\n")
 
@@ -194,44 +204,52 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _label(args: Args, texts: list[str], prompt: int, sample: int) -> str:
-    parts = [f"prompt {prompt + 1}"] if len(texts) > 1 else []
+def _label(args: Args, prompts: int, prompt: int, sample: int) -> str:
+    parts = [f"prompt {prompt + 1}"] if prompts > 1 else []
     parts += [f"sample {sample + 1}"] if args.num_samples > 1 else []
     return f"--- {', '.join(parts)} ---" if parts else ""
 
 
 def _check(args: Args) -> None:
-    StopText(args.stop)
-    for name in ("num_samples", "batch_size", "max_new_tokens", "prefill_chunk"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    if args.num_samples < 1:
+        raise ValueError(f"num_samples={args.num_samples} must be at least 1")
     top = 2**63 - args.num_samples
     if not 0 <= args.seed < top:
         raise ValueError(f"seed={args.seed} must be between 0 and {top - 1}")
 
 
-def _prompts(args: Args) -> list[str]:
-    texts = list(args.prompt)
+def _prompts(args: Args) -> list[_Prompt]:
+    count = len(args.prompt)
+    found = [
+        _Prompt(text, f"prompt {number}" if count > 1 or args.prompts_file else "the prompt")
+        for number, text in enumerate(args.prompt, start=1)
+    ]
     if args.prompts_file is not None:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompts_file} is not UTF-8 text: {error.reason}") from None
-        lines = [line.removesuffix("\r") for line in lines if line.strip()]
-        if not lines:
-            raise ValueError(f"{args.prompts_file} holds no prompt: write one per line")
-        texts += lines
-    return texts or [""]
+        found += _from_file(args.prompts_file)
+    return found or [_Prompt("", "the prompt")]
 
 
-def _encode(tokenizer: Tokenizer, text: str, index: int, count: int) -> list[int]:
+def _from_file(path: Path) -> list[_Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
+    found = [
+        _Prompt(line.removesuffix("\r"), f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise ValueError(f"{path} holds no prompt: write one per line")
+    return found
+
+
+def _encode(tokenizer: Tokenizer, prompt: _Prompt) -> list[int]:
     """空提示从文档分隔符开始：模型在那里学过文档怎样开头。"""
     try:
-        return tokenizer.encode(text) or [tokenizer.document_separator]
+        return tokenizer.encode(prompt.text) or [tokenizer.document_separator]
     except ValueError as error:
-        where = f"prompt {index + 1}" if count > 1 else "the prompt"
-        raise ValueError(f"{where} cannot be encoded: {error}") from None
+        raise ValueError(f"{prompt.name} cannot be encoded: {error}") from None
 
 
 def _new_tokens(args: Args, longest: int, config: GPT2Config) -> int:
@@ -240,20 +258,17 @@ def _new_tokens(args: Args, longest: int, config: GPT2Config) -> int:
     room = config.context_size - longest
     if args.overflow != "error" or room >= _DEFAULT_NEW or room < 1:
         return _DEFAULT_NEW
-    print(
+    tell(
         f"note: {room} new tokens, to the end of context_size={config.context_size}; "
-        f"--overflow {' or '.join(usable(config))} goes on past it",
-        file=sys.stderr,
+        f"--overflow {' or '.join(usable(config))} goes on past it"
     )
     return room
 
 
-def _tell_rings(args: Args, longest: int, config: GPT2Config) -> None:
+def _tell_rings(options: Options, longest: int, config: GPT2Config) -> None:
     """内存不随长度增长的层。"""
     from app.generation.context import ring_keys
 
-    for pattern, keys in ring_keys(config, longest, args.overflow).items():
-        print(
-            f"note: layers with {pattern} use a ring cache of {keys} keys, however long the text",
-            file=sys.stderr,
-        )
+    fed = longest + options.max_new_tokens - 1
+    for pattern, keys in ring_keys(config, fed, options.overflow).items():
+        tell(f"note: layers with {pattern} use a ring cache of {keys} keys, however long the text")

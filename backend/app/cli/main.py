@@ -12,6 +12,8 @@ import sys
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from app.common.console import tolerant_output
+
 COMMANDS = {
     "prepare": "turn text files, folders or jsonl into token shards",
     "train": "train a model, with exact resume",
@@ -33,7 +35,10 @@ _MODULES = {"import": "import_weights"}
 
 
 class Command(Protocol):
-    """子命令模块的形状。"""
+    """子命令模块的形状。
+
+    还可以有 RENAMED：{旧选项: 新选项}，旧的再认一个版本，并提醒。
+    """
 
     SUMMARY: str
     EXAMPLES: str
@@ -44,7 +49,8 @@ class Command(Protocol):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """返回退出码：0 成功，1 检查未过，2 用法或输入有错，130 被中断。"""
+    """返回退出码：0 成功，1 检查未过，2 用法或输入有错，130 被中断，141 读的一方走了。"""
+    tolerant_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -57,11 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     command = cast(Command, import_module(f"app.cli.{_MODULES.get(name, name)}"))
     try:
-        return command.run(_parse(name, command, rest)) or 0
+        code = command.run(_parse(name, command, rest)) or 0
+        # 盘满时缓冲里的输出到退出才报错，那时已经说过成功了。
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        # 读的一方（如 head）已经走了：不是错误；换掉标准输出，免得解释器退出时再报一次。
+        # 读的一方（如 head）已经走了：换掉标准输出，免得解释器退出时再报一次。
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        # 续写除了输出没有别的事，读够了就是做完了；别的命令没有做完，照 shell 的惯例报 SIGPIPE。
+        return 0 if name == "generate" else 128 + 13
     except (ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("GPT2_TRACEBACK"):
             raise
@@ -75,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(name: str, command: Command, argv: list[str]) -> Any:
     """有 parse 的模块（训练：YAML 之上再覆盖）自己解析，其余按 Args 解析。"""
+    argv = _renamed(argv, getattr(command, "RENAMED", {}))
     parse = getattr(command, "parse", None)
     if parse is not None:
         return parse(argv)
@@ -87,6 +98,19 @@ def _parse(name: str, command: Command, argv: list[str]) -> Any:
         description=f"{command.SUMMARY}\n\nexamples:\n{command.EXAMPLES}",
         config=(tyro.conf.HelptextFromCommentsOff,),
     )
+
+
+def _renamed(argv: list[str], renamed: dict[str, str]) -> list[str]:
+    """旧选项换成新的；与 tyro 一样，_ 与 - 不分。"""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        new = renamed.get(flag.replace("_", "-"))
+        if new is not None:
+            print(f"note: {flag} is now called {new}; the old name goes away", file=sys.stderr)
+            word = new + equals + value
+        words.append(word)
+    return words
 
 
 def _overview() -> str:

@@ -198,7 +198,9 @@ def _show_attention(args: AttentionArgs) -> None:
             "leave one of them out"
         )
     check_out(args.out)
-    model, tokenizer = _random(args) if args.run is None else load_trained(args.run, args.device)
+    model, tokenizer = (
+        _random(args) if args.run is None else load_trained(args.run, args.device)[:2]
+    )
     layers = _chosen("layer", args.layer, model.config.n_layer)
     heads = _chosen("head", args.head, model.config.n_head)
     if not args.head and len(layers) * (2 + len(heads)) > _FEW_PANELS:
@@ -278,7 +280,7 @@ def _show_routing(args: RoutingArgs) -> None:
 
     _check_text(args)
     check_out(args.out)
-    model, tokenizer = load_trained(args.run, args.device)
+    model, tokenizer, _ = load_trained(args.run, args.device)
     config = model.config
     layers = _moe_layers(args, config)
     ids = _ids(args, model, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, own_run_file, write_model
+from app.cli.shared.trained import check_new_folder, load_trained, own_run_file, tell, write_model
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
 
@@ -24,7 +23,6 @@ EXAMPLES = """\
   gpt2 train --config upcycled/train.yaml --out runs/experts"""
 
 TRAIN_FILE = "train.yaml"
-_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -53,23 +51,21 @@ class Args:
     seed: Annotated[int, Doc("seed of the routers and the noise")] = 0
 
 
-def run(args: Args) -> None:
-    """
+def run(args: Args) -> int:
+    """退出码 1：写下了，但没有噪声而算出的仍与稠密的不同。
+
     Raises:
         ValueError: 不是稠密的模型，选项互相矛盾，或 --out 已存在。
     """
-    from app.data.tokenizers import load_tokenizer
     from app.models.transformer import GPT2Model
     from app.models.transformer.experts.upcycle import upcycle
-    from app.training.saving.checkpoint import resolve_checkpoint
 
     check_new_folder(args.out)
-    folder = resolve_checkpoint(args.model, tell=_tell)
-    dense, tokenizer = GPT2Model.from_pretrained(folder), load_tokenizer(folder)
+    dense, tokenizer, folder = load_trained(args.model, "cpu")
     config = _target(args, dense.config)
     state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
     write_model(config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)})
-    _report(args, folder, dense, GPT2Model.from_pretrained(args.out))
+    return _report(args, folder, dense, GPT2Model.from_pretrained(args.out))
 
 
 def _target(args: Args, dense: GPT2Config) -> GPT2Config:
@@ -101,7 +97,9 @@ def _train_file(args: Args, folder: Path, config: GPT2Config) -> str:
     return yaml.safe_dump(data, sort_keys=False)
 
 
-def _report(args: Args, folder: Path, dense: GPT2Model, grown: GPT2Model) -> None:
+def _report(args: Args, folder: Path, dense: GPT2Model, grown: GPT2Model) -> int:
+    from app.verification.same_output import TOKENS, largest_differences, same
+
     config = grown.config
     of = f"{len(config.moe_layers)} of {config.n_layer} layers"
     print(
@@ -109,31 +107,17 @@ def _report(args: Args, folder: Path, dense: GPT2Model, grown: GPT2Model) -> Non
         f"{dense.num_parameters():,} -> {grown.num_parameters():,} parameters, "
         f"{grown.active_parameters():,} active"
     )
-    count = min(_TOKENS, config.context_size)
+    count = min(TOKENS, config.context_size)
+    found = largest_differences(dense, grown)
     print(f"largest difference of the logits from {folder}, {count} random tokens, read back:")
-    for name, found, size in _differences(dense, grown, count):
-        print(f"  {name}  {found:.3g}  (largest logit {size:.3g})")
+    for one in found:
+        print(f"  {one.dtype}  {one.largest:.3g}  (largest logit {one.logit:.3g})")
     if args.noise:
         print(f"  noise {args.noise:g} is in it: the experts start out different")
     else:
         print("  without noise all experts are equal: only the tokens they get tell them apart")
+    if not args.noise and not same(found):
+        tell("error: without noise both must compute the same: do not train on from this model")
+        return 1
     print(f"train on with:\n  gpt2 train --config {args.out / TRAIN_FILE} --out runs/NAME")
-
-
-def _differences(dense: GPT2Model, grown: GPT2Model, count: int) -> list[tuple[str, float, float]]:
-    """(精度, 最大的差, 最大的 logit)：先按存下的精度，再按 float64，那里舍入不再遮住真的差别。"""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(dense.config.vocab_size, (1, count), generator=generator)
-    rows = []
-    for dtype in dict.fromkeys((dense.head_weight.dtype, torch.float64)):
-        with torch.inference_mode():
-            one, other = (model.to(dtype)(ids)["logits"] for model in (dense, grown))
-        name = str(dtype).removeprefix("torch.")
-        rows.append((name, float((one - other).abs().max()), float(one.abs().max())))
-    return rows
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
+    return 0

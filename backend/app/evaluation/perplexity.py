@@ -29,6 +29,9 @@ from app.models.transformer import GPT2Model
 
 from .scoring import Metric, score_rows
 
+# 一行一个对象、要说取哪个键的文件。
+_KEYED = (".jsonl", ".ndjson", ".parquet")
+
 
 class TokenSource(Protocol):
     """可随机读取的词元，不含开头的分隔符。"""
@@ -90,18 +93,41 @@ def open_dataset(folder: Path, tokenizer: Tokenizer) -> HeldOut:
             f"{tokenizer.fingerprint()[:12]}: use the data the model was trained on, or score the "
             "text itself with --text"
         )
+    _check_siblings(path, written)
     return HeldOut(str(path), data, data.fingerprint, len(data.document_starts))
 
 
-def open_text(path: Path, tokenizer: Tokenizer) -> HeldOut:
-    """一个文本文件（一篇文档），或 jsonl、parquet（每行一篇）；文档之间是分隔符。
+def _check_siblings(part: Path, written: str) -> None:
+    """训练与验证部分要是同一个分词器写的；另一部分不在就无从比。"""
+    for name in ("train", "val"):
+        other = part.with_name(name)
+        if other == part or part.name not in ("train", "val"):
+            continue
+        if (other / META_FILE).is_file():
+            found = TokenDataset.open(other).meta["tokenizer"]["fingerprint"]
+            if found != written:
+                raise ValueError(
+                    f"{part} was written with the tokenizer {written[:12]} but {other} with "
+                    f"{found[:12]}: they do not belong together; prepare the data again"
+                )
+
+
+def open_text(path: Path, tokenizer: Tokenizer, text_key: str | None = None) -> HeldOut:
+    """一个文本文件（一篇文档），或 jsonl、parquet（每行一篇，text_key 的值，默认 text）。
+
+    文档之间是分隔符。
 
     Raises:
-        ValueError: 不是文件、不是 UTF-8 文本、没有文字，或有词表之外的字符。
+        ValueError: 不是文件、不是 UTF-8 文本、没有文字，有词表之外的字符，或 text_key 用不上。
     """
     if path.is_dir():
         raise ValueError(f"text={path} is a folder: give a file, or a prepared dataset with --data")
-    sources = Sources([path])
+    if text_key is not None and path.suffix.lower() not in _KEYED:
+        raise ValueError(
+            f"text_key={text_key!r} is for {' and '.join(_KEYED)} files, but text={path} is read "
+            "as plain text: leave --text-key out"
+        )
+    sources = Sources([path], text_key=text_key or "text")
     plan = split.survey(sources, 0.0, alphabet=False)
     census, parts = split.Census(), []
     border = np.array([tokenizer.document_separator], dtype=np.uint32)

@@ -135,19 +135,21 @@ def _delimiter(record: dict[str, Any], prompt: str, choice: str, where: str) -> 
 def _answer(record: dict[str, Any], choices: list[str], where: str) -> int:
     """从 0 起的下标，或选项的原文；HellaSwag 的 label 是写成文字的下标。"""
     answer = _get(record, _ANSWER, (int, str), where)
-    meant = set()
+    last = len(choices) - 1
+    bad = f"{where}: the answer {answer!r} does not name one of the {len(choices)} choices: "
     if isinstance(answer, int):
-        meant = {answer}
-    else:
-        meant = {i for i, choice in enumerate(choices) if choice == answer}
-        if answer.isascii() and answer.isdigit():
-            meant.add(int(answer))
-    if len(meant) != 1 or not 0 <= min(meant) < len(choices):
-        raise ValueError(
-            f"{where}: the answer {answer!r} does not name one of the {len(choices)} choices: "
-            f"give a number from 0 to {len(choices) - 1}"
-        )
-    return meant.pop()
+        if not 0 <= answer <= last:
+            raise ValueError(f"{bad}give a number from 0 to {last}")
+        return answer
+    named = {i: f"the text of choice {i}" for i, choice in enumerate(choices) if choice == answer}
+    if answer.isascii() and answer.isdigit() and int(answer) <= last:
+        named.setdefault(int(answer), f"the number of choice {int(answer)}")
+    if len(named) > 1:
+        both = " and ".join(named.values())
+        raise ValueError(f"{bad}it is {both}; write the number without quotes")
+    if not named:
+        raise ValueError(f"{bad}give a number from 0 to {last}, or the text of one")
+    return next(iter(named))
 
 
 def _get(record: dict[str, Any], names: Sequence[str], kind: Any, where: str) -> Any:

@@ -1,12 +1,16 @@
-"""采样设置：不依赖 torch，命令行可以直接用它。"""
+"""续写的设置：不依赖 torch，命令行可以直接用它。"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from typing_extensions import Doc
+
+from app.generation.overflow import Overflow, check_overflow_name
+from app.generation.stopping import check_stop_strings
+from app.models.transformer.cache.kv_dtype import KVDtype, check_kv_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +59,47 @@ class SamplingConfig:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """complete 的全部设置；不看模型与提示就能查的，造出来时就查完了。
+
+    Attributes:
+        stop_ids: 遇到就结束的词元，不算在结果里。
+        stop_strings: 文本在它之前切断；要有分词器。
+        overflow: 提示加新词元越过 context_size 时（后两种只给 position 为 rope 或 none 的模型）：
+            "error" 在动工之前拒绝；
+            "slide" 满了就留最后 context_size//2 个重算（见 window_start），与不用缓存算同一
+            窗口相同；
+            "extend" 位置照样数下去，与不用缓存算整段相同；每层图样都有界时内存不再增长；
+            "sinks" 满了就丢掉缓存的中段（见 SinkContext），不重算，长度没有尽头。
+        prefill_chunk: 提示每次喂入的列数，限制长提示的内存；None 为一次喂完。
+        kv_dtype: "int8" = 缓存的键值存成 int8，有误差（benchmarks/results/int8_cache.md）。
+        batch_size: 同时算的行数，不改变结果；None 为全部一起。
+
+    Raises:
+        ValueError: 值越界，点名字段、值与范围。
+    """
+
+    max_new_tokens: int
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    overflow: Overflow = "error"
+    prefill_chunk: int | None = None
+    kv_dtype: KVDtype = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, no_limit in (
+            ("max_new_tokens", ""),
+            ("prefill_chunk", ", or None for one piece"),
+            ("batch_size", ", or None for all at once"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1{no_limit}")
+        check_overflow_name(self.overflow)
+        check_stop_strings(self.stop_strings)
+        check_kv_dtype(self.kv_dtype)

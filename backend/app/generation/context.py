@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.generation.overflow import Overflow
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
-from app.models.transformer.cache.kv_cache import Quantize
+from app.models.transformer.cache.kv_dtype import KVDtype
 
 
 def cache_options(config: GPT2Config, longest: int, overflow: Overflow) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class DecodingContext:
         room: int,
         prefill_chunk: int | None,
         overflow: Overflow,
-        quantize: Quantize = None,
+        kv_dtype: KVDtype,
     ) -> None:
         """prompts: 各行的提示，都不空。room: 提示之后至多再喂多少个词元。"""
         self._model, self._chunk = model, prefill_chunk
@@ -69,7 +69,7 @@ class DecodingContext:
         self._limit = model.config.context_size if overflow in ("error", "slide") else longest
         options = cache_options(model.config, longest, overflow)
         rows = len(set(self._prompts))
-        self._cache = model.new_cache(rows, **options, quantize=quantize)
+        self._cache = model.new_cache(rows, **options, kv_dtype=kv_dtype)
 
     def prefill(self) -> Tensor:
         """算各行的提示，返回最后一个词元的 logits (B, V)；相同的提示只算一次。"""

@@ -42,49 +42,52 @@ def usable(config: GPT2Config) -> list[Overflow]:
     return [mode for mode in get_args(Overflow) if mode != "error" and not refusal(mode, config)]
 
 
-def check_overflow(overflow: Overflow, config: GPT2Config) -> None:
+def check_overflow_name(overflow: str) -> None:
     """
     Raises:
-        ValueError: 没有这个办法，或这个模型不能用它。
+        ValueError: 没有这个办法。
     """
     if overflow not in get_args(Overflow):
         raise ValueError(f"overflow={overflow!r} is not one of {list(get_args(Overflow))}")
-    reason = refusal(overflow, config)
-    if reason:
-        raise ValueError(reason)
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
     width: int,
     config: GPT2Config,
     new: int,
     overflow: Overflow,
 ) -> None:
-    """complete 对提示的检查；分几批生成的程序先对全部提示做一遍，免得做到一半才报错。
+    """complete 对提示的检查，在动工之前。
+
+    Args:
+        names: 报错时怎样称呼各个提示。
+        width: 可用的词元号数。
+        new: 最多的新词元数。
 
     Raises:
         ValueError: 空的提示、width 之外的词元，放不下，或这个模型不能用 overflow。
     """
-    check_overflow(overflow, config)
+    reason = refusal(overflow, config)
+    if reason:
+        raise ValueError(reason)
     if not prompts:
         raise ValueError("no prompts: give at least one")
     size = config.context_size
-    for i, prompt in enumerate(prompts):
+    for name, prompt in zip(names, prompts, strict=True):
         if len(prompt) == 0:
-            raise ValueError(
-                f"prompt {i} is empty: start from a token, such as the document separator"
-            )
+            raise ValueError(f"{name} is empty: start from a token, such as the document separator")
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= width:
             raise ValueError(
-                f"prompt {i} holds token id {low if low < 0 else high}, outside the {width} ids "
+                f"{name} holds token id {low if low < 0 else high}, outside the {width} ids "
                 "of the vocabulary: was it encoded with another tokenizer?"
             )
         if overflow == "error" and len(prompt) + new > size:
             modes = " or ".join(map(repr, usable(config)))
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens={new}: together "
+                f"{name} has {len(prompt)} tokens and max_new_tokens={new}: together "
                 f"{len(prompt) + new}, beyond context_size={size}: ask for at most "
                 f"{max(0, size - len(prompt))} new tokens, shorten the prompt, "
                 f"or use overflow={modes}"

@@ -6,6 +6,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 
+def check_stop_strings(stops: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: 给的是一个字符串而不是几个，或有空的（它在任何地方都匹配）。
+    """
+    if isinstance(stops, str):
+        raise ValueError(f"stop_strings={stops!r} is one string: give a list of strings")
+    if "" in stops:
+        raise ValueError("stop string '' is empty: it would stop before the first token")
+
+
 class StopText:
     """一行文本的出口：喂入片段，吐出可以放心显示的部分。
 
@@ -13,13 +24,7 @@ class StopText:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """
-        Raises:
-            ValueError: 有空的停止串（它在任何地方都匹配）。
-        """
-        for stop in stops:
-            if not stop:
-                raise ValueError("stop string '' is empty: it would stop before the first token")
+        """stops: 都不空（check_stop_strings）。"""
         self._stops = tuple(stops)
         self._held = ""
         self._length = 0  # 已喂入的字符数，含压住的

@@ -30,10 +30,11 @@ except ImportError as error:
         "app.interop.lm_eval needs lm-eval: pip install 'gpt2-workbench[eval]'"
     ) from error
 
+from app.common.console import tolerant_output
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.evaluation.scoring import score_rows
 from app.evaluation.tasks import Item, encode_request, score_items
-from app.generation.config import SamplingConfig
+from app.generation.config import Options, SamplingConfig
 from app.generation.generate import complete
 from app.models.transformer import GPT2Model
 from app.training.machine.runtime import open_device
@@ -103,7 +104,7 @@ class WorkbenchLM(LM):
             ValueError: 续文本身就放不进上下文，或有词表之外的字符；点名请求的序号。
         """
         items = []
-        for number, request in enumerate(requests):
+        for number, request in enumerate(requests, start=1):
             context, rest = request.args
             before = context.rstrip()
             encoded = encode_request(
@@ -156,15 +157,13 @@ class WorkbenchLM(LM):
                 f"{self.model.config.context_size}: use a smaller max_gen_toks"
             )
         prompt = self.tokenizer.encode(context) or [self.tokenizer.document_separator]
-        done = complete(
-            self.model,
-            [prompt[-room:]],
+        chosen = Options(
             max_new_tokens=most,
             sampling=SamplingConfig(**given),
             stop_ids=(self.tokenizer.document_separator,),
-            stop_strings=[text for text in until if text],
-            tokenizer=self.tokenizer,
+            stop_strings=tuple(text for text in until if text),
         )
+        done = complete(self.model, [prompt[-room:]], chosen, tokenizer=self.tokenizer)
         text = done[0].text
         assert text is not None
         return text
@@ -180,6 +179,7 @@ def _device(name: str | None) -> torch.device:
 
 def main() -> None:
     """lm-eval 的命令行，多认得一个 --model gpt2-workbench。"""
+    tolerant_output()
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from app.models.transformer.cache.kv_cache import KVCache, Quantize
+from app.models.transformer.cache.kv_cache import KVCache
+from app.models.transformer.cache.kv_dtype import KVDtype
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
@@ -49,9 +50,7 @@ def active_parameters(config: GPT2Config) -> int:
     return sum(counts.values()) - experts + used
 
 
-def cache_sizes(
-    config: GPT2Config, length: int, quantize: Quantize = None
-) -> tuple[CacheSize, ...]:
+def cache_sizes(config: GPT2Config, length: int, kv_dtype: KVDtype = None) -> tuple[CacheSize, ...]:
     """每层一个：一行、至多 length 个词元，默认的 max_chunk。
 
     Raises:
@@ -64,7 +63,7 @@ def cache_sizes(
         attention_pattern=tuple(map(str, patterns)),
         use_sparse_attention=False,
     )
-    cache = KVCache.for_model(one_each, 1, length, quantize=quantize, device="meta")
+    cache = KVCache.for_model(one_each, 1, length, kv_dtype=kv_dtype, device="meta")
     sizes = {
         pattern: CacheSize(keys.shape[2] - 1, sum(store.nbytes for store in pair))
         for pattern, keys, pair in zip(patterns, cache.keys, cache.stores, strict=True)

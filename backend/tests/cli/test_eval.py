@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,17 @@ import yaml
 
 from app.cli.main import main
 from app.cli.shared import meter
+from app.common import files
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.shards import TokenDataset
 from app.data.sources import Sources
 from app.data.tokenizers import ByteTokenizer, load_tokenizer
 from app.evaluation import perplexity, tasks
 from app.evaluation.perplexity import open_text, score_windows, summarize
 from app.models.transformer import GPT2Model, create_gpt2_model
+from app.training.report.run_facts import Facts, write_facts
+from app.training.saving import checkpoint
+from app.training.saving.checkpoint import write_checkpoint
 
 TEXT = "ROMEO: but söft, what light through yonder window breaks?\n" * 6
 
@@ -117,11 +123,108 @@ def test_the_data_of_the_run_is_the_default(folder, text, tmp_path, capsys):
     (run / "run.yaml").write_text(yaml.safe_dump(facts))
     code, out, err = gpt2(capsys, str(run))
     assert code == 0 and f"{tmp_path / 'data' / 'val'}: " in out
-    assert err == f"note: scoring the data of the run, {tmp_path / 'data'} (from {run}/run.yaml)\n"
+    note = f"note: scoring the data of the run, {tmp_path / 'data'} (from {run}/run.yaml)"
+    unknown = "; its fingerprint was not kept, so it may have been prepared anew since\n"
+    assert err == note + unknown
     assert (
         gpt2(capsys, folder, "--data", str(tmp_path / "data"))[1].split("\n", 1)[1]
         == (out.split("\n", 1)[1])
     )
+
+
+def prepared(tmp_path, name, text, tokenizer="bytes"):
+    (tmp_path / f"{name}.txt").write_text(text)
+    source = Sources([tmp_path / f"{name}.txt"])
+    prepare(source, tmp_path / name, TokenizerSpec(tokenizer), val_fraction=0.3)
+    return tmp_path / name
+
+
+def facts_of(data):
+    parts = [TokenDataset.open(data / part).fingerprint for part in ("train", "val")]
+    return Facts(
+        plan=[], notes=[], data=(parts[0], parts[1]), parameters=1, steps=1, expected_loss=5.0
+    )
+
+
+def test_data_prepared_anew_is_not_the_data_of_the_run(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    GPT2Model.from_pretrained(folder).save_pretrained(run)
+    ByteTokenizer().save(run)
+    data = prepared(tmp_path, "data", TEXT)
+    (run / "run.yaml").write_text(yaml.safe_dump({"data": {"folder": str(data)}}))
+    write_facts(run, facts_of(data))
+    capsys.readouterr()
+    code, _, err = gpt2(capsys, str(run))
+    note = f"note: scoring the data of the run, {data} (from {run / 'run.yaml'})\n"
+    assert (code, err) == (0, note)
+    old = TokenDataset.open(data / "train").fingerprint
+    shutil.rmtree(data)
+    prepared(tmp_path, "data", TEXT.upper())
+    capsys.readouterr()
+    code, out, err = gpt2(capsys, str(run))
+    new = TokenDataset.open(data / "train").fingerprint
+    assert (code, out) == (2, "")
+    assert f"{data / 'train'} is not the data of the run any more: it holds {new[:12]}" in err
+    assert f"{run} was trained with {old[:12]}" in err
+    assert gpt2(capsys, str(run), "--data", str(data))[0] == 0
+
+
+def test_a_validation_part_of_another_tokenizer_is_refused(folder, text, tmp_path, capsys):
+    data, other = prepared(tmp_path, "a", TEXT), prepared(tmp_path, "b", TEXT, "chars")
+    shutil.rmtree(data / "train")
+    shutil.copytree(other / "train", data / "train")
+    capsys.readouterr()
+    code, out, err = gpt2(capsys, folder, "--data", str(data))
+    assert (code, out) == (2, "") and "they do not belong together" in err
+    assert str(data / "val") in err and str(data / "train") in err
+
+
+def test_the_key_of_the_text(folder, text, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"body": "one two"}) + "\n")
+    code, _, err = gpt2(capsys, folder, "--text", str(file))
+    assert code == 2 and "no key 'text' (keys: 'body'): choose with --text-key" in err
+    code, out, _ = gpt2(capsys, folder, "--text", str(file), "--text-key", "body")
+    assert code == 0 and f"{file}: 7 tokens" in out
+    for argv, message in (
+        (["--text", text], "is for .jsonl and .ndjson and .parquet files"),
+        (["--data", "x"], "text_key='body' is for --text, which is not given"),
+    ):
+        code, out, err = gpt2(capsys, folder, *argv, "--text-key", "body")
+        assert (code, out) == (2, "") and message in err
+
+
+def test_a_checkpoint_is_hashed_once(folder, text, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+
+    def fill(place):
+        GPT2Model.from_pretrained(folder).save_pretrained(place)
+        ByteTokenizer().save(place)
+
+    step = write_checkpoint(run, 3, fill)
+    seen = []
+    real = checkpoint.sha256_file
+    for module in (checkpoint, files):
+        monkeypatch.setattr(module, "sha256_file", lambda path: seen.append(path) or real(path))
+    file = tmp_path / "facts.json"
+    assert gpt2(capsys, str(run), "--text", text, "--json", str(file))[0] == 0
+    weights = step / "model.safetensors"
+    assert seen.count(weights) == 1
+    assert json.loads(file.read_text())["model"]["sha256"] == real(weights)
+
+
+def test_the_json_is_there_when_the_reader_of_the_screen_leaves(
+    folder, text, tmp_path, capsys, monkeypatch
+):
+    """`gpt2 eval --json F | head -1`：没有说完不算成功，而文件已经写好。"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    file = tmp_path / "facts.json"
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        code = main(["eval", folder, "--text", text, "--json", str(file)])
+    assert code == 141
+    assert json.loads(file.read_text())["results"][0]["complete"]
 
 
 def stop_after(monkeypatch, module, calls):

@@ -10,8 +10,8 @@ import torch
 from app.cli.main import main
 from app.data.tokenizers import ByteTokenizer, CharTokenizer
 from app.generation.config import SamplingConfig
-from app.generation.generate import complete
 from app.models.transformer import GPT2Model, create_gpt2_model
+from tests.generation.helpers import completions
 
 CHARS = CharTokenizer("\n .:abcdefghijklmnopqrstuvwxyzRJOMEU")
 
@@ -51,7 +51,7 @@ def gpt2(capsys, *argv):
 
 def expected(folder, prompt, seed=0, **options):
     tokenizer = CHARS
-    return complete(
+    return completions(
         GPT2Model.from_pretrained(folder),
         [tokenizer.encode(prompt) or [tokenizer.document_separator]],
         **{
@@ -145,17 +145,86 @@ def test_the_note_names_what_this_model_can_use(rope, capsys):
     assert "note" in err and "new tokens" not in err
 
 
-@pytest.mark.parametrize("argv, wanted", [([], None), (["--cache-dtype", "int8"], "int8")])
+@pytest.mark.parametrize("argv, wanted", [([], None), (["--kv-dtype", "int8"], "int8")])
 def test_an_int8_cache(rope, capsys, monkeypatch, argv, wanted):
     real, asked = GPT2Model.new_cache, []
 
     def new_cache(model, *args, **options):
-        asked.append(options["quantize"])
+        asked.append(options["kv_dtype"])
         return real(model, *args, **options)
 
     monkeypatch.setattr(GPT2Model, "new_cache", new_cache)
     code, out, _ = gpt2(capsys, rope, "--prompt", "RO", "--max-new-tokens", "20", *argv)
     assert (code, asked) == (0, [wanted]) and out.startswith("RO")
+
+
+def test_the_old_name_of_the_flag_still_works_with_a_note(rope, capsys):
+    argv = ["--prompt", "RO", "--max-new-tokens", "20"]
+    new = gpt2(capsys, rope, *argv, "--kv-dtype", "int8")[1]
+    for old in (["--cache-dtype", "int8"], ["--cache_dtype=int8"]):
+        code, out, err = gpt2(capsys, rope, *argv, *old)
+        assert (code, out) == (0, new)
+        assert "is now called --kv-dtype" in err.splitlines()[0]
+
+
+def test_a_line_break_typed_in_a_shell_stops(folder, capsys):
+    """shell 交来的是反斜杠与 n 两个字符。"""
+    best = {"sampling": SamplingConfig(temperature=1.0), "max_new_tokens": 29}
+    seed = next(n for n in range(99) if "\n" in expected(folder, "ab", n, **best).text[1:])
+    argv = ["--prompt", "ab", "--temperature", "1", "--top-p", "1", "--max-new-tokens", "29"]
+    argv += ["--seed", str(seed)]
+    whole = gpt2(capsys, folder, *argv)[1]
+    code, out, _ = gpt2(capsys, folder, *argv, "--stop", r"\n")
+    assert (code, out) == (0, whole[: whole.index("\n")] + "\n")
+
+
+def test_an_escape_that_is_none_is_refused(folder, capsys):
+    code, out, err = gpt2(capsys, folder, "--prompt", "a", "--stop", r"\d")
+    assert (code, out) == (2, "") and "for a backslash itself write two" in err
+
+
+def test_a_prompt_from_a_file_is_named_by_its_line(folder, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffabc\n\né\n", encoding="utf-8")
+    code, out, err = gpt2(capsys, folder, "--prompts-file", str(file))
+    assert (code, out) == (2, "") and f"{file}:3 cannot be encoded: character 'é'" in err
+    file.write_text("abc\n" + "a" * 40 + "\n", encoding="utf-8")
+    argv = ["--num-samples", "3", "--max-new-tokens", "9"]
+    code, out, err = gpt2(capsys, folder, "--prompt", "a", "--prompts-file", str(file), *argv)
+    assert (code, out) == (2, "") and f"error: {file}:2 has 40 tokens" in err
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", None])
+def test_a_hugging_face_folder_names_the_command_that_reads_it(tmp_path, capsys, weights):
+    for number, config in enumerate(
+        ('{"model_type": "gpt2", "n_embd": 8}', '{"architectures": ["X"]}', '{"hidden_size": 8}')
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        (place / "config.json").write_text(config)
+        (place / "tokenizer.json").write_text("{}")
+        if weights:
+            (place / weights).write_bytes(b"x")
+        code, out, err = gpt2(capsys, str(place), "--prompt", "a")
+        assert (code, out) == (2, "")
+        assert f"`gpt2 import {place} --out NEW`" in err and len(err.splitlines()) == 1
+
+
+def test_a_file_of_weights_names_the_command_that_reads_it(tmp_path, capsys):
+    file = tmp_path / "ckpt.pt"
+    file.write_bytes(b"x")
+    code, _, err = gpt2(capsys, str(file), "--prompt", "a")
+    assert code == 2 and f"`gpt2 import {file} --out NEW`" in err and "exist" not in err
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_an_adapter_beside_the_weights_is_not_left_out(tmp_path, capsys, name, command):
+    place = save(tmp_path / "model", CHARS)
+    (tmp_path / "model" / name).write_text("{}")
+    code = main([command, place, *(["--prompt", "a"] if command == "generate" else [])])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "") and name in err and "merge it" in err
 
 
 def test_bytes_come_out_as_whole_characters(tmp_path, capsys):

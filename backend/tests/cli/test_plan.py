@@ -91,7 +91,7 @@ def test_cache(capsys: pytest.CaptureFixture[str], config: str) -> None:
         found = dict(zip(names, cells(cache_row), strict=True))
         for length in (128, 100_000):
             for kind in (None, "int8"):
-                cache = KVCache.for_model(TINY, 1, length, quantize=kind, device="meta")  # type: ignore[arg-type]
+                cache = KVCache.for_model(TINY, 1, length, kv_dtype=kind, device="meta")  # type: ignore[arg-type]
                 held = sum(store.nbytes for layer in layers for store in cache.stores[layer])
                 assert found[f"{kind or 'float32'} at {length:,}"] == size(held)
                 slots = cache.keys[layers[0]].shape[2] - 1

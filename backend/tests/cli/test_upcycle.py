@@ -161,3 +161,18 @@ def test_nothing_is_overwritten_or_upcycled_twice(dense, tmp_path, capsys):
     assert code == 2 and f"out={up} already exists" in err
     code, _, err = gpt2(capsys, "upcycle", up, "--out", tmp_path / "twice")
     assert code == 2 and "already has moe_num_experts=8" in err
+
+
+def test_a_copy_that_computes_something_else_is_exit_code_1(dense, tmp_path, capsys, monkeypatch):
+    from app.models.transformer.experts import upcycle
+
+    real = upcycle.upcycle
+
+    def wrong(state, *args, **options):
+        found = real(state, *args, **options)
+        name = next(name for name in found if name.endswith("experts.c_fc.weight"))
+        return {**found, name: found[name] * 1.001}
+
+    monkeypatch.setattr(upcycle, "upcycle", wrong)
+    code, text, err = gpt2(capsys, "upcycle", dense, "--out", tmp_path / "up")
+    assert code == 1 and "must compute the same" in err and "train on with" not in text

@@ -201,6 +201,31 @@ def test_ways_to_name_the_answer(tmp_path, answer):
     assert only(tmp_path, record).answer == 1
 
 
+@pytest.mark.parametrize(
+    "choices, answer, wanted",
+    [
+        (["3", "4", "5"], "4", 1),
+        (["3", "4", "5"], 2, 2),
+        (["3", "4", "5"], "0", 0),
+        (["0", "1"], "1", 1),
+        (["ten", "20"], "20", 1),
+    ],
+)
+def test_an_answer_is_an_index_or_a_text(tmp_path, choices, answer, wanted):
+    record = {"prompt": "p", "choices": choices, "answer": answer}
+    assert only(tmp_path, record).answer == wanted
+
+
+def test_an_answer_that_means_two_choices_is_refused_naming_both(tmp_path):
+    for choices, answer, message in (
+        (["1", "2"], "1", "the text of choice 0 and the number of choice 1"),
+        (["a", "b", "a"], "a", "the text of choice 0 and the text of choice 2"),
+    ):
+        record = {"prompt": "p", "choices": choices, "answer": answer}
+        with pytest.raises(ValueError, match=message):
+            only(tmp_path, record)
+
+
 GOOD = {"prompt": "p", "choices": ["a", "b"], "answer": 0}
 
 

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.data.tokenizers import ByteTokenizer, CharTokenizer
-from app.generation.config import SamplingConfig
+from app.generation.config import Options, SamplingConfig
 from app.generation.context import window_start
-from app.generation.generate import Completion, complete, generate
+from app.generation.generate import Decoding, generate
+from app.generation.row import Callbacks, Completion, Row
 from app.generation.sampling import sample, uniforms
 from app.models.transformer import GPT2Model, create_gpt2_model
+from tests.generation.helpers import completions, new_tokens
 
 generate_module = importlib.import_module("app.generation.generate")
 
@@ -70,7 +72,7 @@ prompts_of = lambda longest: st.lists(  # noqa: E731
 )
 @settings(max_examples=40, deadline=None)
 def test_a_batch_is_each_row_without_cache(model, prompts, new, chunk, config, stop_ids):
-    got = generate(
+    got = new_tokens(
         model,
         prompts,
         max_new_tokens=new,
@@ -92,7 +94,7 @@ def test_a_batch_is_each_row_without_cache(model, prompts, new, chunk, config, s
 @settings(max_examples=25, deadline=None)
 def test_sliding_equals_the_uncached_window(model, prompts, new, chunk, stop_ids):
     config = SamplingConfig(temperature=0.8)
-    got = generate(
+    got = new_tokens(
         model,
         prompts,
         max_new_tokens=new,
@@ -118,7 +120,7 @@ def test_logits_at_every_step_are_the_uncached_ones(monkeypatch, norm, position)
 
     monkeypatch.setattr(generate_module, "sample", record)
     prompts = [[1, 2, 3], list(range(14)), [5]]
-    generate(model, prompts, max_new_tokens=40, sampling=GREEDY, overflow="slide")
+    new_tokens(model, prompts, max_new_tokens=40, sampling=GREEDY, overflow="slide")
     for row, prompt in enumerate(prompts):
         wanted = torch.stack(naive(model, prompt, 40)[1])
         got = torch.stack([logits[row] for logits in seen])
@@ -142,14 +144,16 @@ def test_sliding_recomputes_about_one_token_per_token():
 
 
 def test_continuing_in_two_calls_is_one_call(model):
-    first = generate(model, [[7]], max_new_tokens=30, sampling=GREEDY, overflow="slide")[0]
-    half = generate(model, [[7, *first[:17]]], max_new_tokens=13, sampling=GREEDY, overflow="slide")
+    first = new_tokens(model, [[7]], max_new_tokens=30, sampling=GREEDY, overflow="slide")[0]
+    half = new_tokens(
+        model, [[7, *first[:17]]], max_new_tokens=13, sampling=GREEDY, overflow="slide"
+    )
     assert first[17:] == half[0]
 
 
 def test_the_same_prompt_and_seed_give_the_same_text_in_any_company(model):
     def ask(prompts, seeds):
-        return generate(model, prompts, max_new_tokens=9, seeds=seeds)
+        return new_tokens(model, prompts, max_new_tokens=9, seeds=seeds)
 
     alone = ask([[3, 4]], [11])[0]
     assert ask([[1] * 7, [3, 4], [2]], [5, 11, 6])[1] == alone
@@ -158,13 +162,13 @@ def test_the_same_prompt_and_seed_give_the_same_text_in_any_company(model):
 
 
 def test_more_new_tokens_do_not_change_the_first_ones(model):
-    short = generate(model, [[3]], max_new_tokens=4, seeds=[1])[0]
-    assert generate(model, [[3]], max_new_tokens=12, seeds=[1])[0][:4] == short
+    short = new_tokens(model, [[3]], max_new_tokens=4, seeds=[1])[0]
+    assert new_tokens(model, [[3]], max_new_tokens=12, seeds=[1])[0][:4] == short
 
 
 def test_without_seeds_torch_decides(model):
     def ask():
-        return generate(model, [[3], [3]], max_new_tokens=12)
+        return new_tokens(model, [[3], [3]], max_new_tokens=12)
 
     torch.manual_seed(5)
     first, second = ask(), ask()
@@ -192,15 +196,15 @@ class Spy:
 
 def test_decoding_feeds_one_column_a_step_and_nothing_after_the_last(model):
     with Spy(model) as shapes:
-        generate(model, [[1, 2, 3], [4]], max_new_tokens=5, seeds=[0, 1])
+        new_tokens(model, [[1, 2, 3], [4]], max_new_tokens=5, seeds=[0, 1])
     assert shapes == [(2, 3), (2, 1), (2, 1), (2, 1), (2, 1)]
 
 
 def test_equal_prompts_are_prefilled_once(model):
     with Spy(model) as shapes:
-        rows = generate(model, [[1, 2]] * 3 + [[5]], max_new_tokens=3, seeds=[0, 1, 2, 3])
+        rows = new_tokens(model, [[1, 2]] * 3 + [[5]], max_new_tokens=3, seeds=[0, 1, 2, 3])
     assert shapes == [(2, 2), (4, 1), (4, 1)]
-    assert rows[1] == generate(model, [[1, 2]], max_new_tokens=3, seeds=[1])[0]
+    assert rows[1] == new_tokens(model, [[1, 2]], max_new_tokens=3, seeds=[1])[0]
 
 
 def test_finished_rows_leave_the_computation(model):
@@ -208,7 +212,7 @@ def test_finished_rows_leave_the_computation(model):
     plain = [naive(model, p, new)[0] for p in prompts]
     stops = sorted({row[2] for row in plain[:5]})
     with Spy(model) as shapes:
-        got = generate(model, prompts, max_new_tokens=new, sampling=GREEDY, stop_ids=stops)
+        got = new_tokens(model, prompts, max_new_tokens=new, sampling=GREEDY, stop_ids=stops)
     assert got == [naive(model, p, new, stop_ids=stops)[0] for p in prompts]
     lengths = [len(row) for row in got]
     for step, (rows, _) in enumerate(shapes[1:], start=1):
@@ -220,7 +224,7 @@ def test_finished_rows_leave_the_computation(model):
 
 def test_prefill_in_chunks_bounds_the_width(model):
     with Spy(model) as shapes:
-        generate(model, [[1] * 11, [2] * 3], max_new_tokens=2, seeds=[0, 0], prefill_chunk=4)
+        new_tokens(model, [[1] * 11, [2] * 3], max_new_tokens=2, seeds=[0, 0], prefill_chunk=4)
     assert shapes == [(2, 4), (2, 4), (2, 3), (2, 1)]
 
 
@@ -228,9 +232,9 @@ def test_stop_ids_end_a_row_and_are_not_part_of_it(model):
     tokens, _ = naive(model, [3], 10)
     stop = tokens[4]
     at = tokens.index(stop)
-    done = complete(model, [[3]], max_new_tokens=10, sampling=GREEDY, stop_ids=[stop])
+    done = completions(model, [[3]], max_new_tokens=10, sampling=GREEDY, stop_ids=[stop])
     assert done == [Completion(tokens[:at], "stop", None)]
-    done = complete(model, [[3]], max_new_tokens=10, sampling=GREEDY)
+    done = completions(model, [[3]], max_new_tokens=10, sampling=GREEDY)
     assert done == [Completion(tokens, "length", None)]
 
 
@@ -243,7 +247,7 @@ def test_stop_strings_cut_the_text_across_token_borders(model):
     stop = texts[0][5:8]
     pieces = {0: "", 1: "", 2: ""}
     order = []
-    done = complete(
+    done = completions(
         model,
         prompts,
         max_new_tokens=new,
@@ -266,7 +270,7 @@ def test_text_of_bytes_is_whole_characters():
     """字节词元：半个字符不流出；拼起来等于解码全部。"""
     model = make(vocab_size=257, n_embed=32)
     tokenizer, pieces = ByteTokenizer(), []
-    done = complete(
+    done = completions(
         model,
         [tokenizer.encode("é")],
         max_new_tokens=14,
@@ -279,7 +283,7 @@ def test_text_of_bytes_is_whole_characters():
 
 def test_on_token_sees_every_token_as_it_comes(model):
     seen = []
-    got = generate(
+    got = new_tokens(
         model, [[1], [2, 3]], max_new_tokens=4, seeds=[0, 1], on_token=lambda *x: seen.append(x)
     )
     assert [row for row, _ in seen] == [0, 1] * 4
@@ -291,34 +295,34 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
     model = make(vocab_size=64)
     with torch.no_grad():
         model.head_weight[40:].mul_(30)
-    free = generate(model, [[1]] * 8, max_new_tokens=15, seeds=range(8))
+    free = new_tokens(model, [[1]] * 8, max_new_tokens=15, seeds=range(8))
     assert max(map(max, free)) >= 40
-    tied = generate(model, [[1]] * 8, max_new_tokens=15, seeds=range(8), tokenizer=TOKENIZER)
+    tied = new_tokens(model, [[1]] * 8, max_new_tokens=15, seeds=range(8), tokenizer=TOKENIZER)
     assert max(map(max, tied)) < 40
 
 
 def test_dropout_is_off_and_every_module_gets_its_mode_back():
     model = make(dropout=0.5)
-    wanted = generate(model, [[1, 2]], max_new_tokens=10, sampling=GREEDY)
+    wanted = new_tokens(model, [[1, 2]], max_new_tokens=10, sampling=GREEDY)
     model.train()
     frozen = next(m for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
     frozen.eval()
     before = [m.training for m in model.modules()]
-    assert generate(model, [[1, 2]], max_new_tokens=10, sampling=GREEDY) == wanted
+    assert new_tokens(model, [[1, 2]], max_new_tokens=10, sampling=GREEDY) == wanted
     assert [m.training for m in model.modules()] == before
 
     def fail(row, token):
         raise RuntimeError("stop here")
 
     with pytest.raises(RuntimeError):
-        generate(model, [[1, 2]], max_new_tokens=10, on_token=fail)
+        new_tokens(model, [[1, 2]], max_new_tokens=10, on_token=fail)
     assert [m.training for m in model.modules()] == before
 
 
 def test_training_goes_on_after_sampling():
     """采样不留下推理张量：之后的反向传播照常。"""
     model = make().train()
-    generate(model, [[1, 2]], max_new_tokens=3)
+    new_tokens(model, [[1, 2]], max_new_tokens=3)
     loss = model(torch.tensor([[1, 2]]), targets=torch.tensor([[2, 3]]))["loss"]
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -327,34 +331,36 @@ def test_training_goes_on_after_sampling():
 def test_it_runs_inside_autocast():
     model = make().float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(generate(model, [[1, 2], [3]], max_new_tokens=5, seeds=[0, 1])[0]) == 5
+        assert len(new_tokens(model, [[1, 2], [3]], max_new_tokens=5, seeds=[0, 1])[0]) == 5
 
 
 def refuse(model: GPT2Model, match: str, prompts=((1, 2),), **changes) -> None:
     """拒绝发生在动工之前：模型一次也没有被调用。"""
     with Spy(model) as shapes, pytest.raises(ValueError, match=match):
-        complete(model, prompts, **{"max_new_tokens": 4, **changes})
+        completions(model, prompts, **{"max_new_tokens": 4, **changes})
     assert shapes == []
 
 
 def test_overflow_names_both_numbers_and_the_fix(model):
     refuse(
         model,
-        "prompt 1 has 10 tokens and max_new_tokens=7: together 17, beyond context_size=16: "
+        "prompt 2 has 10 tokens and max_new_tokens=7: together 17, beyond context_size=16: "
         "ask for at most 6 .*overflow='slide'$",
         prompts=[[1], [2] * 10],
         max_new_tokens=7,
     )
-    assert len(generate(model, [[2] * 10], max_new_tokens=6)[0]) == 6
+    assert len(new_tokens(model, [[2] * 10], max_new_tokens=6)[0]) == 6
 
 
 @pytest.mark.parametrize(
     "match, changes",
     [
         ("no prompts", {"prompts": []}),
-        ("prompt 1 is empty", {"prompts": [[1], []]}),
+        ("prompt 2 is empty", {"prompts": [[1], []]}),
         ("token id 40, outside the 40 ids", {"prompts": [[40]]}),
         ("token id -1", {"prompts": [[3, -1]]}),
+        ("batch_size=0", {"batch_size": 0}),
+        ("kv_dtype='int4'", {"kv_dtype": "int4"}),
         ("max_new_tokens=0", {"max_new_tokens": 0}),
         ("prefill_chunk=0", {"prefill_chunk": 0}),
         ("overflow='wrap'", {"overflow": "wrap"}),
@@ -376,7 +382,7 @@ def test_a_model_that_is_not_finite_is_named():
     with torch.no_grad():
         model.head_weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        generate(model, [[1]], max_new_tokens=2)
+        new_tokens(model, [[1]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("prompt, new, slots", [(3, 5, 7), (3, 13, 15), (30, 5, C)])
@@ -389,5 +395,45 @@ def test_the_cache_is_no_larger_than_needed(model, monkeypatch, prompt, new, slo
         return real(rows, max_len, **options)
 
     monkeypatch.setattr(model, "new_cache", new_cache)
-    generate(model, [[1] * prompt, [2]], max_new_tokens=new, overflow="slide")
+    new_tokens(model, [[1] * prompt, [2]], max_new_tokens=new, overflow="slide")
     assert asked == [(2, slots)]
+
+
+def test_batches_inside_are_one_call(model):
+    prompts = [[i, 2] for i in range(5)]
+    options = {"max_new_tokens": 6, "seeds": range(5)}
+    with Spy(model) as shapes:
+        got = new_tokens(model, prompts, batch_size=2, **options)
+    assert got == new_tokens(model, prompts, **options)
+    assert [rows for rows, width in shapes if width == 2] == [2, 2, 1]
+
+
+def test_every_prompt_is_checked_before_the_first_batch(model):
+    refuse(
+        model, "line 9 is empty", prompts=[[1], [2], []], batch_size=1,
+        names=["line 7", "line 8", "line 9"],
+    )  # fmt: skip
+
+
+def test_one_step_is_one_token_a_row(model):
+    """服务逐步驱动它：走一步，每行多一个词元。"""
+    seen = []
+    calls = Callbacks(on_token=lambda row, token: seen.append((row, token)))
+    options = Options(max_new_tokens=3, sampling=GREEDY)
+    rows = [Row(i, [i + 1], options, None, calls) for i in range(2)]
+    with torch.inference_mode():
+        decoding = Decoding(model, rows, options, [0, 0], V)
+        steps = 0
+        while decoding.open:
+            decoding.step()
+            steps += 1
+            assert [row for row, _ in seen] == [0, 1] * steps
+    assert steps == 3
+    wanted = [naive(model, [i + 1], 3)[0] for i in range(2)]
+    assert [row.completion().tokens for row in rows] == wanted
+
+
+def test_the_old_name_still_works_with_a_note(model):
+    with pytest.warns(FutureWarning, match="is now complete"):
+        old = generate(model, [[1, 2]], max_new_tokens=5, seeds=[3], cache_quantize="int8")
+    assert old == new_tokens(model, [[1, 2]], max_new_tokens=5, seeds=[3], kv_dtype="int8")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.generation.config import SamplingConfig
-from app.generation.generate import generate
 from app.generation.overflow import SINKS, usable
 from app.generation.sampling import sample
 from app.models.transformer import GPT2Config, GPT2Model, Positions
@@ -20,6 +19,7 @@ from app.models.transformer.config import RoPEConfig
 from app.models.transformer.layers.context import Context
 from app.models.transformer.layers.linear import linear
 from app.models.transformer.layers.rope import Rotary
+from tests.generation.helpers import new_tokens
 from tests.models.helpers import relative, tiny_model, tokens
 
 generate_module = importlib.import_module("app.generation.generate")
@@ -59,7 +59,7 @@ def decode(monkeypatch, model, prompts, new, **options) -> tuple[list[list[int]]
     with monkeypatch.context() as patch:
         patch.setattr(generate_module, "sample", record)
         options = {"sampling": GREEDY, **options}
-        rows = generate(model, prompts, max_new_tokens=new, **options)
+        rows = new_tokens(model, prompts, max_new_tokens=new, **options)
     return rows, torch.stack(seen, 1)
 
 
@@ -101,9 +101,9 @@ def test_a_row_is_the_same_in_any_company_and_any_chunking(mode, name, prompts, 
     model = make(**EVERY[name], n_layer=2)
     options = {"sampling": SamplingConfig(temperature=0.8), "stop_ids": sorted(stops)}
     options |= {"max_new_tokens": new, "overflow": mode}
-    got = generate(model, prompts, seeds=range(len(prompts)), prefill_chunk=chunk, **options)
+    got = new_tokens(model, prompts, seeds=range(len(prompts)), prefill_chunk=chunk, **options)
     for seed, (prompt, row) in enumerate(zip(prompts, got, strict=True)):
-        assert row == generate(model, [prompt], seeds=[seed], **options)[0]
+        assert row == new_tokens(model, [prompt], seeds=[seed], **options)[0]
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -117,7 +117,7 @@ def test_with_windows_the_cache_does_not_grow(monkeypatch, name, lengths):
         return caches[-1]
 
     monkeypatch.setattr(model, "new_cache", new_cache)
-    generate(
+    new_tokens(
         model,
         [tokens(n).tolist() for n in lengths],
         max_new_tokens=400,
@@ -126,7 +126,7 @@ def test_with_windows_the_cache_does_not_grow(monkeypatch, name, lengths):
     )
     assert len(caches) == 1
     assert len(set(sizes[50 * len(lengths) :])) == 1
-    generate(model, [tokens(n).tolist() for n in lengths], max_new_tokens=50, overflow="extend")
+    new_tokens(model, [tokens(n).tolist() for n in lengths], max_new_tokens=50, overflow="extend")
     assert caches[1].nbytes == sizes[-1]
 
 
@@ -140,7 +140,7 @@ def test_without_windows_the_cache_is_exactly_as_long_as_needed(monkeypatch, nam
         return asked[-1]
 
     monkeypatch.setattr(model, "new_cache", new_cache)
-    generate(model, [[1] * 20, [2]], max_new_tokens=30, overflow="extend")
+    new_tokens(model, [[1] * 20, [2]], max_new_tokens=30, overflow="extend")
     # 最后一个词元不再喂回去；最后一槽是填充的去处。
     assert max(keys.shape[2] - 1 for keys in asked[0].keys) == 20 + 30 - 1
 
@@ -190,11 +190,11 @@ def test_sinks_go_on_with_the_right_rows_when_some_finish():
     """长度相同的几行里有一行先完，缓存要换行。"""
     model, prompts = make(position="rope", n_layer=2), [[1], [2], [3], [4, 1], [5]]
     options = {"max_new_tokens": 3 * C, "overflow": "sinks", "sampling": GREEDY}
-    stop = generate(model, [prompts[0]], **options)[0][3]
-    got = generate(model, prompts, stop_ids=[stop], **options)
+    stop = new_tokens(model, [prompts[0]], **options)[0][3]
+    got = new_tokens(model, prompts, stop_ids=[stop], **options)
     assert len(got[0]) < max(map(len, got))
     for prompt, row in zip(prompts, got, strict=True):
-        assert row == generate(model, [prompt], stop_ids=[stop], **options)[0]
+        assert row == new_tokens(model, [prompt], stop_ids=[stop], **options)[0]
 
 
 @dataclass
@@ -265,7 +265,7 @@ def test_sinks_of_rope_never_go_beyond_the_context(monkeypatch):
 
     monkeypatch.setattr(model, "new_cache", new_cache)
     highest = []
-    generate(
+    new_tokens(
         model,
         [[3]],
         max_new_tokens=10 * C,
@@ -280,9 +280,9 @@ def test_sinks_of_rope_never_go_beyond_the_context(monkeypatch):
 def test_sinks_below_the_context_changes_nothing():
     model = make(position="rope")
     prompts = [tokens(n).tolist() for n in (3, 7, 7)]
-    plain = generate(model, prompts, max_new_tokens=9, sampling=GREEDY)
+    plain = new_tokens(model, prompts, max_new_tokens=9, sampling=GREEDY)
     for mode in ("slide", "extend", "sinks"):
-        got = generate(model, prompts, max_new_tokens=9, sampling=GREEDY, overflow=mode)
+        got = new_tokens(model, prompts, max_new_tokens=9, sampling=GREEDY, overflow=mode)
         assert got == plain
 
 
@@ -306,12 +306,14 @@ def test_what_a_model_can_use_is_what_the_refusal_names(changes, modes):
     size = model.config.context_size
     named = re.escape("overflow=" + " or ".join(map(repr, modes)))
     with pytest.raises(ValueError, match=f"beyond context_size={size}.*{named}$"):
-        generate(model, [[1]], max_new_tokens=size)
+        new_tokens(model, [[1]], max_new_tokens=size)
     for mode in modes:
-        assert len(generate(model, [[1, 2], [3]], max_new_tokens=3 * size, overflow=mode)[1]) > size
+        assert (
+            len(new_tokens(model, [[1, 2], [3]], max_new_tokens=3 * size, overflow=mode)[1]) > size
+        )
     for mode in {"extend", "sinks"} - set(modes):
         with pytest.raises(ValueError, match=f"overflow='{mode}'.*: use overflow="):
-            generate(model, [[1]], max_new_tokens=1, overflow=mode)
+            new_tokens(model, [[1]], max_new_tokens=1, overflow=mode)
 
 
 def test_learned_positions_are_named_with_the_fix():
@@ -320,7 +322,7 @@ def test_learned_positions_are_named_with_the_fix():
         match="overflow='sinks' needs position='rope' or 'none', but this model has "
         "position='learned', trained for context_size=16 positions: use overflow='slide'",
     ):
-        generate(make(), [[1]], max_new_tokens=1, overflow="sinks")
+        new_tokens(make(), [[1]], max_new_tokens=1, overflow="sinks")
 
 
 # ---- int8
@@ -336,7 +338,7 @@ def test_int8_is_close_and_smaller(monkeypatch, mode):
         caches.append(real(*args, **options))
         return caches[-1]
 
-    def run(quantize):
+    def run(kv_dtype):
         seen = []
 
         def force(logits, *rest):
@@ -344,8 +346,8 @@ def test_int8_is_close_and_smaller(monkeypatch, mode):
             return torch.tensor([forced[len(seen)]] * len(logits))
 
         monkeypatch.setattr(generate_module, "sample", force)
-        options = {"overflow": mode, "cache_quantize": quantize}
-        generate(model, [forced[:1], forced[:1]], max_new_tokens=60, **options)
+        options = {"overflow": mode, "kv_dtype": kv_dtype}
+        new_tokens(model, [forced[:1], forced[:1]], max_new_tokens=60, **options)
         return torch.stack(seen)
 
     monkeypatch.setattr(model, "new_cache", new_cache)
@@ -355,5 +357,5 @@ def test_int8_is_close_and_smaller(monkeypatch, mode):
 
 
 def test_unknown_quantization_is_refused():
-    with pytest.raises(ValueError, match="quantize='int4'"):
-        generate(make(), [[1]], max_new_tokens=1, cache_quantize="int4")
+    with pytest.raises(ValueError, match="kv_dtype='int4'"):
+        new_tokens(make(), [[1]], max_new_tokens=1, kv_dtype="int4")

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.generation.config import Options
 from app.generation.stopping import StopText
 
 texts = st.text("ab\n", max_size=30)
@@ -91,4 +92,4 @@ def test_a_stop_in_what_the_decoder_had_left():
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="empty"):
-        StopText([""])
+        Options(max_new_tokens=1, stop_strings=[""])

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
-from app.generation.generate import generate
 from app.generation.sampling import SamplingConfig
 from app.interop.equivalent import Weights, as_post, widened, with_biases
 from app.interop.export import export
 from app.interop.importing import import_model
 from app.interop.targets import TARGETS, check_target, family_name, reason_against
 from app.models.transformer import GPT2Model
+from tests.generation.helpers import new_tokens
 
 from ..models.helpers import VARIANTS, relative, tiny_config, tiny_model, tokens
 
@@ -54,7 +54,7 @@ def test_transformers_continues_a_text_as_we_do(
     ids = tokenizer.encode(prompt)
     assert pipe.tokenizer.encode(prompt) == ids
     got = pipe(prompt, max_new_tokens=12, do_sample=False, return_tensors=True)
-    (want,) = generate(
+    (want,) = new_tokens(
         model, [ids], max_new_tokens=12, sampling=SamplingConfig(temperature=0.0),
         stop_ids=[tokenizer.document_separator],
     )  # fmt: skip

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from app.data.tokenizers import BPETokenizer, train_bpe
 from app.generation.config import SamplingConfig
-from app.generation.generate import generate
 from app.interop.transformers import (
     WorkbenchForCausalLM,
     convert,
@@ -26,6 +25,7 @@ from app.interop.transformers import (
     wrap,
 )
 from app.models.transformer import GPT2Config, GPT2Model
+from tests.generation.helpers import new_tokens
 
 from .variants import VARIANTS, model, tokens
 
@@ -79,7 +79,7 @@ def test_a_process_without_this_package_loads_the_folder(tmp_path: Path) -> None
         expected[folder.name] = {
             "ids": ids.tolist(),
             "logits": core(ids)["logits"].tolist(),
-            "text": generate(
+            "text": new_tokens(
                 core, ids.tolist(), max_new_tokens=6, sampling=SamplingConfig(temperature=0)
             ),
             "tied": core.config.tie_weights,
@@ -190,7 +190,7 @@ def test_a_pipeline_runs_on_the_folder(tmp_path: Path) -> None:
     assert run.model.generation_config.eos_token_id == ours.document_separator
     prompt = "the cat sat"
     out = run(prompt, max_new_tokens=8, do_sample=False, return_full_text=False)
-    ids = generate(
+    ids = new_tokens(
         core, [ours.encode(prompt)], max_new_tokens=8, sampling=SamplingConfig(temperature=0),
         stop_ids=(ours.document_separator,),
     )  # fmt: skip

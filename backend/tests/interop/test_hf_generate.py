@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from app.generation.config import SamplingConfig
-from app.generation.generate import generate
 from app.interop.transformers import WorkbenchCache, WorkbenchForCausalLM, wrap
 from app.models.transformer import GPT2Model
+from tests.generation.helpers import new_tokens
 
 from .variants import VARIANTS, model, tokens
 
@@ -38,7 +38,7 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
 
 def greedy(core: GPT2Model, rows: list[list[int]]) -> torch.Tensor:
     return torch.tensor(
-        generate(core, rows, max_new_tokens=NEW, sampling=SamplingConfig(temperature=0))
+        new_tokens(core, rows, max_new_tokens=NEW, sampling=SamplingConfig(temperature=0))
     )
 
 
@@ -68,7 +68,7 @@ def test_greedy_texts_differ_so_that_equality_means_something() -> None:
 def test_an_int8_cache_generates(pair: Any) -> None:
     core, wrapped = pair
     ids, mask, _ = prompts()
-    cache = WorkbenchCache(quantize="int8")
+    cache = WorkbenchCache(kv_dtype="int8")
     out = wrapped.generate(
         ids, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache
     )

@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 from app.data.tokenizers import BPETokenizer, train_bpe
 from app.evaluation.tasks import load_task, score_items, summarize_task
 from app.generation.config import SamplingConfig
-from app.generation.generate import complete
 from app.interop.lm_eval import WorkbenchLM
 from app.interop.transformers import save, wrap
 from app.models.transformer import GPT2Config, GPT2Model
+from tests.generation.helpers import completions
 
 from .test_hf_files import TEXT, hub_tokenizer
 
@@ -164,7 +164,7 @@ def test_generation_options(trained: Any) -> None:
         return lm.generate_until([Instance("generate_until", {}, ("the cat", options), 0)])[0]
 
     prompt = tokenizer.encode("the cat")
-    whole = complete(
+    whole = completions(
         model, [prompt], max_new_tokens=6, sampling=SamplingConfig(temperature=0),
         stop_ids=(tokenizer.document_separator,), tokenizer=tokenizer,
     )[0].text  # fmt: skip
@@ -184,7 +184,7 @@ def test_requests_that_cannot_be_scored_are_named(trained: Any) -> None:
     lm = WorkbenchLM.of(*trained)
     ok, long = ("a", " cat"), ("a", " zqj" * 40)
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate((ok, long))]
-    with pytest.raises(ValueError, match="request 1: .* more than context_size=32"):
+    with pytest.raises(ValueError, match="request 2: .* more than context_size=32"):
         lm.loglikelihood(requests)
     assert math.isfinite(lm.loglikelihood(requests[:1])[0][0])
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from app.data.tokenizers import ByteTokenizer, train_bpe
-from app.generation.generate import generate
 from app.generation.sampling import SamplingConfig
 from app.interop.export import export
 from app.models.transformer import GPT2Model
+from tests.generation.helpers import new_tokens
 
 from ..models.helpers import VARIANTS, relative, tiny_model, tokens
 
@@ -175,7 +175,7 @@ def test_ctranslate2(norm: str, tmp_path: Path) -> None:
         [[texts[i] for i in ids]], max_length=20, sampling_topk=1, include_prompt_in_result=False,
         end_token=[],
     )  # fmt: skip
-    (mine,) = generate(model, [ids], max_new_tokens=20, sampling=SamplingConfig(temperature=0.0))
+    (mine,) = new_tokens(model, [ids], max_new_tokens=20, sampling=SamplingConfig(temperature=0.0))
     assert result.sequences_ids[0] == mine
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.generation.generate import generate
 from app.generation.sampling import SamplingConfig
 from app.interop.equivalent import Weights
 from app.interop.hf import write_hf
@@ -23,6 +22,7 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.factory import PRESETS
 from app.models.transformer.weights.layouts import write_tensors
 from app.models.transformer.weights.pretrained import LAYOUTS
+from tests.generation.helpers import new_tokens
 
 from ..models.helpers import relative, tiny_model
 
@@ -147,7 +147,7 @@ def test_64_greedy_tokens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False,
         eos_token_id=None, pad_token_id=0, use_cache=kind != "openai-gpt",
     )  # fmt: skip
-    got = generate(
+    got = new_tokens(
         ours, prompt.tolist(), max_new_tokens=64, sampling=SamplingConfig(temperature=0.0)
     )
     assert got[0] == want[0, 9:].tolist()

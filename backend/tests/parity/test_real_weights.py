@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.generation.generate import generate
 from app.generation.sampling import SamplingConfig
 from app.models.transformer import GPT2Model
+from tests.generation.helpers import new_tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_greedy(gpt2: GPT2Model) -> None:
         373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464,
         3290,
     ]  # fmt: skip
-    (got,) = generate(
+    (got,) = new_tokens(
         gpt2, [[464, 3290]], max_new_tokens=18, sampling=SamplingConfig(temperature=0.0)
     )
     assert got == want
@@ -62,7 +62,7 @@ def test_a_batch_of_two_lengths(gpt2: GPT2Model, real_data: Path) -> None:
         " bit of a mess. I'm not sure if he's going",
         "'m going to be doing a lot of research on this. I",
     ]
-    got = generate(
+    got = new_tokens(
         gpt2, [tokenizer.encode(p) for p in prompts], max_new_tokens=12,
         sampling=SamplingConfig(temperature=0.0),
     )  # fmt: skip

@@ -40,18 +40,18 @@ def test_gpt2_small() -> None:
     assert untied["head"] == 50257 * 768
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize(
     "changes",
     [{}, {"attention_pattern": ("sinks(2, 5)", "causal"), "position": "rope", "n_kv_head": 2}],
 )
 def test_cache_sizes_are_those_of_an_allocated_cache(
-    changes: dict[str, Any], quantize: Any
+    changes: dict[str, Any], kv_dtype: Any
 ) -> None:
     config = tiny_config(**changes)
     length = 24 if config.position == "learned" else 200
-    sizes = cache_sizes(config, length, quantize)
-    cache = KVCache.for_model(config, 1, length, quantize=quantize)
+    sizes = cache_sizes(config, length, kv_dtype)
+    cache = KVCache.for_model(config, 1, length, kv_dtype=kv_dtype)
     assert len(sizes) == config.n_layer
     assert sum(size.nbytes for size in sizes) == cache.nbytes
     if changes:

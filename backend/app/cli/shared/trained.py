@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -17,19 +18,45 @@ if TYPE_CHECKING:
     from app.models.transformer import GPT2Config, GPT2Model
 
 
-def load_trained(name: str, device: str) -> tuple[GPT2Model, Tokenizer]:
+class Trained(NamedTuple):
+    """装好的模型；folder 是它所在的检查点或模型文件夹，已经核对过。"""
+
+    model: GPT2Model
+    tokenizer: Tokenizer
+    folder: Path
+
+    def weights_sha256(self) -> str:
+        """检查点的清单里就有（装入时刚核对过）；别的文件夹现算。"""
+        from app.common.files import sha256_file
+        from app.training.saving.checkpoint import MANIFEST, MODEL_FILES
+
+        manifest, weights = self.folder / MANIFEST, MODEL_FILES[1]
+        if manifest.is_file():
+            return str(json.loads(manifest.read_bytes())["files"][weights]["sha256"])
+        return sha256_file(self.folder / weights)
+
+
+def load_trained(name: str | Path, device: str) -> Trained:
     """name 是训练文件夹（取最新的检查点）、RUN/best、一个检查点或存下的模型。
 
     Raises:
-        ValueError: 不是上面几种之一，没有分词器，或没有这个设备。
+        ValueError: 不是上面几种之一，没有分词器，没有这个设备，或旁边有适配器。
     """
+    from app.cli.shared.foreign import refuse_foreign
     from app.data.tokenizers import load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(name, tell=lambda text: print(text, file=sys.stderr))
+    refuse_foreign(Path(name))
+    folder = resolve_checkpoint(name, tell=tell)
     tokenizer = load_tokenizer(folder)
-    return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer
+    model = GPT2Model.from_pretrained(folder, device=pick_device(device))
+    return Trained(model, tokenizer, folder)
+
+
+def tell(text: str) -> None:
+    """结果之外的话，在标准错误。"""
+    print(text, file=sys.stderr)
 
 
 def pick_device(name: str) -> torch.device:
@@ -94,13 +121,14 @@ def own_run_file(folder: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def own_data(folder: Path, tell: Callable[[str], object], instead: str) -> Path:
+def own_data(folder: Path, instead: str) -> Path:
     """模型所属的训练的数据；instead：没有的话，该给哪些选项。
 
     Raises:
-        ValueError: 它不属于哪次训练。
+        ValueError: 它不属于哪次训练，或那里的数据在训练之后换过。
     """
     from app.cli.shared.runfile import load_config
+    from app.training.report.run_facts import read_facts
 
     run_file = own_run_file(folder)
     if run_file is None:
@@ -108,5 +136,27 @@ def own_data(folder: Path, tell: Callable[[str], object], instead: str) -> Path:
             f"{folder} does not belong to a run, so there is no data of its own: give {instead}"
         )
     data = Path(load_config(str(run_file))[0].data.folder)
-    tell(f"note: scoring the data of the run, {data} (from {run_file})")
+    facts = read_facts(run_file.parent)
+    unknown = ""
+    if facts is None:
+        unknown = "; its fingerprint was not kept, so it may have been prepared anew since"
+    else:
+        _check_unchanged(data, facts.data, run_file.parent, instead)
+    tell(f"note: scoring the data of the run, {data} (from {run_file}){unknown}")
     return data
+
+
+def _check_unchanged(data: Path, kept: tuple[str, str], run: Path, instead: str) -> None:
+    """kept: 开训时训练与验证部分的指纹；没有验证部分的为空。"""
+    from app.data.shards import META_FILE, TokenDataset
+
+    for part, wanted in zip(("train", "val"), kept, strict=True):
+        if not (data / part / META_FILE).is_file():
+            continue
+        found = TokenDataset.open(data / part).fingerprint
+        if found != wanted:
+            had = f"was trained with {wanted[:12]}" if wanted else "was trained without one"
+            raise ValueError(
+                f"{data / part} is not the data of the run any more: it holds {found[:12]}, but "
+                f"{run} {had}: prepare that data again, or say what to score with {instead}"
+            )

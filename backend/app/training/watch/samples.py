@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from app.data.tokenizers import Tokenizer
-from app.generation.config import SamplingConfig
-from app.generation.generate import generate
+from app.generation.config import Options, SamplingConfig
+from app.generation.generate import complete
 from app.models.transformer import GPT2Model
 
 from ..config import TrainConfig
@@ -30,14 +30,11 @@ def sample_text(
     prompt = encode_prompt(tokenizer, config.sample_prompt)[-config.model.context_size :]
     # 生成的形状一步一变，编译只会反复重来。
     with torch.compiler.set_stance("force_eager"), runtime.autocast():
-        tokens = generate(
-            model,
-            [prompt],
+        options = Options(
             max_new_tokens=config.sample_tokens,
             sampling=_SAMPLING,
-            seeds=[config.seed],
-            stop_ids=[tokenizer.document_separator],
-            tokenizer=tokenizer,
+            stop_ids=(tokenizer.document_separator,),
             overflow="slide",
-        )[0]
-    return tokenizer.decode([*prompt, *tokens])
+        )
+        done = complete(model, [prompt], options, tokenizer=tokenizer, seeds=[config.seed])
+    return tokenizer.decode([*prompt, *done[0].tokens])

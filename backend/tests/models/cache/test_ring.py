@@ -184,8 +184,8 @@ def test_what_a_ring_cannot_keep_is_refused() -> None:
         sinks.begin(Positions(pos, start=0, marked=pos == 1))
     with pytest.raises(ValueError, match="max_chunk=0 must be at least 1"):
         cache_for(("local(4)",), 1, max_chunk=0)
-    with pytest.raises(ValueError, match="quantize='int4'"):
-        cache_for(("local(4)",), 1, quantize="int4")
+    with pytest.raises(ValueError, match="kv_dtype='int4'"):
+        cache_for(("local(4)",), 1, kv_dtype="int4")
     with pytest.raises(ValueError, match=r"layers with local\(4\), not causal"):
         cache_for(("local(4)",), 1).begin(Positions(pos)).keys(CAUSAL)
 

@@ -93,7 +93,7 @@ def test_a_float_store_reads_views() -> None:
 def test_int8_takes_a_quarter() -> None:
     """宽 64 的头：256 字节对 64 + 4。"""
     config = tiny_config(n_embed=256, n_head=4, context_size=256)
-    sizes = [KVCache.for_model(config, 2, quantize=q).nbytes for q in (None, "int8")]
+    sizes = [KVCache.for_model(config, 2, kv_dtype=q).nbytes for q in (None, "int8")]
     assert sizes[0] / sizes[1] == pytest.approx(256 / 68)
     layers, rows, slots = config.n_layer, 2, 257
     assert sizes[0] == 2 * layers * rows * config.kv_heads * slots * 64 * 4
@@ -106,8 +106,8 @@ def test_int8_decoding_stays_close(patterns: tuple[str, ...] | None) -> None:
     mask[1, :3] = 0
     for padding in (None, mask):
         got, exact = [], []
-        for out, quantize in ((got, "int8"), (exact, None)):
-            cache = model.new_cache(2, max_chunk=2, quantize=quantize)
+        for out, kv_dtype in ((got, "int8"), (exact, None)):
+            cache = model.new_cache(2, max_chunk=2, kv_dtype=kv_dtype)
             for part in (slice(0, 9), slice(9, 11), *(slice(t, t + 1) for t in range(11, 20))):
                 piece = None if padding is None else padding[:, part]
                 with torch.no_grad():
@@ -116,3 +116,12 @@ def test_int8_decoding_stays_close(patterns: tuple[str, ...] | None) -> None:
         assert torch.equal(got[0], exact[0])  # 空缓存的第一块看的是没有量化的键值。
         error = relative(torch.cat(got[1:], 1), torch.cat(exact[1:], 1))
         assert 0 < error < 0.1
+
+
+def test_the_old_name_of_kv_dtype_works_with_a_note() -> None:
+    model = tiny_model(torch.float32)
+    with pytest.warns(FutureWarning, match="is now called kv_dtype='int8'"):
+        old = model.new_cache(1, quantize="int8")
+    assert old.nbytes == model.new_cache(1, kv_dtype="int8").nbytes < model.new_cache(1).nbytes
+    with pytest.raises(ValueError, match="kv_dtype=None and its old name quantize='int8'"):
+        model.new_cache(1, quantize="int8", kv_dtype=None)

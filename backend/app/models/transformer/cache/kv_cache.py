@@ -9,7 +9,6 @@ B 行、G 键值头数、S 槽数、D 头宽、T 本次词元数。
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +17,11 @@ from ..config import GPT2Config, Position
 from ..visibility.pattern import Pattern
 from ..visibility.positions import PADDING, Positions
 from .cache_step import Step as Step
+from .kv_dtype import KVDtype, check_kv_dtype, renamed_quantize
 from .limits import check_evictable, check_keepable, check_rising, check_rollback
 from .slot_groups import Chunk, Group
 from .slots import Layout
 from .store import Int8Store, Runs, Store
-
-Quantize = Literal["int8"] | None
 
 
 class KVCache:
@@ -61,6 +59,7 @@ class KVCache:
         self._least_pinned = min((layout.pinned for layout in self._rings), default=0)
 
     @classmethod
+    @renamed_quantize
     def for_model(
         cls,
         config: GPT2Config,
@@ -69,7 +68,7 @@ class KVCache:
         *,
         max_chunk: int = 32,
         ring: bool = True,
-        quantize: Quantize = None,
+        kv_dtype: KVDtype = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> KVCache:
@@ -81,7 +80,7 @@ class KVCache:
             max_chunk: 环多留多少槽：至多这么长的一块就地写入，至多能回滚这么多个词元。
                 更长的块照样可以，也照样精确，只是要多搬一次。
             ring: False = 有界的图样也留着全部词元，打包、点名、任意回滚都可以。
-            quantize: "int8" = 键值各按词元与头量化。
+            kv_dtype: "int8" = 键值各按词元与头量化。
 
         Raises:
             ValueError: batch_size、max_len 或 max_chunk 小于 1，或 max_len 超过学得的位置数。
@@ -90,8 +89,7 @@ class KVCache:
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if quantize not in (None, "int8"):
-            raise ValueError(f"quantize={quantize!r} is not one of [None, 'int8']")
+        check_kv_dtype(kv_dtype)
         if config.position == "learned" and (max_len or 0) > config.context_size:
             raise ValueError(
                 f"max_len={max_len} is beyond context_size={config.context_size}: "
@@ -103,7 +101,7 @@ class KVCache:
             max_len = config.context_size
         room = max_chunk if ring else None
         layouts = [Layout.of(pattern, max_len, room) for pattern in patterns]
-        store = Store if quantize is None else Int8Store
+        store = Store if kv_dtype is None else Int8Store
 
         def one_per_layer() -> list[Store]:
             outer, width = (batch_size, config.kv_heads), config.head_dim

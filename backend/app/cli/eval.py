@@ -165,6 +165,10 @@ def _number(value: float | None) -> str:
 
 
 def _dtype(model: GPT2Model) -> str:
+    from app.quantization.model import QuantizedModel
+
+    if isinstance(model, QuantizedModel):
+        return model.describe()
     return str(model.head_weight.dtype).removeprefix("torch.")
 
 

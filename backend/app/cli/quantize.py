@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, load_trained, own_data, own_run_file
+from app.cli.shared.trained import (
+    Trained,
+    check_new_folder,
+    load_trained,
+    own_data,
+    own_run_file,
+    tell,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,13 +100,14 @@ def run(args: Args) -> int:
 
     check_new_folder(args.out)
     low, head = _schemes(args)
-    model, tokenizer = load_trained(args.model, args.device)
+    trained = load_trained(args.model, args.device)
+    model = trained.model
     if isinstance(model, QuantizedModel):
         raise ValueError(
             f"{args.model} is quantized already ({model.describe()}): quantize the float model it "
             "was made from"
         )
-    texts = _texts(args, model, tokenizer)
+    texts = _texts(args, trained)
     chosen = _choose(args, model, low, head, texts)
     # 速度只看存法，不看码：先量它，免得校准完了才知道不值得。
     rounded = _rounded(model, chosen)
@@ -113,7 +121,7 @@ def run(args: Args) -> int:
         return 1
     made = rounded if args.method == "rtn" else _calibrated(args, model, chosen, texts)
     _show_quality(args, model, made, texts)
-    _write(args.out, made, tokenizer)
+    _write(args.out, made, trained.tokenizer)
     return 0
 
 
@@ -148,20 +156,21 @@ def _schemes(args: Args) -> tuple[Scheme, Scheme]:
     return low, Scheme(*low4) if bits == 4 else Scheme(bits)
 
 
-def _texts(args: Args, model: GPT2Model, tokenizer: Tokenizer) -> _Texts:
+def _texts(args: Args, trained: Trained) -> _Texts:
     """数据是给的，或那次训练自己的；都没有而又用不着时，在随机的词元上比较。"""
     from app.evaluation.perplexity import open_dataset
     from app.quantization.windows import random_windows, sample_windows, window_length
 
-    length = window_length(model.config.context_size)
-    data = args.data or _own_data(args.model)
+    config, tokenizer = trained.model.config, trained.tokenizer
+    length = window_length(config.context_size)
+    data = args.data or _own_data(trained.folder)
     if data is None:
         if args.method == "gptq" or args.budget is not None:
             raise ValueError(
                 f"{args.model} has no data of a run beside it, and --method gptq and --budget "
                 "need text: give --data"
             )
-        windows = random_windows(model.config.vocab_size, length, _RANDOM)
+        windows = random_windows(config.vocab_size, length, _RANDOM)
         return _Texts(None, windows, "random tokens (give --data for text)")
     whole = not (data / "train").is_dir()
     train = open_dataset(data if whole else data / "train", tokenizer)
@@ -173,14 +182,11 @@ def _texts(args: Args, model: GPT2Model, tokenizer: Tokenizer) -> _Texts:
     )
 
 
-def _own_data(name: str) -> Path | None:
+def _own_data(folder: Path) -> Path | None:
     """模型所属的训练的数据；不属于哪次训练，或数据不在了，就没有。"""
-    from app.training.saving.checkpoint import resolve_checkpoint
-
-    folder = resolve_checkpoint(name, tell=lambda text: None)
     if own_run_file(folder) is None:
         return None
-    data = own_data(folder, lambda text: None, "--data")
+    data = own_data(folder, "--data")
     return data if data.is_dir() else None
 
 
@@ -337,10 +343,6 @@ def _counter(label: str, total: int) -> Callable[[int], None]:
         done += count
         if time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
-            _tell(f"{label} {done} of {total}")
+            tell(f"{label} {done} of {total}")
 
     return advance
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)

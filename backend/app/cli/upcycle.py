@@ -59,9 +59,11 @@ def run(args: Args) -> int:
     """
     from app.models.transformer import GPT2Model
     from app.models.transformer.experts.upcycle import upcycle
+    from app.quantization.model import check_float
 
     check_new_folder(args.out)
     dense, tokenizer, folder = load_trained(args.model, "cpu")
+    check_float(dense, "upcycling")
     config = _target(args, dense.config)
     state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
     write_model(config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)})

@@ -89,7 +89,7 @@ def test_padding_packing_and_the_int8_cache() -> None:
         packed = torch.cat([tokens(1, 6), ids], 1)
         segments = torch.tensor([[0] * 6 + [1] * 10])
         assert relative(model(packed, segment_ids=segments)["logits"][:, 6:], alone) < 1e-3
-        cache = model.new_cache(1, quantize="int8")
+        cache = model.new_cache(1, kv_dtype="int8")
         assert relative(model(ids, cache=cache, use_cache=True)["logits"], alone) < 5e-2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.fields import Mark, marked
+from app.quantization.model import check_float
 
 from .checkpoint import Tell, resolve_checkpoint
 from .resume import flat

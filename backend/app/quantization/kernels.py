@@ -31,7 +31,8 @@ class Case:
 
     @classmethod
     def of(cls, codes: Codes) -> Case:
-        return cls(codes.bits, *codes.shape, codes.group, codes.codes.device.type)
+        outs, width = codes.shape[-2:]
+        return cls(codes.bits, outs, width, codes.group, codes.codes.device.type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +118,20 @@ KERNELS = (
 
 def choose_kernel(case: Case) -> Choice:
     """第一个接这种矩阵、在这台机器上又算得对的内核；理由里有被跳过的那些为什么。"""
-    passed = []
+    passed: list[str] = []
     for kernel in KERNELS:
         if case.bits not in kernel.tolerance:
             continue
-        why = kernel.refuses(case) or _fails(kernel, case.bits, case.device, load_native().reason)
+        why = why_not(kernel, case)
         if why is None:
             return Choice(kernel, "; ".join((kernel.about(), *passed)))
         passed.append(f"not {kernel.name}: {why}")
     raise ValueError(f"no kernel for {case.bits}-bit weights: expected 16, 8 or 4")
+
+
+def why_not(kernel: Kernel, case: Case) -> str | None:
+    """这个内核不接这种矩阵、或在这台机器上算错的理由；None = 能用。"""
+    return kernel.refuses(case) or _fails(kernel, case.bits, case.device, load_native().reason)
 
 
 def prepare(codes: Codes) -> Product:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .matrix import QuantizedExperts, QuantizedMatrix
+from .codes import Codes
+from .matrix import QuantizedMatrix, QuantizedStack
 
 
 class QuantizedLinear(nn.Module):
     """Linear 的量化：bias 仍是浮点。"""
 
-    def __init__(self, weight: QuantizedMatrix, bias: Tensor | None) -> None:
+    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = QuantizedMatrix(codes)
         self.bias = _frozen(bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,9 +28,13 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(nn.Module):
     """词元的查表；weight 同时是共享的输出头，只存一份。"""
 
-    def __init__(self, weight: QuantizedMatrix) -> None:
+    def __init__(self, codes: Codes) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = QuantizedMatrix(codes)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.weight.shape[0]
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., I) float32。"""
@@ -39,9 +44,9 @@ class QuantizedEmbedding(nn.Module):
 class QuantizedGroupedLinear(nn.Module):
     """GroupedLinear 的量化：weight (E, O, I) 的码，bias (E, O)。"""
 
-    def __init__(self, weight: QuantizedExperts, bias: Tensor | None) -> None:
+    def __init__(self, codes: Codes, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = QuantizedStack(codes)
         self.bias = _frozen(bias)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:

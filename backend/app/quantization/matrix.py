@@ -27,11 +27,11 @@ class _Stored(nn.Module):
 
     def __init__(self, codes: Codes) -> None:
         super().__init__()
-        self.bits, self.group = codes.bits, codes.group
+        self.bits, self.group, self.width = codes.bits, codes.group, codes.shape[-1]
         self.register_buffer("codes", codes.codes)
         self.register_buffer("scale", codes.scale)
         self.register_buffer("minimum", codes.minimum)
-        self._products: dict[int, Product] = {}
+        self._products: dict[int | None, Product] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,17 +42,31 @@ class _Stored(nn.Module):
     def device(self) -> torch.device:
         return self.codes.device
 
+    @property
+    def shape(self) -> torch.Size:
+        """(O, I)；叠着的 (E, O, I)。"""
+        return torch.Size(self._codes().shape)
+
+    def dequantize(self) -> Tensor:
+        """(..., O, I) float32。"""
+        return self._codes().dequantize()
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, shape={tuple(self.shape)}, group={self.group}"
+
     def _codes(self) -> Codes:
         return Codes(self.bits, self.codes, self.scale, self.minimum, self.group)
 
-    def _multiply(self, at: int, codes: Codes, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(R, I) -> (R, O)；at：备好的乘法在哪一格。"""
-        _check(x, codes)
-        if torch.compiler.is_compiling():
-            return F.linear(x, codes.dequantize(), bias)
-        product = self._products.get(at)
+    def _multiply(self, expert: int | None, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(R, I) -> (R, O)；expert：叠着的里面哪一个。"""
+        _check(x, self.bits, self.width)
+        compiling = torch.compiler.is_compiling()
+        product = None if compiling else self._products.get(expert)
         if product is None:
-            product = self._products[at] = prepare(codes)
+            codes = self._codes() if expert is None else self._codes()[expert]
+            if compiling:
+                return F.linear(x, codes.dequantize(), bias)
+            product = self._products[expert] = prepare(codes)
         return product(x, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Stored:
@@ -77,70 +91,45 @@ class _Stored(nn.Module):
 class QuantizedMatrix(_Stored):
     """(O, I)：乘法、查表、还原。查表与输出头可以是同一个。"""
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._codes().shape)
-
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., I) float32 -> (..., O)。
 
         Raises:
             ValueError: x 要梯度、不是 float32、宽度不对，或在 autocast 里。
         """
-        y = self._multiply(0, self._codes(), x.reshape(-1, x.shape[-1]), bias)
+        y = self._multiply(None, x.reshape(-1, x.shape[-1]), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., I) float32。"""
         return self._codes().rows(ids)
 
-    def dequantize(self) -> Tensor:
-        """(O, I) float32。"""
-        return self._codes().dequantize()
 
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, shape={tuple(self.shape)}, group={self.group}"
-
-
-class QuantizedExperts(_Stored):
+class QuantizedStack(_Stored):
     """E 个矩阵叠在一起：codes (E, O, ·)，scale、minimum (E, O, G)。"""
-
-    def __len__(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        """(E, O, I)。"""
-        return torch.Size((len(self), *self._codes().expert(0).shape))
 
     def product(self, expert: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """这个专家的 (R, I) -> (R, O)；没有行的专家不备、也不读。"""
-        return self._multiply(expert, self._codes().expert(expert), x, bias)
-
-    def dequantize(self) -> Tensor:
-        """(E, O, I) float32。"""
-        each = self._codes()
-        return torch.stack([each.expert(e).dequantize() for e in range(len(self))])
+        return self._multiply(expert, x, bias)
 
 
-def _check(x: Tensor, codes: Codes) -> None:
+def _check(x: Tensor, bits: int, width: int) -> None:
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(
-            f"{codes.bits}-bit weights have no gradient, and x requires one: run under "
+            f"{bits}-bit weights have no gradient, and x requires one: run under "
             "torch.no_grad(), or train the float model and quantize it again"
         )
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
         raise ValueError(
-            f"{codes.bits}-bit weights multiply {COMPUTED} activations, not "
-            f"{torch.get_autocast_dtype(x.device.type)}: leave autocast off"
+            f"{bits}-bit weights multiply {COMPUTED} activations, not "
+            f"{torch.get_autocast_dtype(kind)}: leave autocast off"
         )
     if x.dtype != COMPUTED:
         raise ValueError(
-            f"{codes.bits}-bit weights multiply {COMPUTED} activations, got {x.dtype}: "
-            "pass x.float()"
+            f"{bits}-bit weights multiply {COMPUTED} activations, got {x.dtype}: pass x.float()"
         )
-    if x.shape[-1] != codes.shape[1]:
+    if x.shape[-1] != width:
         raise ValueError(
-            f"x has width {x.shape[-1]}, the {codes.bits}-bit weights {codes.shape[1]}: "
-            "they must be equal"
+            f"x has width {x.shape[-1]}, the {bits}-bit weights {width}: they must be equal"
         )

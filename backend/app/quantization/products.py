@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codes import Codes
+from .codes import ZERO_INT4, Codes, unpack
 from .native import Weight, load_native
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
@@ -49,7 +49,7 @@ def native(codes: Codes) -> Product:
         assert scale is not None
         scale = scale.float().contiguous()
     elif codes.minimum is not None and scale is not None:
-        offset = codes.minimum.float() + 8 * scale.float()
+        offset = codes.minimum.float() + ZERO_INT4 * scale.float()
     outs, width = codes.shape
     keep = (codes.codes, scale, offset)
     weight = Weight(_KINDS[codes.bits], outs, width, codes.group, *map(_pointer, keep))
@@ -119,10 +119,10 @@ def guarded(codes: Codes) -> Product:
 def packed_int4(codes: Codes) -> Product:
     """torch 的 int4 权重；激活与结果在里面是 bfloat16，尺度也是。"""
     assert codes.scale is not None
-    nibbles = torch.stack((codes.codes & 15, codes.codes >> 4), -1).flatten(1)
-    packed = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-    scale = codes.scale.float()
-    zero = torch.zeros_like(scale) if codes.minimum is None else codes.minimum.float() + 8 * scale
+    packed = torch._convert_weight_to_int4pack_for_cpu(unpack(codes.codes).int(), 1)
+    scale, zero = codes.scale.float(), torch.zeros_like(codes.scale, dtype=torch.float32)
+    if codes.minimum is not None:
+        zero = codes.minimum.float() + ZERO_INT4 * scale
     both = torch.stack((scale, zero), -1).bfloat16().transpose(0, 1).contiguous()
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -136,7 +136,12 @@ def _pieces(codes: Codes) -> list[Codes]:
     """按输出切开：还原时只有一块是浮点的。"""
     outs, width = codes.shape
     step = max(1, BLOCK // width)
-    return [codes.outputs(slice(at, at + step)) for at in range(0, outs, step)]
+    return [_outputs(codes, slice(at, at + step)) for at in range(0, outs, step)]
+
+
+def _outputs(codes: Codes, which: slice) -> Codes:
+    parts = {name: tensor[which] for name, tensor in codes.tensors().items()}
+    return Codes(codes.bits, group=codes.group, **parts)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -180,4 +180,4 @@ def _short(error: Exception) -> str:
     """一行：编译器的第一条错误，或系统的话。"""
     text = getattr(error, "stderr", None) or str(error)
     lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0][:400] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from app.interop.compare import Comparison, compare
 from app.interop.equivalent import Weights
 from app.interop.export import export
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.block import residual_plan
+from app.models.transformer.block import residuals
 
 from .common import table, write_result
 
@@ -85,7 +85,7 @@ def ctranslate2_row(norm: str, tokenizer: BPETokenizer, folder: Path) -> list[ob
 def naive_fold(norm: str = "deepnorm") -> float:
     """把 1/α 折进分支出口时的相对误差：没有采用的那种写法。"""
     model = random_model(1000, norm=norm)
-    alpha = residual_plan(model.config, 0)[0].alpha
+    alpha = residuals(model.config, 0)[0].alpha
     state = Weights.of(model).state
     other = GPT2Model(model.config.replace(norm="post")).eval()
     other.load_state_dict({k: v / alpha if "c_proj" in k else v for k, v in state.items()})

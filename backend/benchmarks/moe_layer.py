@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
+from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.experts.moe import MoE
-from app.models.transformer.layers.context import Context
+from app.models.transformer.layers.context import Context, Note
 from app.models.transformer.layers.init import base_std
 from app.models.transformer.mlp import MLP
 from app.models.transformer.visibility.positions import Positions
@@ -69,7 +70,8 @@ def job(run: Callable[[Tensor], Tensor], module: nn.Module, backward: bool) -> C
 def contenders(activation: str, bias: bool, peer: bool) -> dict[str, tuple[Callable, nn.Module]]:
     """名字 -> (前向, 模块)。"""
     shape = config(activation, bias)
-    ctx = Context(Positions.plain(0, TOKENS // 4, torch.device("cpu")), (), want_loads=True)
+    where = Positions.plain(0, TOKENS // 4, torch.device("cpu"))
+    ctx = Context(where, MaskPlan.build(where, where), note=Note(frozenset({"load"})))
     dense = filled(MLP(shape), base_std(shape))
     found: dict[str, tuple[Callable, nn.Module]] = {"dense": (dense, dense)}
     for dispatch in ("sorted", "grouped"):

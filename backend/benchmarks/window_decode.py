@@ -75,7 +75,7 @@ def filled(model: GPT2Model, batch: int, context: int, room: int) -> KVCache:
         for layer in range(config.n_layer):
             kv = torch.randn(*shape[:2], where.length, shape[3])
             step.write(layer, kv, kv)
-        step.commit()
+        cache.commit(step)
     return cache
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import GPT2Model
-from app.models.transformer.layers.linear import linear
 
 # 一块 logits 的上限：整张 (B, T, V) 在 GPT-2 的词表上动辄几 GB。
 _CHUNK_BYTES = 20 * 2**20
@@ -80,17 +79,12 @@ def score_rows(model: GPT2Model, rows: Sequence[np.ndarray], first: Sequence[int
 def _score(model: GPT2Model, ids: Tensor, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """ids (B, T+1)、wanted (B, T) -> 两个 (R,)，按行相接。"""
     ids, wanted = ids.to(model.device), wanted.to(model.device)
-    last = model.config.n_layer
-    out = model(ids[:, :-1], return_hidden=(last,), logits_to_keep=1)
-    hidden = out["hidden"][last][wanted]  # (R, C)
-    if model.ln_f is not None:
-        hidden = model.ln_f(hidden)
+    hidden = model.features(ids[:, :-1])[wanted]  # (R, C)
     labels = ids[:, 1:][wanted]  # (R,)
-    weight = model.head_weight
-    size = max(1, _CHUNK_BYTES // (weight.shape[0] * 4))
+    size = max(1, _CHUNK_BYTES // (model.config.vocab_size * 4))
     nats, greedy = [], []
     for h, label in zip(hidden.split(size), labels.split(size), strict=True):
-        logits = linear(h, weight)
+        logits = model.head(h)
         # 半精度的 logits 升到 float32 再归约，与训练时相同。
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chosen = logits.gather(1, label[:, None]).squeeze(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.block import residual_plan
+from app.models.transformer.block import residuals
 from app.models.transformer.weights.layouts import HEAD
 
 WTE, WPE = "embed.wte.weight", "embed.wpe.weight"
@@ -68,7 +68,7 @@ def as_post(weights: Weights) -> Weights:
     config = weights.config
     if config.norm == "post":
         return weights
-    alpha = residual_plan(config, 0)[0].alpha
+    alpha = residuals(config, 0)[0].alpha
     scale = {WTE: alpha, WPE: alpha}
     for i in range(config.n_layer):
         for name, factor in (

@@ -26,8 +26,8 @@ from app.interop.hf import write_folder
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.block import run_blocks
 from app.models.transformer.layers.context import Context, rotation
-from app.models.transformer.layers.linear import linear
 from app.models.transformer.visibility.rule import visible
 from app.models.transformer.weights.families import FAMILIES, why_not, write_config
 
@@ -74,13 +74,12 @@ class Graph(nn.Module):
         }  # fmt: skip
         step, where = _Past(past), Positions(position_ids)
         rotary = rotation(config, where, model.embed.wte.weight.dtype)
-        ctx = Context(queries, tuple(plans[p] for p in model.patterns), rotary, step)
-        x = model.embed(input_ids, where)
-        for i, block in enumerate(model.h.values()):
-            x = block(x, ctx.at(i))
-        if model.ln_f is not None:
-            x = model.ln_f(x)
-        return (linear(x, model.head_weight), *step.present)
+        contexts = [
+            Context(queries, plans[pattern], layer, rotary, step)
+            for layer, pattern in enumerate(model.patterns)
+        ]
+        x, _ = run_blocks(model.h, model.ln_f, model.embed(input_ids, where), contexts)
+        return (model.head(x), *step.present)
 
 
 def past_names(layers: int, prefix: str) -> list[str]:

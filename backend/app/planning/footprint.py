@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from app.models.transformer.backends.choose import explain_backends
-from app.models.transformer.block import residual_plan
+from app.models.transformer.block import residuals
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.layers.loss import CHUNK_BYTES
 from app.models.transformer.layers.norm import NORMS
@@ -170,7 +170,7 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 def _saved_per_token(config: GPT2Config, layer: int, dtype: torch.dtype) -> tuple[int, int]:
     """(计算精度的, float32 的) 数，一层、一个词元。"""
     width, groups = config.n_embed, config.kv_heads * config.head_dim
-    norms = sum(plan.inner + plan.outer for plan in residual_plan(config, layer))
+    norms = sum(plan.inner + plan.outer for plan in residuals(config, layer))
     wide = norms * (width + _statistics(config))
     # c_attn 的输入、q k v、注意力的输出（也是 c_proj 的输入）。
     narrow = width + (width + 2 * groups) + width

@@ -15,9 +15,9 @@ from app.generation.overflow import SINKS, usable
 from app.generation.sampling import sample
 from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.block import run_blocks
 from app.models.transformer.config import RoPEConfig
 from app.models.transformer.layers.context import Context
-from app.models.transformer.layers.linear import linear
 from app.models.transformer.layers.rope import Rotary
 from tests.generation.helpers import new_tokens
 from tests.models.helpers import relative, tiny_model, tokens
@@ -232,10 +232,11 @@ class RawKeys:
         k = Positions.plain(0, self.index + 1, torch.device("cpu"))
         plans = [MaskPlan.build(q, k, p, asked="reference") for p in self.config.patterns]
         x = model.embed(torch.tensor([[token]]), q)
-        ctx = Context(q, tuple(plans), self, self)  # type: ignore[arg-type]
-        for layer, block in enumerate(model.h.values()):
-            x = block(x, ctx.at(layer))
-        return linear(x if model.ln_f is None else model.ln_f(x), model.head_weight)[0, -1]
+        contexts = [
+            Context(q, plan, layer, self, self)  # type: ignore[arg-type]
+            for layer, plan in enumerate(plans)
+        ]
+        return model.head(run_blocks(model.h, model.ln_f, x, contexts)[0])[0, -1]
 
 
 @pytest.mark.parametrize("prefill_chunk", [None, 5])

@@ -119,7 +119,7 @@ class Twin:
             assert keys.length == k.shape[2]
             outputs.append(attend(q, k, v, visible(where, keys, pattern)))
         if fail_at is None:
-            step.commit()
+            self.cache.commit(step)
             for i, row in enumerate(real):
                 self.rows[i] += [t for t, is_real in zip(new[i], row, strict=True) if is_real]
                 self.compare(i, row, outputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -27,15 +26,22 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from app.models.transformer.attention import Attention
-from app.models.transformer.block import Block
-from app.models.transformer.cache.cache_step import Step
+from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.block import Block, run_blocks
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.embeddings import Embeddings
-from app.models.transformer.layers.context import Context, aux_loss, rotation
+from app.models.transformer.experts.balance import balance
+from app.models.transformer.layers.context import (
+    Context,
+    Note,
+    build_contexts,
+    make_notes,
+    rotation,
+)
 from app.models.transformer.layers.init import initialize_block, initialize_leaf
 from app.models.transformer.layers.linear import Linear
 from app.models.transformer.layers.norm import make_norm
-from app.models.transformer.visibility.inputs import check_positions
+from app.models.transformer.visibility.pattern import CAUSAL
 from app.models.transformer.visibility.positions import PADDING, Positions
 
 from .cache_workbench import WorkbenchCache
@@ -45,7 +51,7 @@ from .masks_workbench import build_masks, default_positions
 
 @dataclass(frozen=True)
 class Routed(Context):
-    """注意力交给 transformers 的接口时的 Context；plans 空着。
+    """注意力交给 transformers 的接口时的 Context；plan 用不到。
 
     masks {mask_name: 掩码}；options 是调用者给模型的其余参数，原样传到注意力函数
     （vLLM 的 transformers 后端靠它传自己的东西）。
@@ -133,8 +139,8 @@ class WorkbenchAttention(Attention):
             sliding_window=self.sliding_window,
             **ctx.options,
         )  # fmt: skip
-        if ctx.want_map:
-            ctx.maps[ctx.layer] = weights
+        if "map" in ctx.note.wishes:
+            ctx.note.map = weights
         return y
 
 
@@ -218,52 +224,69 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         x = self.embed.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        layers = list(islice(self.h.values(), self.config.num_hidden_layers))
-        maps = frozenset(range(len(layers)) if output_attentions else ())
-
+        depth = self.config.num_hidden_layers
+        maps = tuple(range(depth)) if output_attentions else ()
         own = past_key_values if isinstance(past_key_values, WorkbenchCache) else None
-        step = None
-        # 新建的空缓存不算过去：打包的文档、自定的位置不因 use_cache 而变样。
-        past = past_key_values
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if own is None:
-            ctx: Context = self._routed(x, attention_mask, position_ids, past, maps, options)
-            if past_key_values is not None:
-                ctx = replace(ctx, step=Past(past_key_values))
-        else:
-            ctx, step = self._own(x, attention_mask, position_ids, own, maps)
-        # 主干的缓存里键值不带梯度；与其悄悄截断，不如整个不求梯度。
-        with torch.set_grad_enabled(torch.is_grad_enabled() and own is None):
-            x = self.embed.place(x, ctx.positions)
-            for i, layer in enumerate(layers):
-                x = layer(x, ctx.at(i))
-            if self.ln_f is not None:
-                x = self.ln_f(x)
-        if own is not None and step is not None:
-            step.commit()
-            own.advance(x.shape[1])
-        seen = [ctx.maps[i] for i in sorted(maps)]
+        notes = make_notes(self.core, maps, loads=past_key_values is None)[:depth]
         if own is not None:
-            # 环里的键按槽的次序；换成位置的次序。
-            seen = [plan.in_order(m) for plan, m in zip(ctx.plans, seen, strict=False)]
-        balance = aux_loss(self.core, ctx.expert_loads(self.core)) if ctx.want_loads else None
+            x = self._cached(x, attention_mask, position_ids, own, notes)
+        else:
+            # 新建的空缓存不算过去：打包的文档、自定的位置不因 use_cache 而变样。
+            past = past_key_values
+            if use_cache and past is None:
+                past_key_values = DynamicCache(config=self.config)
+            route = self._routing(x, attention_mask, position_ids, past, options, bool(maps))
+            step = None if past_key_values is None else Past(past_key_values)
+            contexts = [
+                replace(route, layer=layer, step=step, note=note)
+                for layer, note in enumerate(notes)
+            ]
+            x = self.embed.place(x, route.positions)
+            x, _ = run_blocks(self.h, self.ln_f, x, contexts)
+        loads = [note.load for note in notes if note.load is not None]
         return WorkbenchOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            attentions=tuple(seen) or None,
-            aux_loss=balance,
+            attentions=tuple(note.map for note in notes) if maps else None,
+            aux_loss=balance(self.core.moe, loads).aux_loss if loads else None,
         )
 
-    def _routed(
+    def _cached(
+        self,
+        x: Tensor,
+        mask: Any,
+        position_ids: Tensor | None,
+        cache: WorkbenchCache,
+        notes: list[Note],
+    ) -> Tensor:
+        """主干自己的缓存与后端。里面的键值不带梯度；与其悄悄截断，不如整个不求梯度。"""
+        kv = cache.open(self.core, x)
+        where = cache.place(x, mask, position_ids)
+        with torch.no_grad():
+            x = self.embed.place(x, where)
+            step = kv.begin(where)
+            contexts = build_contexts(
+                self.core, self.patterns[: len(notes)], where, step, notes, x.dtype, self.training
+            )
+            x, _ = run_blocks(self.h, self.ln_f, x, contexts)
+        kv.commit(step)
+        cache.advance(x.shape[1])
+        for ctx in contexts:
+            # 环里的键按槽的次序；换成位置的次序。
+            if ctx.note.map is not None:
+                ctx.note.map = ctx.plan.in_order(ctx.note.map)
+        return x
+
+    def _routing(
         self,
         x: Tensor,
         mask: Any,
         position_ids: Tensor | None,
         past: Cache | None,
-        maps: frozenset[int],
         options: dict[str, Any],
+        maps: bool,
     ) -> Routed:
+        """各层共用的 Routed；层号、缓存与 note 由 forward 填。"""
         config = self.config
         if maps and config._attn_implementation != "eager":
             config = copy.copy(config)
@@ -274,35 +297,14 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
             # 填充不进路由，也不计入负载。
             pos = pos.masked_fill(mask[:, -x.shape[1] :].to(pos.device) == 0, PADDING)
         where = Positions(pos)
-        check_positions(self.core, where)
         return Routed(
             positions=where,
-            plans=(),
+            plan=MaskPlan(where, where, CAUSAL, "reference", "transformers computes attention"),
             rotary=rotation(self.core, where, x.dtype),
-            want_maps=maps,
-            want_loads=bool(self.core.moe_layers) and past is None,
             implementation=config._attn_implementation,
             masks=masks,
             options=options,
         )
-
-    def _own(
-        self,
-        x: Tensor,
-        mask: Any,
-        position_ids: Tensor | None,
-        cache: WorkbenchCache,
-        maps: frozenset[int],
-    ) -> tuple[Context, Step]:
-        kv = cache.open(self.core, x)
-        where = cache.place(x, mask, position_ids)
-        check_positions(self.core, where)
-        step = kv.begin(where)
-        ctx = Context.build(
-            self.core, self.patterns, where, step,
-            dtype=x.dtype, training=self.training, want_maps=maps,
-        )  # fmt: skip
-        return ctx, step
 
 
 class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):

@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """q (B, H, T, D)、k/v (B, G, S, D) -> (B, T, H, D)。别的运行时的注意力从这里接上。"""
-        if ctx.want_map:
-            ctx.maps[ctx.layer] = attention_weights(q, k, ctx.plan)
+        if "map" in ctx.note.wishes:
+            ctx.note.map = attention_weights(q, k, ctx.plan)
         dropout = self.dropout_p if self.training else 0.0
         return attend(q, k, v, ctx.plan, dropout=dropout).transpose(1, 2)

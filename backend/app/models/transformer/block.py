@@ -14,7 +14,7 @@ N 是层数（不是子层数）。B 批、T 词元数、C 宽度。
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,22 @@ class Residual:
     outer: bool
     alpha: float = 1.0
 
+    def __call__(
+        self,
+        x: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        post: nn.Module | None,
+    ) -> Tensor:
+        """x <- outer(α·x + branch(inner(x)))。norm 是唯一的归一化；两个都有时 post 是 outer。"""
+        y = branch(norm(x) if self.inner else x)
+        y = torch.add(y, x, alpha=self.alpha)
+        if not self.outer:
+            return y
+        return norm(y) if post is None else post(y)
 
-def residual_plan(config: GPT2Config, layer: int) -> tuple[Residual, Residual]:
+
+def residuals(config: GPT2Config, layer: int) -> tuple[Residual, Residual]:
     """第 layer 层（从 0 数）的 (注意力, 前馈) 两个残差。"""
     n = config.n_layer
     if config.norm == "pre":
@@ -52,40 +66,44 @@ def residual_plan(config: GPT2Config, layer: int) -> tuple[Residual, Residual]:
     return (Residual(True, True, 2.0 * n),) * 2
 
 
-def residual(
-    x: Tensor,
-    branch: Callable[[Tensor], Tensor],
-    inner: nn.Module | None,
-    outer: nn.Module | None,
-    alpha: float,
-) -> Tensor:
-    """x <- outer(α·x + branch(inner(x)))。"""
-    y = branch(x if inner is None else inner(x))
-    y = torch.add(y, x, alpha=alpha)
-    return y if outer is None else outer(y)
-
-
 class Block(nn.Module):
     """ln_1/ln_2 是 GPT-2 的名字：子层唯一的归一化，或 keel 的 inner；*_post 是 keel 的 outer。"""
 
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.plan = residual_plan(config, layer)
+        self.residuals = first, second = residuals(config, layer)
         self.attn = Attention(config)
         self.mlp = MoE(config) if layer in config.moe_layers else MLP(config)
-        for i, plan in enumerate(self.plan, start=1):
-            setattr(self, f"ln_{i}", make_norm(config))
-            if plan.inner and plan.outer:
-                setattr(self, f"ln_{i}_post", make_norm(config))
+        self.ln_1 = make_norm(config)
+        self.ln_1_post = make_norm(config) if first.inner and first.outer else None
+        self.ln_2 = make_norm(config)
+        self.ln_2_post = make_norm(config) if second.inner and second.outer else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。"""
-        x = self._sublayer(1, x, lambda h: self.attn(h, ctx))
-        moe = self.mlp if isinstance(self.mlp, MoE) else None
-        return self._sublayer(2, x, self.mlp if moe is None else lambda h: moe(h, ctx))
+        around_attn, around_mlp = self.residuals
+        x = around_attn(x, lambda h: self.attn(h, ctx), self.ln_1, self.ln_1_post)
+        return around_mlp(x, lambda h: self.feed_forward(h, ctx), self.ln_2, self.ln_2_post)
 
-    def _sublayer(self, i: int, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        plan, norm = self.plan[i - 1], getattr(self, f"ln_{i}")
-        inner = norm if plan.inner else None
-        outer = getattr(self, f"ln_{i}_post", norm) if plan.outer else None
-        return residual(x, branch, inner, outer, plan.alpha)
+    def feed_forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """路由要看填充与记负载，稠密的前馈什么也不用看。"""
+        return self.mlp(x, ctx) if isinstance(self.mlp, MoE) else self.mlp(x)
+
+
+def run_blocks(
+    blocks: nn.ModuleDict,
+    final_norm: nn.Module | None,
+    x: Tensor,
+    contexts: Sequence[Context],
+    keep: Collection[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """逐层走一遍：嵌入 (B, T, C) -> 末尾归一化之后的 (B, T, C)，与 keep 点名的残差流。
+
+    contexts 比层少时只走前几层。keep：i = 第 i 层之后的残差流（0 = 嵌入之后）。
+    """
+    kept = {0: x} if 0 in keep else {}
+    for i, (block, ctx) in enumerate(zip(blocks.values(), contexts, strict=False), start=1):
+        x = block(x, ctx)
+        if i in keep:
+            kept[i] = x
+    return (x if final_norm is None else final_norm(x)), kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .config import GPT2Config
+from .visibility.inputs import check_fits, check_vocabulary
 from .visibility.positions import Positions
 
 
@@ -30,11 +31,13 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Positions) -> Tensor:
         """(B, T) -> (B, T, C)。"""
+        check_vocabulary(input_ids, self.wte.num_embeddings)
         return self.place(self.wte(input_ids), positions)
 
     def place(self, x: Tensor, positions: Positions) -> Tensor:
         """词元的向量 (B, T, C) 加上位置，再过 dropout。"""
         if self.wpe is not None:
+            check_fits(positions, self.wpe.num_embeddings)
             # 填充的位置是 -1：借用第 0 行，反正没有词元看得见它。
             x = x + self.wpe(positions.pos.clamp(min=0))
         return self.dropout(x)

@@ -5,25 +5,27 @@ B 批、T 本次词元数、C 宽度、V 词表、N 层数。
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from .block import Block
+from .block import Block, run_blocks
 from .cache.kv_cache import KVCache
+from .cache.limits import check_use
 from .config import GPT2Config
 from .embeddings import Embeddings
+from .experts.balance import balance
 from .experts.moe import Experts
-from .layers.context import Context, aux_loss
+from .layers.context import Context, build_contexts, check_layers, make_notes
 from .layers.init import initialize
 from .layers.linear import Linear, linear
-from .layers.loss import head_cross_entropy
+from .layers.loss import check_targets, head_cross_entropy
 from .layers.norm import make_norm
-from .visibility.inputs import check_call, check_positions
-from .visibility.positions import PADDING, Positions
+from .visibility.inputs import check_ids, coordinates
+from .visibility.positions import Positions
 
 
 class GPT2Output(TypedDict, total=False):
@@ -46,9 +48,27 @@ class GPT2Output(TypedDict, total=False):
 
 
 class GPT2Model(nn.Module):
-    """GPT-2 形状的语言模型。
+    """GPT-2 形状的语言模型：out = model(input_ids, ...)，返回 GPT2Output。
 
     掩码与位置都由输入算出，没有缓冲区；唯一的例外是 sigmoid 路由器的 selection_bias。
+
+    前向的参数:
+        input_ids: (B, T) int64。
+        targets: (B, T) int64，已与 logits 对齐（下一个词元），-100 不计。给了它就返回
+            loss，且不产生 logits，除非 logits_to_keep 要求。
+        attention_mask: (B, T)，1 词元、0 填充，任一侧；有缓存时只说本次的词元。
+        positions: (B, T) 自定位置；默认由掩码、文档号与缓存推出。
+        segment_ids: (B, T) 沿行不减的文档号；文档互不可见，位置各自从 0 起。
+        global_attention_mask: (B, T)，1 = 本次点名的全局词元，只给 longformer 图样；
+            它看得见此前的一切，此后的一切看得见它。
+        use_cache: 读并追加缓存（没给就新建一个），不求梯度；return_cache 把它放进结果。
+        logits_to_keep: 只要最后几列的 logits；0 = 全部（有 targets 时 = 不要）。
+        return_attention: 要哪些层的注意力图，由参考路径计算，不论运行的是哪个后端。
+        return_hidden: i = 第 i 层之后的残差流（0 = 嵌入之后），末尾归一化之前。
+        return_routing: 要哪些 MoE 层的路由。
+
+    Raises:
+        ValueError: 形状、类型、词表外的 id、超长、开关互相矛盾；都点名两个值与改法。
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -81,85 +101,53 @@ class GPT2Model(nn.Module):
         return_hidden: tuple[int, ...] = (),
         return_routing: tuple[int, ...] = (),
     ) -> GPT2Output:
-        """一次前向。
-
-        Args:
-            input_ids: (B, T) int64。
-            targets: (B, T) int64，已与 logits 对齐（下一个词元），-100 不计。给了它就返回
-                loss，且不产生 logits，除非 logits_to_keep 要求。
-            attention_mask: (B, T)，1 词元、0 填充，任一侧；有缓存时只说本次的词元。
-            positions: (B, T) 自定位置；默认由掩码、文档号与缓存推出。
-            segment_ids: (B, T) 沿行不减的文档号；文档互不可见，位置各自从 0 起。
-            global_attention_mask: (B, T)，1 = 本次点名的全局词元，只给 longformer 图样；
-                它看得见此前的一切，此后的一切看得见它。
-            use_cache: 读并追加缓存（没给就新建一个），不求梯度；return_cache 把它放进结果。
-            logits_to_keep: 只要最后几列的 logits；0 = 全部（有 targets 时 = 不要）。
-            return_attention: 要哪些层的注意力图，由参考路径计算，不论运行的是哪个后端。
-            return_hidden: i = 第 i 层之后的残差流（0 = 嵌入之后），末尾归一化之前。
-            return_routing: 要哪些 MoE 层的路由。
-
-        Raises:
-            ValueError: 形状、类型、词表外的 id、超长、开关互相矛盾；都点名两个值与改法。
-        """
-        check_call(
-            self.config, input_ids, targets, attention_mask, positions, segment_ids,
-            global_attention_mask, cache, use_cache, return_cache, logits_to_keep,
-            return_attention, return_hidden, return_routing,
-        )  # fmt: skip
+        """一次前向；各参数见类的说明。"""
+        config, (rows, tokens) = self.config, check_ids(input_ids)
+        check_use(cache, use_cache, return_cache, rows, config.n_layer)
+        if targets is not None:
+            check_targets(targets, input_ids, config.vocab_size, use_cache)
+        check_layers("return_hidden", return_hidden, config.n_layer)
+        if not 0 <= logits_to_keep <= tokens:
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep} must be between 0 and the {tokens} tokens"
+            )
+        notes = make_notes(config, return_attention, return_routing, loads=not use_cache)
         if use_cache and cache is None:
             # 点名的全局词元、每篇文档各自的前缀都要留着，环形缓存留不住。
             ring = global_attention_mask is None and segment_ids is None
-            cache = self.new_cache(input_ids.shape[0], ring=ring)
-        where = _coordinates(input_ids, attention_mask, positions, segment_ids, cache)
-        if global_attention_mask is not None:
-            where = replace(where, marked=global_attention_mask != 0)
-        check_positions(self.config, where)
-        step = None if cache is None else cache.begin(where)
-
+            cache = self.new_cache(rows, ring=ring)
+        where = coordinates(
+            input_ids, attention_mask, positions, segment_ids, global_attention_mask, cache
+        )
         # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
-            ctx = Context.build(
-                self.config, self.patterns, where, step,
-                dtype=self.embed.wte.weight.dtype,
-                training=self.training,
-                want_maps=frozenset(return_attention),
-                want_routing=frozenset(return_routing),
-            )  # fmt: skip
             x = self.embed(input_ids, where)
-            hidden = {0: x}
-            for i, block in enumerate(self.h.values()):
-                x = block(x, ctx.at(i))
-                if i + 1 in return_hidden:
-                    hidden[i + 1] = x
-            if self.ln_f is not None:
-                x = self.ln_f(x)
-
-            balanced = ctx.want_loads and self.config.moe_layers
-            out = self._balance(ctx) if balanced else GPT2Output()
+            step = None if cache is None else cache.begin(where)
+            contexts = build_contexts(
+                config, self.patterns, where, step, notes, x.dtype, self.training
+            )
+            x, hidden = run_blocks(self.h, self.ln_f, x, contexts, return_hidden)
+            out = _noted(config, contexts)
             if targets is not None:
                 out["loss"] = self.head_loss(x, targets)
             if targets is None or logits_to_keep:
                 out["logits"] = self.head(x[:, -logits_to_keep:])
-        if step is not None:
-            step.commit()
-        if return_cache and cache is not None:
-            out["cache"] = cache
-        if return_attention:
-            out["attentions"] = {i: ctx.plans[i].in_order(ctx.maps[i]) for i in return_attention}
+        if cache is not None and step is not None:
+            cache.commit(step)
+            if return_cache:
+                out["cache"] = cache
         if return_hidden:
-            out["hidden"] = {i: hidden[i] for i in return_hidden}
-        if return_routing:
-            out["routing"] = {i: ctx.routing[i] for i in return_routing}
+            out["hidden"] = hidden
         return out
 
-    def _balance(self, ctx: Context) -> GPT2Output:
-        """各 MoE 层的负载与均衡损失。"""
-        loads = ctx.expert_loads(self.config)
-        return GPT2Output(
-            aux_loss=aux_loss(self.config, loads),
-            expert_load=torch.stack([one.load for one in loads]),
-            expert_dropped=torch.stack([one.dropped for one in loads]),
+    def features(self, input_ids: Tensor) -> Tensor:
+        """(B, T) 无填充的词元 -> 输出头之前的 (B, T, C)：只给几个位置打分的人自己挑了再过头。"""
+        where = Positions.plain(0, check_ids(input_ids)[1], input_ids.device)
+        x, notes = self.embed(input_ids, where), make_notes(self.config, loads=False)
+        contexts = build_contexts(
+            self.config, self.patterns, where, None, notes, x.dtype, self.training
         )
+        return run_blocks(self.h, self.ln_f, x, contexts)[0]
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)。"""
@@ -233,25 +221,18 @@ class GPT2Model(nn.Module):
         return load_pretrained(cls, source, torch.device(device), dtype, wanted)
 
 
-def _coordinates(
-    input_ids: Tensor,
-    mask: Tensor | None,
-    positions: Tensor | None,
-    segment: Tensor | None,
-    cache: KVCache | None,
-) -> Positions:
-    """把用户给的各种说法归成一种：坐标。"""
-    if segment is None and cache is not None and cache.packed:
-        segment = cache.last()[1].expand_as(input_ids)
-    if positions is not None:
-        pos = positions if mask is None else positions.masked_fill(mask == 0, PADDING)
-        return Positions(pos, segment)
-    if segment is not None:
-        return Positions.packed(segment, mask, None if cache is None else cache.last())
-    past = 0 if cache is None else cache.uniform
-    if mask is not None:
-        return Positions.padded(mask, 0 if cache is None else cache.lengths[:, None])
-    if past is not None:
-        return Positions.plain(past, input_ids.shape[1], input_ids.device)
-    assert cache is not None
-    return Positions.padded(torch.ones_like(input_ids), cache.lengths[:, None])
+def _noted(config: GPT2Config, contexts: Sequence[Context]) -> GPT2Output:
+    """各层记下的，归到结果里。"""
+    out, notes = GPT2Output(), {ctx.layer: ctx.note for ctx in contexts}
+    loads = [note.load for note in notes.values() if note.load is not None]
+    if loads:
+        found = balance(config.moe, loads)
+        out["aux_loss"], out["expert_load"] = found.aux_loss, found.load
+        out["expert_dropped"] = found.dropped
+    maps = {i: contexts[i].plan.in_order(n.map) for i, n in notes.items() if n.map is not None}
+    routing = {i: n.routing for i, n in notes.items() if n.routing is not None}
+    if maps:
+        out["attentions"] = maps
+    if routing:
+        out["routing"] = routing
+    return out

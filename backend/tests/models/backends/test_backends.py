@@ -10,7 +10,7 @@ import torch
 from app.models.transformer import GPT2Config, KVCache, Positions
 from app.models.transformer.backends.choose import Case, choose_backend, explain_backends
 from app.models.transformer.backends.mask_plan import MaskPlan
-from app.models.transformer.layers.context import Context
+from app.models.transformer.layers.context import build_contexts, make_notes
 from app.models.transformer.visibility.atoms import Global, Local, Longformer
 from app.models.transformer.visibility.pattern import CAUSAL
 from app.models.transformer.visibility.pattern_text import parse
@@ -79,15 +79,15 @@ def test_explained_per_group_of_layers() -> None:
 def test_what_is_explained_is_what_the_model_does() -> None:
     """说的与做的是同一个函数；这里从模型一侧再确认。"""
     model = tiny_model(torch.float32, context_size=600, attention_pattern=("local(40)", "causal"))
-    where = Context.build(
+    contexts = build_contexts(
         model.config, model.patterns, Positions.plain(0, 600, torch.device("cpu")),
-        dtype=torch.float32, training=False,
+        None, make_notes(model.config), torch.float32, training=False,
     )  # fmt: skip
     said = explain_backends(model.config, device=torch.device("cpu"), length=600)
-    assert [where.plans[i].backend for i in range(3)] == ["blocked", "sdpa", "blocked"]
+    assert [contexts[i].plan.backend for i in range(3)] == ["blocked", "sdpa", "blocked"]
     for choice in said:
         for layer in choice.layers:
-            assert where.plans[layer].backend == choice.backend
+            assert contexts[layer].plan.backend == choice.backend
 
 
 @pytest.mark.parametrize("backend", ["auto", "blocked", "sdpa"])

@@ -83,7 +83,7 @@ def test_eviction_refuses_what_it_cannot_renumber() -> None:
         step = cache.begin(positions)
         x = torch.zeros(1, 2, positions.length, 8, dtype=torch.float64)
         step.write(0, x, x)
-        step.commit()
+        cache.commit(step)
         return cache
 
     pos = torch.arange(6)[None]

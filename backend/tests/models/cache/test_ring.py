@@ -213,7 +213,7 @@ def test_a_window_holds_no_more_keys_at_token_100000_than_at_1000() -> None:
         step = cache.begin(Positions.plain(cache.uniform or 0, size, torch.device("cpu")))
         x = torch.zeros(1, 2, size, 8, dtype=torch.float64)
         keys, _ = step.write(0, x, x)
-        step.commit()
+        cache.commit(step)
         if size == 1:
             held.append((cache.uniform, keys.shape[2], cache.nbytes))
     assert held == [(1000, 287, held[0][2]), (100_000, 287, held[0][2])]
@@ -286,7 +286,7 @@ def test_no_slot_is_written_twice() -> None:
             assert len(used) == len(set(used)) <= capacity
         x = torch.zeros(2, 2, width, 8, dtype=torch.float64)
         step.write(0, x, x)
-        step.commit()
+        cache.commit(step)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

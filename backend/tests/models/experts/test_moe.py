@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.models.transformer import MoEConfig
+from app.models.transformer.backends.mask_plan import MaskPlan
+from app.models.transformer.experts.balance import balance_loss, capacity, z_loss
 from app.models.transformer.experts.dispatch import (
     choose_dispatch,
     count,
@@ -23,8 +25,8 @@ from app.models.transformer.experts.dispatch import (
 )
 from app.models.transformer.experts.grouped import grouped_linear, sorted_linear
 from app.models.transformer.experts.moe import MoE
-from app.models.transformer.experts.router import balance_loss, capacity, choose, z_loss
-from app.models.transformer.layers.context import Context
+from app.models.transformer.experts.router import choose
+from app.models.transformer.layers.context import Context, Note
 from app.models.transformer.mlp import ACTIVATIONS, MLP
 from app.models.transformer.visibility.positions import Positions
 
@@ -51,7 +53,8 @@ def moe_layer(scale: float = 1.0, **changes: Any) -> MoE:
 
 def context(mask: Tensor | None = None, length: int = 24, **options: Any) -> Context:
     where = Positions.plain(0, length, CPU) if mask is None else Positions.padded(mask)
-    return Context(where, (), want_loads=True, **options)
+    note = Note(frozenset({"load"}))
+    return Context(where, MaskPlan.build(where, where), note=note, **options)
 
 
 def by_hand(layer: MoE, x: Tensor) -> Tensor:
@@ -269,7 +272,9 @@ def test_gradients_of_a_layer_numerically() -> None:
         ctx = context(length=3)
         named = dict(zip(names, values, strict=True))
         y = torch.func.functional_call(layer, named, (x, ctx))
-        return torch.cat([y.flatten(), ctx.load["load"].balance[None], ctx.load["load"].z[None]])
+        load = ctx.note.load
+        assert load is not None
+        return torch.cat([y.flatten(), load.balance[None], load.z[None]])
 
     inputs = [torch.randn(1, 3, 4, dtype=torch.float64), *(p.detach() for p in layer.parameters())]
     assert torch.autograd.gradcheck(run, [t.clone().requires_grad_() for t in inputs])
@@ -339,7 +344,8 @@ def test_the_order_of_the_experts_does_not_matter() -> None:
     x = torch.randn(1, 24, 32, dtype=torch.float64)
     one, two = context(), context()
     assert relative(layer(x, one), other(x, two)) < 1e-12
-    assert torch.equal(one.load["load"].load[order], two.load["load"].load)
+    assert one.note.load is not None and two.note.load is not None
+    assert torch.equal(one.note.load.load[order], two.note.load.load)
 
 
 def test_the_shared_expert_is_added() -> None:

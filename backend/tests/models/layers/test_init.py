@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.models.transformer import GPT2Model, create_gpt2_small
-from app.models.transformer.block import residual_plan
+from app.models.transformer.block import residuals
 from app.models.transformer.layers.init import (
     base_std,
     deepnorm_gain,
@@ -33,15 +33,15 @@ CONSTANTS = {
 def test_constants(depth: int) -> None:
     alpha, gain, keel, std = CONSTANTS[depth]
     config = tiny_config(n_layer=depth, n_embed=768, n_head=12)
-    attn, mlp = residual_plan(config.replace(norm="deepnorm"), 1)
+    attn, mlp = residuals(config.replace(norm="deepnorm"), 1)
     assert attn.alpha == mlp.alpha == pytest.approx(alpha, abs=1e-6)
     assert deepnorm_gain(depth) == pytest.approx(gain, abs=1e-6)
-    assert {r.alpha for r in residual_plan(config.replace(norm="keel"), 1)} == {keel}
+    assert {r.alpha for r in residuals(config.replace(norm="keel"), 1)} == {keel}
     assert residual_std(config) == pytest.approx(std, abs=1e-8)
 
 
 def test_keel_first_layer_exception() -> None:
-    attn, mlp = residual_plan(tiny_config(norm="keel"), 0)
+    attn, mlp = residuals(tiny_config(norm="keel"), 0)
     assert (attn.inner, attn.outer, attn.alpha) == (True, False, 1.0)
     assert (mlp.inner, mlp.outer, mlp.alpha) == (True, True, 1.0)
 

@@ -6,7 +6,6 @@ B 行、G 键值头数、D 头宽、T 本次词元数、S' 本次可看的键数
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +15,21 @@ from ..visibility.positions import Positions
 from .slot_groups import Access
 from .store import Store
 
-if TYPE_CHECKING:
-    from .kv_cache import KVCache
+
+@dataclass(frozen=True)
+class Home:
+    """各层、各图样属于第几组。"""
+
+    of_layer: list[int]
+    of_pattern: dict[Pattern, int]
 
 
 @dataclass(frozen=True)
-class Step:
-    """一次前向对缓存的读写。"""
+class CacheStep:
+    """一次前向对缓存的读写。谁开始（KVCache.begin），谁在前向完整之后提交（KVCache.commit）。"""
 
-    cache: KVCache
+    stores: list[tuple[Store, Store]]
+    home: Home
     access: list[Access]
     high: int
     lengths: Tensor | None = None
@@ -33,9 +38,9 @@ class Step:
 
     def keys(self, pattern: Pattern) -> Positions:
         """图样为 pattern 的层里，write 返回的键的坐标，(B|1, S')。"""
-        group = self.cache.group_of_pattern.get(pattern)
+        group = self.home.of_pattern.get(pattern)
         if group is None:
-            known = ", ".join(map(str, self.cache.group_of_pattern))
+            known = ", ".join(map(str, self.home.of_pattern))
             raise ValueError(
                 f"the cache was made for layers with {known}, not {pattern}: "
                 "allocate it with KVCache.for_model(model.config, ...)"
@@ -44,8 +49,8 @@ class Step:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """存入新的 k/v (B, G, T, D)，返回应当去看的全部 K/V (B, G, S', D)。"""
-        keys, values = self.cache.stores[layer]
-        access = self.access[self.cache.group_of_layer[layer]]
+        keys, values = self.stores[layer]
+        access = self.access[self.home.of_layer[layer]]
         if k.dtype != keys.dtype:
             raise ValueError(
                 f"the cache has dtype {keys.dtype} but the model computes keys in {k.dtype}: "
@@ -65,7 +70,3 @@ class Step:
         keys.write(access.where, k)
         values.write(access.where, v)
         return seen
-
-    def commit(self) -> None:
-        """前向完整之后才让新词元生效。"""
-        self.cache.commit(self)

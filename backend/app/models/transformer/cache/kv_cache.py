@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import GPT2Config, Position
 from ..visibility.pattern import Pattern
 from ..visibility.positions import PADDING, Positions
-from .cache_step import Step as Step
+from .cache_step import CacheStep, Home
 from .kv_dtype import KVDtype, check_kv_dtype, renamed_quantize
 from .limits import check_evictable, check_keepable, check_rising, check_rollback
 from .slot_groups import Chunk, Group
@@ -39,10 +39,12 @@ class KVCache:
     ) -> None:
         self.max_len, self.max_chunk = max_len, max_chunk
         self._groups = list(dict.fromkeys(groups.values()))
-        self.group_of_pattern = {p: self._groups.index(group) for p, group in groups.items()}
         self._position = position
         of_layer = {layer: i for i, group in enumerate(self._groups) for layer in group.layers}
-        self.group_of_layer = [of_layer[layer] for layer in range(len(keys))]
+        self._home = Home(
+            [of_layer[layer] for layer in range(len(keys))],
+            {pattern: self._groups.index(group) for pattern, group in groups.items()},
+        )
         self._rings = [g.layout for g in self._groups if g.layout.reach is not None]
         self.stores = list(zip(keys, values, strict=True))
         self._rows = torch.arange(batch_size, device=self._groups[0].slots.device)[:, None]
@@ -168,8 +170,8 @@ class KVCache:
         none = torch.iinfo(torch.int64).min
         return pos.masked_fill(empty, PADDING), segment.masked_fill(empty, none)
 
-    def begin(self, positions: Positions) -> Step:
-        """为一次前向排好槽位；缓存的长度在 Step.commit 之后才变，前向中途失败则一切如旧。
+    def begin(self, positions: Positions) -> CacheStep:
+        """为一次前向排好槽位；缓存的长度在 commit 之后才变，前向中途失败则一切如旧。
 
         Raises:
             ValueError: 这一块放不下，或环留不住它要看的键。
@@ -180,7 +182,7 @@ class KVCache:
             end = start + new
             self._check_room(end)
             access = [group.aligned(positions, start, self.max_chunk) for group in self._groups]
-            step = Step(self, access, end)
+            step = CacheStep(self.stores, self._home, access, end)
         else:
             check_keepable(self._rings, positions)
             explicit = self._explicit or (positions.start is None and not positions.dense)
@@ -194,7 +196,7 @@ class KVCache:
             self._raise_top(step)
         return step
 
-    def _begin_ragged(self, positions: Positions) -> Step:
+    def _begin_ragged(self, positions: Positions) -> CacheStep:
         pos = positions.pos.expand(self.batch_size, -1)
         real = pos != PADDING
         arrival = self._lengths[:, None] + real.long().cumsum(1) - 1
@@ -208,7 +210,7 @@ class KVCache:
         self._clear_up_to(high)
         chunk = Chunk(arrival, real, lengths, self._rows, self._high, high)
         access = [group.ragged(positions, chunk, self.max_chunk) for group in self._groups]
-        return Step(self, access, high, lengths)
+        return CacheStep(self.stores, self._home, access, high, lengths)
 
     def truncate(self, lengths: int | Tensor) -> None:
         """回滚：每行只留前 lengths 个词元（整数，或 (B,) 各行不同）；更短的行不变。
@@ -341,7 +343,7 @@ class KVCache:
             group.leave_uniform(self._lengths, self._uniform)
         self._high, self._uniform = self._uniform, None
 
-    def _raise_top(self, step: Step) -> None:
+    def _raise_top(self, step: CacheStep) -> None:
         if not self._rings:
             return
         if step.lengths is None:
@@ -351,7 +353,8 @@ class KVCache:
             top = torch.as_tensor(self._top, device=step.lengths.device)
             self._top = torch.maximum(top, step.lengths)
 
-    def commit(self, step: Step) -> None:
+    def commit(self, step: CacheStep) -> None:
+        """前向完整之后才让新词元生效。"""
         self._raise_top(step)
         for layer, pair in step.replaced.items():
             self.stores[layer] = pair

@@ -6,7 +6,7 @@ B 行、T 本次词元数；到达序号与环见 slots.py。
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,37 @@ from ..visibility.positions import PADDING, Positions
 from .slots import Coordinates, Layout
 
 _FIX = "use KVCache.for_model(..., ring=False)"
+
+
+class Cache(Protocol):
+    """检查要看的；见 KVCache。"""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def keys(self) -> list[Tensor]: ...
+
+
+def check_use(
+    cache: Cache | None, use_cache: bool, return_cache: bool, rows: int, n_layer: int
+) -> None:
+    """
+    Raises:
+        ValueError: 开关互相矛盾，或缓存的行数、层数不合这次前向。
+    """
+    if not use_cache and (cache is not None or return_cache):
+        given = "cache" if cache is not None else "return_cache=True"
+        raise ValueError(f"{given} was given with use_cache=False: pass use_cache=True as well")
+    if cache is not None and cache.batch_size != rows:
+        raise ValueError(
+            f"the cache has {cache.batch_size} rows but input_ids has {rows}: "
+            "use cache.reorder(rows) or a new cache"
+        )
+    if cache is not None and len(cache.keys) != n_layer:
+        raise ValueError(
+            f"the cache has {len(cache.keys)} layers but the model has n_layer={n_layer}: "
+            "allocate it with KVCache.for_model(model.config, ...)"
+        )
 
 
 def check_keepable(rings: list[Layout], new: Positions) -> None:

@@ -14,9 +14,10 @@ from ..layers.context import Context, Load
 from ..layers.fused import feed_forward_parts
 from ..mlp import ACTIVATIONS, MLP
 from ..visibility.positions import PADDING
+from .balance import balance_loss, capacity, z_loss
 from .dispatch import Groups, Way, choose_dispatch, count, drop_overflow, group
 from .grouped import GroupedLinear, grouped_linear, sorted_linear
-from .router import Router, balance_loss, capacity, z_loss
+from .router import Router
 
 
 class Experts(nn.Module):
@@ -83,7 +84,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。填充不进路由，结果里只有共享专家的部分。
 
-        负载写进 ctx.load（同一层再写一遍是同样的值：重算激活时不会重复计数）。
+        负载与路由写进 ctx.note。
         """
         B, T, C = x.shape
         flat = x.reshape(-1, C)
@@ -100,16 +101,16 @@ class MoE(nn.Module):
             expert = drop_overflow(expert, experts, limit)
             kept = count(expert, experts)
         y = self.experts(flat, expert, choice.weight, complete=real is None and factor is None)
-        if ctx.want_loads:
-            ctx.load["load"] = Load(
+        if "load" in ctx.note.wishes:
+            ctx.note.load = Load(
                 load,
                 load.sum() - kept.sum(),
                 balance_loss(load, choice.share, real),
                 z_loss(choice.logits, real),
             )
-        if ctx.want_route:
+        if "routing" in ctx.note.wishes:
             k = expert.shape[1]
-            ctx.routing[ctx.layer] = expert.view(B, T, k), choice.weight.view(B, T, k)
+            ctx.note.routing = expert.view(B, T, k), choice.weight.view(B, T, k)
         y = self.dropout(y).view(B, T, C)
         return y if self.shared is None else y + self.shared(x)
 

@@ -1,4 +1,4 @@
-"""路由器：每个词元挑 k 个专家并给出权重；均衡的几种损失。
+"""路由器：每个词元挑 k 个专家并给出权重。
 
 N 词元数、C 宽度、E 专家数、k 每个词元的专家数。打分总在 float32 以上：Switch 的路由器全用
 bfloat16 时发散，只把路由器换成 float32 就好（Fedus et al. 2021, arXiv:2101.03961, 表 2）。
@@ -6,7 +6,6 @@ bfloat16 时发散，只把路由器换成 float32 就好（Fedus et al. 2021, a
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -77,39 +76,3 @@ def choose(kind: Kind, logits: Tensor, k: int, bias: Tensor | None = None) -> Ch
     if kind in ("softmax_topk", "sigmoid"):
         weight = weight / weight.sum(-1, keepdim=True)
     return Choice(expert, weight, share, logits)
-
-
-def balance_loss(load: Tensor, share: Tensor, real: Tensor | None) -> Tensor:
-    """E·Σ f·P：f 每个专家分到的对数 / 词元数（和为 k），P 平均分数。均匀时是 k。
-
-    k = 1 即 Switch 的式 4；k > 1 与 transformers 的 Mixtral 同一约定。f 没有梯度。
-    load (E,)；share (N, E)；real (N,)：不是填充的词元，None = 全部。
-    """
-    n = _count(share, real)
-    mean = _mean(share, real, n)
-    return share.shape[1] * (load.to(mean.dtype) / n * mean).sum()
-
-
-def z_loss(logits: Tensor, real: Tensor | None) -> Tensor:
-    """logsumexp² 的平均：不让打分越长越大（Zoph et al. 2022, ST-MoE, arXiv:2202.08906, 式 5）。"""
-    square = logits.logsumexp(-1).square()
-    return _mean(square[:, None], real, _count(logits, real)).squeeze(0)
-
-
-def capacity(factor: float, real: Tensor | None, tokens: int, k: int, experts: int) -> Tensor | int:
-    """一个专家至多收几个：ceil(factor·N·k/E)，填充不算。"""
-    if real is None:
-        return math.ceil(factor * tokens * k / experts)
-    return (real.sum().double() * factor * k / experts).ceil().long()
-
-
-def _count(values: Tensor, real: Tensor | None) -> Tensor | int:
-    """至少 1：一行都是填充时不除以零。"""
-    return values.shape[0] if real is None else real.sum().clamp(min=1)
-
-
-def _mean(values: Tensor, real: Tensor | None, n: Tensor | int) -> Tensor:
-    """(N, ...) -> (...)，只数真词元。"""
-    if real is not None:
-        values = values.masked_fill(~real[:, None], 0.0)
-    return values.sum(0) / n

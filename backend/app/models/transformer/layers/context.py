@@ -1,25 +1,36 @@
-"""一次前向里各层共用的东西：坐标、掩码计划、缓存的一步。层的签名因此总是 (x, ctx)。"""
+"""一次前向里一层看到的：坐标、掩码计划、旋转、缓存的一步。层的签名因此总是 (x, ctx)。
+
+B 批、T 词元数、H 查询头数、G 键值头数、S 键数、D 头宽、E 专家数、k 每个词元的专家数。
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backends.mask_plan import MaskPlan
-from ..cache.kv_cache import Step
 from ..config import GPT2Config
 from ..visibility.pattern import Pattern
 from ..visibility.positions import Positions
 from .rope import Rotary
+
+Wish = Literal["map", "routing", "load"]
 
 
 class KeyValues(Protocol):
     """层只认这一件事：写入新的 k/v (B, G, T, D)，拿回应当去看的全部 (B, G, S, D)。"""
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class CacheKeys(KeyValues, Protocol):
+    """图样为 pattern 的层里，write 返回的键的坐标，(B|1, S)。"""
+
+    def keys(self, pattern: Pattern) -> Positions: ...
 
 
 @dataclass(frozen=True)
@@ -38,85 +49,76 @@ class Load:
     z: Tensor
 
 
+@dataclass
+class Note:
+    """一层在路上记下的；wishes 里没有的不记。重算激活时同一层写两遍，也是同样的值。
+
+    Attributes:
+        map: (B, H, T, S) 注意力图。
+        routing: (专家, 权重)，各 (B, T, k)；专家 E = 没有去任何专家。
+        load: 只有 MoE 层写。
+    """
+
+    wishes: frozenset[Wish] = frozenset()
+    map: Tensor | None = None
+    routing: tuple[Tensor, Tensor] | None = None
+    load: Load | None = None
+
+
 @dataclass(frozen=True)
 class Context:
-    """plans 每层一个（同一图样的层共用）；rotary 只在 position='rope' 时有。
+    """一层一个；坐标、计划、旋转与缓存的一步各层共用。
 
-    maps 收集被点名的层的注意力图 {层: (B, H, Tq, Tk)}；want_maps 是点名的层。
-    loads 收集各层的负载，键是 "load"，只有 MoE 层写；routing 收集被点名的层的 (专家, 权重)，各
-    (B, T, k)，专家 E = 没有去任何专家。重算激活时同一层写两遍也是同样的值。
-    layer、plan、want_map、want_route、load 只在 at(layer) 给这一层的里面有意义。层号若存在层里，
-    或作为字典的键，逐块编译时每层都要另编一次，到第八层就不再编译了。
+    layer 只在写缓存时用：层号若存在层里，或作为字典的键，逐块编译时每层都要另编一次，
+    到第八层就不再编译了。
     """
 
     positions: Positions
-    plans: tuple[MaskPlan, ...]
+    plan: MaskPlan
+    layer: int = 0
     rotary: Rotary | None = None
     step: KeyValues | None = None
-    want_maps: frozenset[int] = frozenset()
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    want_loads: bool = False
-    loads: dict[int, dict[str, Load]] = field(default_factory=dict)
-    want_routing: frozenset[int] = frozenset()
-    routing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # 忘了 at 就越界报错，而不是悄悄当成最后一层。
-    layer: int = 1 << 30
-    want_map: bool = False
-    want_route: bool = False
-    load: dict[str, Load] = field(default_factory=dict)
+    note: Note = field(default_factory=Note)
 
-    @property
-    def plan(self) -> MaskPlan:
-        return self.plans[0]
 
-    def at(self, layer: int) -> Context:
-        """第 layer 层看到的。"""
-        load = self.loads[layer] = {}
-        return replace(
-            self,
-            plans=self.plans[layer : layer + 1],
-            layer=layer,
-            want_map=layer in self.want_maps,
-            want_route=layer in self.want_routing,
-            load=load,
+def build_contexts(
+    config: GPT2Config,
+    patterns: Sequence[Pattern],
+    where: Positions,
+    step: CacheKeys | None,
+    notes: Sequence[Note],
+    dtype: torch.dtype,
+    training: bool,
+) -> list[Context]:
+    """每层一个；计划每种图样只备一次。patterns 每层一个（config.patterns 每次都要解析）。
+
+    Raises:
+        ValueError: 点名了全局词元而没有一层认得；点名的后端做不了这件事。
+    """
+    if where.marked is not None and not any(pattern.takes_marks for pattern in patterns):
+        raise ValueError(
+            "global_attention_mask was given but no layer has a longformer pattern "
+            f"(attention_pattern={config.attention_pattern!r}): use longformer(window, n_global), "
+            "or leave the mask out"
         )
-
-    def expert_loads(self, config: GPT2Config) -> list[Load]:
-        """各 MoE 层的，前向之后；要 want_loads。"""
-        return [self.loads[i]["load"] for i in config.moe_layers]
-
-    @classmethod
-    def build(
-        cls,
-        config: GPT2Config,
-        patterns: tuple[Pattern, ...],
-        where: Positions,
-        step: Step | None = None,
-        *,
-        dtype: torch.dtype,
-        training: bool,
-        want_maps: frozenset[int] = frozenset(),
-        want_routing: frozenset[int] = frozenset(),
-    ) -> Context:
-        """每种图样只备一次。patterns 每层一个（config.patterns 每次都要解析，所以由模型带着）。"""
-        plans = {
-            pattern: MaskPlan.build(
-                where,
-                where if step is None else step.keys(pattern),
-                pattern,
-                asked=config.attention_backend,
-                dtype=dtype,
-                head_dim=config.head_dim,
-                dropout=config.dropout if training else 0.0,
-                grad=torch.is_grad_enabled(),
-            )
-            for pattern in dict.fromkeys(patterns)
-        }
-        rotary = rotation(config, where, dtype)
-        return cls(
-            where, tuple(plans[p] for p in patterns), rotary, step, want_maps,
-            want_loads=step is None, want_routing=want_routing,
-        )  # fmt: skip
+    plans = {
+        pattern: MaskPlan.build(
+            where,
+            where if step is None else step.keys(pattern),
+            pattern,
+            asked=config.attention_backend,
+            dtype=dtype,
+            head_dim=config.head_dim,
+            dropout=config.dropout if training else 0.0,
+            grad=torch.is_grad_enabled(),
+        )
+        for pattern in dict.fromkeys(patterns)
+    }
+    rotary = rotation(config, where, dtype)
+    return [
+        Context(where, plans[pattern], layer, rotary, step, note)
+        for layer, (pattern, note) in enumerate(zip(patterns, notes, strict=True))
+    ]
 
 
 def rotation(config: GPT2Config, where: Positions, dtype: torch.dtype) -> Rotary | None:
@@ -126,9 +128,35 @@ def rotation(config: GPT2Config, where: Positions, dtype: torch.dtype) -> Rotary
     return Rotary.at(where.pos, config.rope, config.head_dim, config.context_size, dtype)
 
 
-def aux_loss(config: GPT2Config, loads: list[Load]) -> Tensor:
-    """标量，已乘系数；取各层的平均，所以系数不随层数改变分量。"""
-    moe = config.moe
-    total = sum(moe.aux_loss_coef * one.balance + moe.z_loss_coef * one.z for one in loads)
-    assert isinstance(total, Tensor)
-    return total / len(loads)
+def make_notes(
+    config: GPT2Config, maps: Sequence[int] = (), routing: Sequence[int] = (), loads: bool = True
+) -> list[Note]:
+    """每层一个：maps、routing 是点名的层；loads：MoE 层记负载。
+
+    Raises:
+        ValueError: 没有那一层，或它不是 MoE 层。
+    """
+    check_layers("return_attention", maps, config.n_layer - 1)
+    for layer in routing:
+        if layer not in config.moe_layers:
+            raise ValueError(
+                f"return_routing names layer {layer}, but the MoE layers are "
+                f"{list(config.moe_layers)} (moe_num_experts={config.moe_num_experts})"
+            )
+    chosen: dict[Wish, Sequence[int]] = {
+        "map": maps, "routing": routing, "load": config.moe_layers if loads else (),
+    }  # fmt: skip
+    return [
+        Note(frozenset(wish for wish, layers in chosen.items() if layer in layers))
+        for layer in range(config.n_layer)
+    ]
+
+
+def check_layers(name: str, layers: Sequence[int], last: int) -> None:
+    """
+    Raises:
+        ValueError: 没有那一层。
+    """
+    for layer in layers:
+        if not 0 <= layer <= last:
+            raise ValueError(f"{name} names layer {layer}, but layers here go from 0 to {last}")

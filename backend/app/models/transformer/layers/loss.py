@@ -11,11 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..visibility.inputs import check_like, readable
 from .cpu_products import product
 
 IGNORE = -100
 # 一块 logits 的上限：够大使矩阵乘吃满，又只占峰值内存的一小部分。
 CHUNK_BYTES = 50 * 2**20
+
+
+def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int, use_cache: bool) -> None:
+    """
+    Raises:
+        ValueError: 形状、类型不对，有词表之外的 id，或要从缓存求梯度。
+    """
+    if use_cache and torch.is_grad_enabled():
+        raise ValueError(
+            "targets with use_cache=True would cut gradients at the cached keys: "
+            "use use_cache=False to train, or torch.no_grad() to score"
+        )
+    check_like(input_ids, torch.int64, targets=targets)
+    if not readable(input_ids):
+        return
+    wrong = targets[((targets < 0) & (targets != IGNORE)) | (targets >= vocab_size)]
+    if wrong.numel():
+        raise ValueError(
+            f"targets contains {int(wrong[0])}, neither {IGNORE} (ignored) nor in "
+            f"0..{vocab_size - 1}"
+        )
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

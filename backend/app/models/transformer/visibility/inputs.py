@@ -1,35 +1,90 @@
-"""对一次前向的输入的检查：错误都是一句 ValueError，点名两个值与改法。
+"""一次前向的输入归成一种说法，坐标；读到什么就检查什么，错误点名两个值与改法。
 
 看张量的值（词表外的 id、次序颠倒的文档）只在 CPU 上做：在加速器上读值会停下整条流水线。
+B 批、T 本次词元数。
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from ..cache.kv_cache import KVCache
-from ..config import GPT2Config
-from ..layers.loss import IGNORE
-from .positions import Positions
+from .positions import PADDING, Positions
 
 
-def check_call(
-    config: GPT2Config,
+class Past(Protocol):
+    """此前的词元里，坐标要知道的；见 KVCache。"""
+
+    @property
+    def uniform(self) -> int | None: ...
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    def last(self) -> tuple[Tensor, Tensor]: ...
+
+
+def coordinates(
     input_ids: Tensor,
-    targets: Tensor | None,
     attention_mask: Tensor | None,
     positions: Tensor | None,
     segment_ids: Tensor | None,
     global_attention_mask: Tensor | None,
-    cache: KVCache | None,
-    use_cache: bool,
-    return_cache: bool,
-    logits_to_keep: int,
-    return_attention: tuple[int, ...],
-    return_hidden: tuple[int, ...],
-    return_routing: tuple[int, ...],
-) -> None:
+    past: Past | None,
+) -> Positions:
+    """用户给的各种说法 -> 坐标；各张量 (B, T)，意思见 GPT2Model.forward。
+
+    Raises:
+        ValueError: 形状、类型不对，掩码中间有洞，文档号或自定的位置倒退。
+    """
+    check_like(
+        input_ids, attention_mask=attention_mask, global_attention_mask=global_attention_mask
+    )
+    check_like(input_ids, torch.int64, positions=positions, segment_ids=segment_ids)
+    if readable(input_ids):
+        if attention_mask is not None:
+            _check_mask(attention_mask)
+        if segment_ids is not None:
+            _check_documents(segment_ids, attention_mask)
+        if positions is not None:
+            _check_rising(positions, attention_mask, segment_ids)
+    if segment_ids is None and past is not None and past.packed:
+        segment_ids = past.last()[1].expand_as(input_ids)
+    where = _place(input_ids, attention_mask, positions, segment_ids, past)
+    if global_attention_mask is None:
+        return where
+    return replace(where, marked=global_attention_mask != 0)
+
+
+def _place(
+    input_ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    segment: Tensor | None,
+    past: Past | None,
+) -> Positions:
+    if positions is not None:
+        pos = positions if mask is None else positions.masked_fill(mask == 0, PADDING)
+        return Positions(pos, segment)
+    if segment is not None:
+        return Positions.packed(segment, mask, None if past is None else past.last())
+    if mask is not None:
+        return Positions.padded(mask, 0 if past is None else past.lengths[:, None])
+    if past is None or past.uniform is not None:
+        start = 0 if past is None or past.uniform is None else past.uniform
+        return Positions.plain(start, input_ids.shape[1], input_ids.device)
+    return Positions.padded(torch.ones_like(input_ids), past.lengths[:, None])
+
+
+def check_ids(input_ids: Tensor) -> tuple[int, int]:
+    """(B, T)。
+
+    Raises:
+        ValueError: 不是 (B, T) 的 int64，或空的。
+    """
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)}, expected (batch, tokens), both >= 1"
@@ -38,118 +93,63 @@ def check_call(
         raise ValueError(
             f"input_ids has dtype {input_ids.dtype}, expected torch.int64: use .long()"
         )
-    _same_shape("targets", targets, input_ids)
-    _same_shape("attention_mask", attention_mask, input_ids)
-    _same_shape("positions", positions, input_ids)
-    _same_shape("segment_ids", segment_ids, input_ids)
-    _same_shape("global_attention_mask", global_attention_mask, input_ids)
-    if global_attention_mask is not None and not any(p.takes_marks for p in config.patterns):
-        raise ValueError(
-            "global_attention_mask was given but no layer has a longformer pattern "
-            f"(attention_pattern={config.attention_pattern!r}): use longformer(window, n_global), "
-            "or leave the mask out"
-        )
-    for name, tensor in (
-        ("targets", targets), ("positions", positions), ("segment_ids", segment_ids),
-    ):  # fmt: skip
-        if tensor is not None and tensor.dtype != torch.int64:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int64: use .long()")
-    _check_switches(config, targets, positions, cache, use_cache, return_cache, input_ids)
-    if not 0 <= logits_to_keep <= input_ids.shape[1]:
-        raise ValueError(
-            f"logits_to_keep={logits_to_keep} must be between 0 and the {input_ids.shape[1]} tokens"
-        )
-    _layers("return_attention", return_attention, config.n_layer - 1)
-    _layers("return_hidden", return_hidden, config.n_layer)
-    for layer in return_routing:
-        if layer not in config.moe_layers:
-            raise ValueError(
-                f"return_routing names layer {layer}, but the MoE layers are "
-                f"{list(config.moe_layers)} (moe_num_experts={config.moe_num_experts})"
-            )
-    if _readable(input_ids):
-        _check_values(config, input_ids, targets, attention_mask, segment_ids)
-        if positions is not None:
-            _check_rising(positions, attention_mask, segment_ids)
+    return input_ids.shape[0], input_ids.shape[1]
 
 
-def check_positions(config: GPT2Config, where: Positions) -> None:
-    """学得的位置只有 context_size 个，超出必须说清，而不是下标错误。"""
-    if config.position != "learned":
+def check_vocabulary(input_ids: Tensor, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: 有词表之外的 id。
+    """
+    if not readable(input_ids):
         return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"input_ids contains {bad}, outside 0..{vocab_size - 1} "
+            f"(vocab_size={vocab_size}): check that the tokenizer belongs to this model"
+        )
+
+
+def check_fits(where: Positions, context_size: int) -> None:
+    """学得的位置只有 context_size 个，超出必须说清，而不是下标错误。
+
+    Raises:
+        ValueError: 超出。
+    """
     if where.start is not None:
         longest = where.start + where.length
-    elif _readable(where.pos):
+    elif readable(where.pos):
         longest = int(where.pos.max()) + 1
     else:
         return
-    if longest > config.context_size:
+    if longest > context_size:
         raise ValueError(
-            f"the sequence needs {longest} positions but context_size={config.context_size}: "
+            f"the sequence needs {longest} positions but context_size={context_size}: "
             "shorten the input, or generate with overflow='slide'"
         )
 
 
-def _check_switches(
-    config: GPT2Config,
-    targets: Tensor | None,
-    positions: Tensor | None,
-    cache: KVCache | None,
-    use_cache: bool,
-    return_cache: bool,
-    input_ids: Tensor,
-) -> None:
-    if not use_cache and (cache is not None or return_cache):
-        given = "cache" if cache is not None else "return_cache=True"
-        raise ValueError(f"{given} was given with use_cache=False: pass use_cache=True as well")
-    if cache is not None and cache.batch_size != input_ids.shape[0]:
-        raise ValueError(
-            f"the cache has {cache.batch_size} rows but input_ids has {input_ids.shape[0]}: "
-            "use cache.reorder(rows) or a new cache"
-        )
-    if cache is not None and len(cache.keys) != config.n_layer:
-        raise ValueError(
-            f"the cache has {len(cache.keys)} layers but the model has n_layer={config.n_layer}: "
-            "allocate it with KVCache.for_model(model.config, ...)"
-        )
-    if use_cache and targets is not None and torch.is_grad_enabled():
-        raise ValueError(
-            "targets with use_cache=True would cut gradients at the cached keys: "
-            "use use_cache=False to train, or torch.no_grad() to score"
-        )
+def check_like(input_ids: Tensor, dtype: torch.dtype | None = None, **given: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: 形状与 input_ids 不同，或类型不是 dtype。
+    """
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} but input_ids has {tuple(input_ids.shape)}"
+            )
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected {dtype}: use .long()")
 
 
-def _check_values(
-    config: GPT2Config,
-    input_ids: Tensor,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    segment: Tensor | None,
-) -> None:
-    low, high = (int(x) for x in input_ids.aminmax())
-    if low < 0 or high >= config.vocab_size:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"input_ids contains {bad}, outside 0..{config.vocab_size - 1} "
-            f"(vocab_size={config.vocab_size}): check that the tokenizer belongs to this model"
-        )
-    if targets is not None:
-        wrong = targets[((targets < 0) & (targets != IGNORE)) | (targets >= config.vocab_size)]
-        if wrong.numel():
-            raise ValueError(
-                f"targets contains {int(wrong[0])}, neither {IGNORE} (ignored) nor in "
-                f"0..{config.vocab_size - 1}"
-            )
-    if mask is not None:
-        _check_mask(mask)
-    if segment is not None:
-        seen = segment if mask is None else segment.masked_fill(mask == 0, int(segment.min()))
-        seen = seen if mask is None else torch.where(mask == 0, seen.cummax(1).values, seen)
-        if bool((seen[:, 1:] < seen[:, :-1]).any()) or int(seen.min()) < 0:
-            raise ValueError(
-                "segment_ids must be >= 0 and must not decrease along a row: number the documents "
-                "0, 1, 2, ... in the order in which they are packed"
-            )
+def readable(tensor: Tensor) -> bool:
+    """看它的值不花什么。"""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def _check_mask(mask: Tensor) -> None:
@@ -162,6 +162,16 @@ def _check_mask(mask: Tensor) -> None:
         raise ValueError(
             f"attention_mask has padding between tokens in row {row}: padding may stand before "
             "or after the tokens of a row, not among them"
+        )
+
+
+def _check_documents(segment: Tensor, mask: Tensor | None) -> None:
+    seen = segment if mask is None else segment.masked_fill(mask == 0, int(segment.min()))
+    seen = seen if mask is None else torch.where(mask == 0, seen.cummax(1).values, seen)
+    if bool((seen[:, 1:] < seen[:, :-1]).any()) or int(seen.min()) < 0:
+        raise ValueError(
+            "segment_ids must be >= 0 and must not decrease along a row: number the documents "
+            "0, 1, 2, ... in the order in which they are packed"
         )
 
 
@@ -182,20 +192,3 @@ def _check_rising(positions: Tensor, mask: Tensor | None, segment: Tensor | None
                 f"positions go from {int(pos[i])} to {int(pos[i + 1])} in row {row}: they must "
                 "rise along a row (within a document, with segment_ids)"
             )
-
-
-def _same_shape(name: str, tensor: Tensor | None, input_ids: Tensor) -> None:
-    if tensor is not None and tensor.shape != input_ids.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} but input_ids has {tuple(input_ids.shape)}"
-        )
-
-
-def _layers(name: str, layers: tuple[int, ...], last: int) -> None:
-    for layer in layers:
-        if not 0 <= layer <= last:
-            raise ValueError(f"{name} names layer {layer}, but layers here go from 0 to {last}")
-
-
-def _readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

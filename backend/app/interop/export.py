@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,12 @@ from app.interop.hf import check_free, compare_hf, write_hf
 from app.interop.own_code import write_own_code
 from app.interop.targets import Target, check_target, family_name
 from app.models.transformer import GPT2Model
+from app.quantization.model import QuantizedModel, dequantize
 
+_FLOATS = (
+    "the model is quantized and this format has no place for its codes: float copies of the "
+    "quantized values were written"
+)
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -41,6 +47,9 @@ def export(
     check_target(target, model.config)
     check_free(folder)
     model = model.eval().cpu()
+    if isinstance(model, QuantizedModel) and target != "gguf":
+        done = export(dequantize(model), tokenizer, target, folder, dtype=dtype)
+        return replace(done, notes=(_FLOATS, *done.notes))
     wanted = None if dtype is None else getattr(torch, dtype)
     if target == "gguf":
         from app.interop.gguf_file import export_gguf

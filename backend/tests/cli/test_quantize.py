@@ -186,7 +186,8 @@ def test_float_work_from_it_is_refused(int8, data, tmp_path, capsys):
         return err
 
     assert "upcycling needs float weights" in refused("upcycle", int8, "--out", tmp_path / "up")
-    argv = ("--out", tmp_path / "run", "--init-from", int8, "--data.folder", data, "--steps", 2)
+    argv = ("--out", tmp_path / "run", "--init-from", int8, "--data.folder", data, "--steps", 2,
+            "--schedule.warmup-steps", 1)  # fmt: skip
     config = GPT2Model.from_pretrained(int8).config
     shape = ("--model.n-layer", 2, "--model.n-head", 2, "--model.n-embed", 32,
              "--model.context-size", 16, "--model.norm", config.norm)  # fmt: skip

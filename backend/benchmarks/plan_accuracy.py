@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from app.cli.estimates import probe_rows
 from app.cli.shared.runfile import load_config
 from app.models.transformer import GPT2Config
-from app.planning.footprint import footprint
+from app.planning.fit import probe_rows, training_footprint
 from app.planning.probe import probe
 from app.planning.sizes import parameters_by_part
 from app.training.config import DataConfig, ScheduleConfig, TrainConfig
@@ -32,7 +31,7 @@ SKIPPED = 3
 
 
 def configurations(data: str) -> dict[str, TrainConfig]:
-    quick, _ = load_config("quickstart")
+    quick = load_config("quickstart").config
     quiet: dict[str, Any] = {
         "data": DataConfig(folder=data), "eval_every": 0, "save_every": 0, "sample_tokens": 0,
         "eval_batches": 1, "schedule": ScheduleConfig(warmup_steps=1),
@@ -58,11 +57,7 @@ def planned(config: TrainConfig) -> tuple[float, int, int]:
     parameters = sum(parameters_by_part(config.model).values())
     found = probe(config, parameters, rows=probe_rows(config, runtime), limit=150)
     assert found.peak is not None and found.base is not None
-    rows = config.micro_batch or config.batch_size
-    guess = footprint(
-        config.model, rows=rows, passes=-(-config.batch_size // rows), muon=False,
-        device=runtime.device, dtype=runtime.dtype,
-    )  # fmt: skip
+    guess = training_footprint(config, runtime)
     return found.seconds, found.peak + found.base, guess.peak + found.base
 
 

@@ -36,7 +36,7 @@ SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def stepper(changes: dict[str, dict[str, Any]]) -> Callable[[], None]:
-    data = load_config(str(RECIPE))[0].to_dict()
+    data = load_config(str(RECIPE)).config.to_dict()
     data["model"]["vocab_size"] = 66
     for section, values in changes.items():
         (data[section] if section else data).update(values)

@@ -1,124 +1,160 @@
-"""导入只许向下；主干只要 torch；--help 不导入 torch。"""
+"""导入只许向下，从不绕圈（函数里的、TYPE_CHECKING 里的都算）；主干只要 torch。"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from app.cli.main import COMMANDS
+
 APP = Path(__file__).parents[1] / "app"
 CORE = "app.models.transformer"
 
-# 模块 -> 层。没有列出的模块会让测试失败：新文件必须先想清楚自己在哪一层。
-LEVELS = {
-    **dict.fromkeys(("pattern", "validate"), -3),
-    "atoms": -2,
-    **dict.fromkeys(("rope_config", "moe_config"), -2),
-    **dict.fromkeys(("pattern_text", "pattern_checks"), -1),
-    **dict.fromkeys(("positions", "store"), -2),
-    "slots": -1,
-    **dict.fromkeys(("config", "groups", "hub", "safetensors_file"), 0),
-    **dict.fromkeys(("limits", "step", "foreign_config", "layouts"), 1),
-    "cache": 2,
-    **dict.fromkeys(("masking", "rope", "linear", "norm"), 1),
-    **dict.fromkeys(("tiles", "flex", "loss", "grouped", "dispatch"), 2),
-    **dict.fromkeys(("backends", "blocked"), 3),
-    "plan": 4,
-    **dict.fromkeys(("attend", "context"), 5),
-    **dict.fromkeys(("attention", "mlp", "embeddings", "checks", "router"), 6),
-    "moe": 7,
-    "block": 8,
-    "init": 9,
-    **dict.fromkeys(("weights", "upcycle"), 10),
-    "pretrained": 11,
-    "model": 11,
-    "factory": 12,
-    "__init__": 13,
-}
-PACKAGES = {
-    "app.data": 1,
-    CORE: 1,
-    "app.generation": 2,
-    "app.training": 3,
-    "app.evaluation": 3,
-    "app.interop": 4,
-    "app.viz": 4,
-    "app.cli": 5,
-}
+# 从下往上。没有列出的房间会让测试失败：新房间必须先想清楚自己在哪一层。
+FLOORS = {
+    CORE: (
+        "settings", "visibility", "config", "backends cache", "layers", "embeddings attention mlp",
+        "experts", "block", "weights", "model", "factory", "__init__",
+    ),
+    "app": (
+        "models", "common", "data", "viz", "generation evaluation verification quantization",
+        "training", "planning", "interop", "cli",
+    ),
+    "app.training": (
+        "config", "optim saving machine", "step watch", "report", "trainer", "run", "sweep",
+    ),
+    "app.cli": ("shared", "*", "main", "__main__"),
+}  # fmt: skip
+MOST_FILES, MOST_LINES = 15, 415
 
 
-def imports(path: Path, module: str) -> list[tuple[str, bool]]:
-    """(被导入的模块, 是否在模块顶层)。TYPE_CHECKING 里的不算。"""
-    found: list[tuple[str, bool]] = []
+def names(path: Path) -> str:
+    parts = path.relative_to(APP.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
-    def visit(node: ast.AST, top: bool) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return
+
+@cache
+def files() -> dict[str, Path]:
+    return {names(path): path for path in sorted(APP.rglob("*.py"))}
+
+
+def targets(module: str) -> Iterator[tuple[str, bool]]:
+    """(被导入的模块或名字, 是否在顶层)；哪里的导入都算。"""
+    path = files()[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+
+    def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
-            found.extend((alias.name, top) for alias in node.names)
+            yield from ((alias.name, top) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-                for _ in range(node.level - 1):
-                    package = package.rpartition(".")[0]
-                base = f"{package}.{base}".rstrip(".")
-            found.append((base, top))
+            parts = package.split(".")
+            home = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*home, *([node.module] if node.module else [])])
+            yield from ((f"{base}.{alias.name}", top) for alias in node.names)
         inner = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
-            visit(child, inner)
+            yield from visit(child, inner)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """模块 -> 它导入的 app 的模块。从包里取公开的名字，就是导入那个包。"""
+    found: dict[str, set[str]] = {module: set() for module in files()}
+    for module in found:
+        for target, _ in targets(module):
+            whole = target if target in found else target.rpartition(".")[0]
+            if whole in found and whole != module:
+                found[module].add(whole)
     return found
 
 
-def modules() -> list[tuple[Path, str]]:
-    result = []
-    for path in sorted(APP.rglob("*.py")):
-        parts = path.relative_to(APP.parent).with_suffix("").parts
-        result.append((path, ".".join(p for p in parts if p != "__init__")))
-    return result
+def room(module: str, house: str) -> str | None:
+    """module 在 house 里属于哪个房间；house 自己是 __init__，不在里面是 None。"""
+    if module == house:
+        return "__init__"
+    if not module.startswith(house + "."):
+        return None
+    return module[len(house) + 1 :].split(".")[0]
 
 
-def package_of(module: str) -> str | None:
-    return next((p for p in PACKAGES if module == p or module.startswith(p + ".")), None)
+def test_no_import_circle() -> None:
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail("a circle of imports: " + " <- ".join(error.args[1]))
 
 
-def test_packages_import_downwards() -> None:
-    for path, module in modules():
-        mine = package_of(module)
-        if mine is None:
+@pytest.mark.parametrize("house", FLOORS)
+def test_rooms_import_downwards(house: str) -> None:
+    floor = {name: i for i, names in enumerate(FLOORS[house]) for name in names.split()}
+    for module, wanted in graph().items():
+        mine = room(module, house)
+        if mine is None or (mine == "__init__" and house != CORE):
             continue
-        for target, _ in imports(path, module):
-            other = package_of(target)
-            if other is not None and other != mine:
-                assert PACKAGES[other] < PACKAGES[mine] or (mine, other) == ("app.data", CORE), (
-                    f"{module} imports {target}, which is not below it"
-                )
-
-
-def test_backbone_modules_import_downwards() -> None:
-    for path, module in modules():
-        if not module.startswith(CORE):
-            continue
-        mine = module[len(CORE) + 1 :] or "__init__"
-        assert mine in LEVELS, f"{module} has no level: add it to LEVELS"
-        for target, top in imports(path, module):
-            if not target.startswith(CORE) or not top:
+        assert mine in floor or "*" in floor, f"{house}.{mine} is in no floor of FLOORS"
+        for target in wanted:
+            # 主干的 __init__ 是公开的名字，从外面看它，不从里面。
+            other = room(target, house)
+            if other in (None, mine) or (other == "__init__" and house != CORE):
                 continue
-            other = target[len(CORE) + 1 :]
-            assert LEVELS[other] < LEVELS[mine], f"{module} imports {target}, not below it"
+            below = floor.get(other, floor.get("*", -1)) < floor.get(mine, floor.get("*", -1))
+            assert below, f"{module} imports {target}, which is not below it"
+
+
+@pytest.mark.parametrize("house", [CORE, "app", "app.training"])
+def test_rooms_make_no_circle(house: str) -> None:
+    """同一层的房间也不绕圈。"""
+    rooms: dict[str, set[str]] = {}
+    for module, wanted in graph().items():
+        mine = room(module, house)
+        if mine not in (None, "__init__"):
+            found = {room(target, house) for target in wanted} - {None, "__init__", mine}
+            rooms.setdefault(mine, set()).update(found)  # type: ignore[arg-type]
+    try:
+        TopologicalSorter(rooms).prepare()
+    except CycleError as error:
+        why = [
+            f"{module} -> {target}"
+            for a, b in pairwise(reversed(error.args[1]))
+            for module, wanted in graph().items()
+            for target in wanted
+            if (room(module, house), room(target, house)) == (a, b)
+        ]
+        pytest.fail("a circle of rooms: " + "; ".join(why))
+
+
+def test_rooms_are_small() -> None:
+    for folder in {path.parent for path in files().values()}:
+        held = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(held) <= MOST_FILES + 3 * (folder.name == "cli"), f"{folder} has {len(held)}"
+    for path in files().values():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MOST_LINES, f"{path} has {lines} lines"
+
+
+def test_the_top_of_the_core_is_the_eight_files() -> None:
+    top = {path.stem for path in (APP / "models" / "transformer").glob("*.py")}
+    assert top == {
+        "config", "model", "block", "attention", "mlp", "embeddings", "factory", "__init__",
+    }  # fmt: skip
 
 
 def test_the_backbone_imports_torch_alone() -> None:
     """第三方只有 torch（及它自带的 typing_extensions）；写文件、取 hub 的函数里另有两个库。"""
-    for path, module in modules():
+    for module in files():
         if not module.startswith(CORE):
             continue
-        for target, top in imports(path, module):
+        for target, top in targets(module):
             root = target.split(".")[0]
             known = root in sys.stdlib_module_names or root in ("torch", "typing_extensions")
             allowed = not top and root in ("safetensors", "huggingface_hub")
@@ -142,24 +178,7 @@ def test_importing_the_backbone_is_silent_and_pulls_in_nothing_else() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "",
-        "prepare",
-        "train",
-        "sweep",
-        "compare",
-        "generate",
-        "import",
-        "export",
-        "plan",
-        "show",
-        "verify",
-        "upcycle",
-        "experts",
-    ],
-)
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_answers_without_torch(command: str) -> None:
     done = run(
         "import sys; from app.cli.main import main\n"

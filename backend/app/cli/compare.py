@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.tables import print_table
-
-if TYPE_CHECKING:
-    from app.training.report.compare_runs import Group
+from app.cli.shared.comparison import show_comparison
+from app.common.files import write_new
 
 SUMMARY = "Compare runs over tokens and over time; runs that differ only in the seed are grouped."
 EXAMPLES = """\
@@ -45,40 +42,23 @@ def run(args: Args) -> None:
         group_runs,
         load_run,
     )
-    from app.viz.picture import check_out
+    from app.viz.picture import check_picture
 
     folders = [Path(name) for name in args.runs]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice: give each once")
     if len(folders) < 2:
         raise ValueError(f"{len(folders)} run given, at least 2 are needed to compare")
-    check_out(args.out, _KINDS)
+    check_picture(args.out, _KINDS)
     notes: list[str] = []
     loaded = [load_run(folder) for folder in folders]
     check_same_data(loaded, notes.append)
     groups = group_runs(loaded)
     if args.out.suffix.lower() == ".html":
-        page = compare_page(groups, notes)
-        with args.out.open("xb") as file:
-            file.write(page)
+        write_new(args.out, compare_page(groups, notes))
     else:
         from app.viz.curves import draw_charts
 
         draw_charts(compare_charts(groups), args.out)
-    show(groups, notes)
+    show_comparison(groups, notes)
     print(f"drawn in {args.out}")
-
-
-def show(groups: Sequence[Group], notes: Sequence[str]) -> None:
-    """在终端上打印两张表。"""
-    from app.training.report.compare_runs import HEAD, differing, row, settings_rows
-
-    for note in notes:
-        print(note)
-    print_table([HEAD, *map(row, groups)])
-    names = differing([run for group in groups for run in group.runs])
-    if names:
-        labels = [", ".join(Path(run.name).name for run in group.runs) for group in groups]
-        print_table([("differs", *labels), *settings_rows(groups, names)])
-    else:
-        print("no setting differs but the seed\n")

@@ -11,7 +11,9 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.held_out import check_held_out, held_out
-from app.cli.shared.trained import Trained, load_trained, tell
+from app.cli.shared.trained import Device, Trained, TrainedName, load_trained
+from app.common.files import check_new
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     from app.evaluation.evaluate import Outcome
@@ -33,10 +35,7 @@ _SCHEMA_VERSION = 1
 class Args:
     """评测的全部选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: TrainedName
     data: Annotated[
         Path | None,
         Doc(
@@ -63,9 +62,7 @@ class Args:
     ] = None
     batch_size: Annotated[int, Doc("sequences computed at once; does not change results")] = 8
     json: Annotated[Path | None, Doc("write all facts there; an existing file is refused")] = None
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> int:
@@ -73,7 +70,7 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是检查点，数据或任务不合，选项的值不对；那时什么也没有算。
     """
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.evaluate import Evaluation
     from app.evaluation.perplexity import check_stride
     from app.evaluation.tasks import load_task
@@ -93,24 +90,18 @@ def run(args: Args) -> int:
         held_out(args, trained, "--data, --text or --task") if scored else None,
         tuple(load_task(path, trained.tokenizer, size) for path in args.task),
     )
-    return _finish(args, trained, job.run(meter))
+    return _finish(args, trained, job.run(count_tokens))
 
 
 def _check(args: Args) -> None:
     check_held_out(args)
-    if args.json is None:
-        return
-    if args.json.exists():
-        raise ValueError(
-            f"json={args.json} already exists and is never overwritten: use another name"
-        )
-    if not args.json.parent.is_dir():
-        raise ValueError(f"json={args.json}: there is no folder {args.json.parent}")
+    if args.json is not None:
+        check_new(args.json, "json")
 
 
 def _finish(args: Args, trained: Trained, done: Outcome) -> int:
     if done.interrupted:
-        tell("interrupted: what follows is partial, from what was done so far")
+        to_stderr("interrupted: what follows is partial, from what was done so far")
     # 先写文件：读标准输出的一方走了，要的文件也已经在。
     if args.json is not None:
         _write(args.json, _facts(args, trained, done))

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.held_out import check_held_out, held_out
-from app.cli.shared.trained import check_new_folder, load_trained, write_model
+from app.cli.shared.trained import Device, TrainedName, load_trained, write_trained
+from app.common.files import check_new
 
 SUMMARY = "average a model's experts into a dense one, or prune those little used"
 EXAMPLES = """\
@@ -23,10 +23,7 @@ EXAMPLES = """\
 class Args:
     """平均与剪枝二选一。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: TrainedName
     out: Annotated[Path, Doc("folder to write the model to; must not exist")]
     average: Annotated[
         bool,
@@ -49,9 +46,7 @@ class Args:
         str | None, Doc("key of the text in the jsonl (or parquet) given by --text; None = text")
     ] = None
     batch_size: Annotated[int, Doc("sequences computed at once")] = 8
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> None:
@@ -59,7 +54,7 @@ def run(args: Args) -> None:
     Raises:
         ValueError: 没有专家，选项互相矛盾，数据不合，或 --out 已存在。
     """
-    from app.cli.shared.meter import meter
+    from app.common.progress import count_tokens
     from app.evaluation.evaluate import mean_nats
     from app.evaluation.reduce import averaged, pruned
     from app.quantization.model import check_float
@@ -74,12 +69,12 @@ def run(args: Args) -> None:
     found = (
         averaged(model)
         if args.average
-        else pruned(model, tokenizer, held, args.keep, args.batch_size, meter)
+        else pruned(model, tokenizer, held, args.keep, args.batch_size, count_tokens)
     )
-    before = mean_nats(model, tokenizer, held, args.batch_size, meter)
-    write_model(found.config, found.state, tokenizer, args.out)
+    before = mean_nats(model, tokenizer, held, args.batch_size, count_tokens)
+    write_trained(found.config, found.state, tokenizer, args.out)
     made = load_trained(args.out, args.device).model
-    after = mean_nats(made, tokenizer, held, args.batch_size, meter)
+    after = mean_nats(made, tokenizer, held, args.batch_size, count_tokens)
     for layer, kept in found.layers.items():
         shares = " ".join(f"{kept.share(expert):.1%}" for expert in range(len(kept.load)))
         numbers, share = ", ".join(map(str, kept.experts)), sum(map(kept.share, kept.experts))
@@ -99,4 +94,4 @@ def _check(args: Args) -> None:
     if args.keep is not None and not args.prune:
         raise ValueError(f"keep={args.keep} has no effect with --average: leave it out")
     check_held_out(args)
-    check_new_folder(args.out)
+    check_new(args.out)

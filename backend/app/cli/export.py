@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.trained import TrainedName, load_model
 from app.interop.targets import Target
 
 SUMMARY = "write a trained model for transformers, llama.cpp, ONNX or CTranslate2"
@@ -27,10 +26,7 @@ library, where it is installed, computes the same tokens and the largest differe
 class Args:
     """`gpt2 export` 的选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: TrainedName
     to: Annotated[Target, Doc("format; a model that has no place in it is refused with the reason")]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     dtype: Annotated[
@@ -45,15 +41,9 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是模型，去不了这种格式，或 --out 已有东西。
     """
-    from app.data.tokenizers import load_tokenizer
     from app.interop.export import export
-    from app.models.transformer import GPT2Model
-    from app.training.saving.checkpoint import resolve_checkpoint
 
-    folder = resolve_checkpoint(args.model, tell=lambda text: print(text, file=sys.stderr))
-    model = GPT2Model.from_pretrained(folder)
-    has_tokenizer = (folder / "tokenizer_meta.json").is_file()
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    model, tokenizer, folder = load_model(args.model, "cpu")
     done = export(model, tokenizer, args.to, args.out, dtype=args.dtype, quantize=args.quantize)
     print(f"written  {done.written} ({done.kind})")
     for note in done.notes:

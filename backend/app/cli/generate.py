@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import Trained, load_trained, tell
+from app.cli.shared.trained import Device, Trained, TrainedName, load_trained
 from app.common.escapes import unescape
+from app.common.tell import to_stderr
 from app.generation.config import Options, SamplingConfig
 from app.generation.overflow import Overflow, usable
 from app.models.transformer.cache.kv_dtype import KVDtype
@@ -40,10 +41,7 @@ _DEFAULT_NEW = 200
 class Args:
     """生成的全部选项。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: TrainedName
     prompt: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
         Doc("text to continue; repeat for more. None at all = start from a document border"),
@@ -90,9 +88,7 @@ class Args:
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
     ] = None
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "auto"
-    )
+    device: Device = "auto"
 
 
 def run(args: Args) -> int:
@@ -108,7 +104,7 @@ def run(args: Args) -> int:
     options = replace(
         options,
         max_new_tokens=_new_tokens(args, max(map(len, encoded)), trained.model.config),
-        stop_ids=(trained.tokenizer.document_separator,),
+        stop_ids=tuple(trained.tokenizer.stop_ids),
     )
     jobs = [
         _Job(prompt, tokens, args.seed + sample, _label(args, len(prompts), i, sample))
@@ -178,7 +174,9 @@ def _generate(trained: Trained, jobs: list[_Job], options: Options) -> None:
     )
     seconds = time.perf_counter() - start
     _tell_rings(options, max(len(job.tokens) for job in jobs), trained.model.config)
-    tell(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, prompts included")
+    to_stderr(
+        f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, prompts included"
+    )
 
 
 def _printers(
@@ -247,7 +245,7 @@ def _from_file(path: Path) -> list[_Prompt]:
 def _encode(tokenizer: Tokenizer, prompt: _Prompt) -> list[int]:
     """空提示从文档分隔符开始：模型在那里学过文档怎样开头。"""
     try:
-        return tokenizer.encode(prompt.text) or [tokenizer.document_separator]
+        return tokenizer.encode_prompt(prompt.text)
     except ValueError as error:
         raise ValueError(f"{prompt.name} cannot be encoded: {error}") from None
 
@@ -258,7 +256,7 @@ def _new_tokens(args: Args, longest: int, config: GPT2Config) -> int:
     room = config.context_size - longest
     if args.overflow != "error" or room >= _DEFAULT_NEW or room < 1:
         return _DEFAULT_NEW
-    tell(
+    to_stderr(
         f"note: {room} new tokens, to the end of context_size={config.context_size}; "
         f"--overflow {' or '.join(usable(config))} goes on past it"
     )
@@ -271,4 +269,6 @@ def _tell_rings(options: Options, longest: int, config: GPT2Config) -> None:
 
     fed = longest + options.max_new_tokens - 1
     for pattern, keys in ring_keys(config, fed, options.overflow).items():
-        tell(f"note: layers with {pattern} use a ring cache of {keys} keys, however long the text")
+        to_stderr(
+            f"note: layers with {pattern} use a ring cache of {keys} keys, however long the text"
+        )

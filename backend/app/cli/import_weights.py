@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.models.transformer.config import Norm
+from app.models.transformer.config import Activation, Norm
 
 SUMMARY = "turn weights from Hugging Face or nanoGPT into a model folder"
 EXAMPLES = """\
@@ -28,20 +28,32 @@ class Args:
 
     source: Annotated[
         tyro.conf.Positional[str],
-        Doc("Hugging Face folder or hub id (gpt2, openai-gpt, opt), or nanoGPT's ckpt.pt"),
+        Doc(
+            "Hugging Face folder or hub id (gpt2, openai-gpt, opt, mixtral), one .safetensors file "
+            "with its config.json beside it, or nanoGPT's ckpt.pt"
+        ),
     ]
     out: Annotated[Path, Doc("folder to write; must be new or empty")]
     norm: Annotated[Norm | None, Doc("refuse weights of another norm; None = what they are")] = None
+    activation: Annotated[
+        Activation | None,
+        Doc(
+            "as --norm; a file of tensors alone (nanoGPT's too) does not say, so it is set by this"
+        ),
+    ] = None
+    n_head: Annotated[
+        int | None, Doc("as --norm; a file of tensors alone does not say, so it is set by this")
+    ] = None
     tokenizer: Annotated[
         Path | None,
-        Doc("folder with another tokenizer: GPT-2's two files, tokenizer.json, or one of ours"),
+        Doc("folder with another tokenizer (of Hugging Face or ours), or nanoGPT's meta.pkl"),
     ] = None
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         Doc("precision to keep; None = the file's"),
     ] = None
     allow_pickle: Annotated[
-        bool, Doc("read pytorch_model.bin or ckpt.pt, with weights_only and size limits")
+        bool, Doc("read pytorch_model.bin, ckpt.pt, meta.pkl: weights_only, size limits")
     ] = False
 
 
@@ -52,16 +64,17 @@ def run(args: Args) -> None:
     """
     import torch
 
-    from app.interop.hf import check_free
+    from app.common.files import check_free
     from app.interop.importing import import_model, write_model
 
     check_free(args.out)
+    asked = {name: getattr(args, name) for name in ("norm", "activation", "n_head")}
     found = import_model(
         args.source,
         allow_pickle=args.allow_pickle,
         tokenizer=args.tokenizer,
         dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        wanted={} if args.norm is None else {"norm": args.norm},
+        wanted={name: value for name, value in asked.items() if value is not None},
     )
     write_model(found, args.out)
     config = found.model.config
@@ -74,4 +87,6 @@ def run(args: Args) -> None:
         print(f"tokenizer  none ({found.why}): `gpt2 generate` needs one; use token ids in Python")
     else:
         print(f"tokenizer  {found.tokenizer.kind}, {found.tokenizer.vocab_size:,} ids")
+    for note in found.notes:
+        print(f"note       {note}")
     print(f"written    {args.out}")

@@ -12,10 +12,11 @@ import sys
 from importlib import import_module
 from typing import Any, Protocol, cast
 
+from app.cli.shared.command_line import Usage, parse_options
 from app.common.console import tolerant_output
 
 COMMANDS = {
-    "prepare": "turn text files, folders or jsonl into token shards",
+    "prepare": "turn text files, folders, json, csv or ready tokens into token shards",
     "train": "train a model, with exact resume",
     "sweep": "train the same data and seeds with one switch changed",
     "compare": "draw runs over tokens and time, with a table and the seeds' spread",
@@ -89,15 +90,7 @@ def _parse(name: str, command: Command, argv: list[str]) -> Any:
     parse = getattr(command, "parse", None)
     if parse is not None:
         return parse(argv)
-    import tyro
-
-    return tyro.cli(
-        command.Args,
-        prog=f"gpt2 {name}",
-        args=argv,
-        description=f"{command.SUMMARY}\n\nexamples:\n{command.EXAMPLES}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    return parse_options(command.Args, argv, Usage(name, command.SUMMARY, command.EXAMPLES))
 
 
 def _renamed(argv: list[str], renamed: dict[str, str]) -> list[str]:

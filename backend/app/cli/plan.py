@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
+from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import (
     RunArgs,
-    config_name,
     fit_vocabulary,
     load_model_config,
     names_vocabulary,
+    parse_run,
 )
-from app.cli.shared.tables import Table, print_table, size
+from app.cli.shared.tables import Table, print_table
+from app.common.tell import to_stderr
+from app.common.units import size
 from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 
@@ -59,35 +60,21 @@ class Args(RunArgs):
 
 
 def parse(argv: Sequence[str]) -> Args:
-    """--config 的文件作默认值；没有写明词表大小时，与训练一样取数据集的。
+    """没有写明词表大小时，与训练一样取数据集的；没有运行文件则用默认的大小。
 
     Raises:
         ValueError: 文件找不到或读不懂。
     """
-    import tyro
-
-    name = config_name(argv)
-    base, named = (TrainConfig(), True) if name is None else load_model_config(name)
-    args = tyro.cli(
-        Args,
-        prog="gpt2 plan",
-        args=list(argv),
-        default=Args(
-            config=name, **{f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-        ),
-        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
-    if named or names_vocabulary(argv):
+    args = parse_run(Args, argv, Usage("plan", SUMMARY, EXAMPLES), load_model_config)
+    if args.file is None or names_vocabulary(args, argv):
         return args
-    if not (Path(args.data.folder) / "train").is_dir():
-        print(
-            f"note: vocabulary {args.model.vocab_size} for now: training takes that of the data, "
-            f"and {args.data.folder} does not exist yet",
-            file=sys.stderr,
+    folder = Path(args.train.data.folder)
+    if not (folder / "train").is_dir():
+        to_stderr(
+            f"note: vocabulary {args.train.model.vocab_size} for now: training takes that of the "
+            f"data, and {folder} does not exist yet"
         )
-    fitted = fit_vocabulary(args.train_config())
-    return dataclasses.replace(args, model=fitted.model)
+    return fit_vocabulary(args)
 
 
 def run(args: Args) -> None:
@@ -95,10 +82,11 @@ def run(args: Args) -> None:
     Raises:
         ValueError: 长度放不下，没有这个设备，点名的后端做不了训练，或内存不够。
     """
-    from app.cli.estimates import show_training
+    from app.cli.shared.estimates import show_training
     from app.training.machine.runtime import choose_runtime
 
-    shape = args.model
+    config = args.train
+    shape = config.model
     length = shape.context_size if args.length is None else args.length
     if length < 1:
         raise ValueError(f"length={length} must be at least 1")
@@ -107,7 +95,6 @@ def run(args: Args) -> None:
             f"length={length} is beyond context_size={shape.context_size}: learned positions end "
             "there; use a smaller --length, a larger --model.context-size, or position='rope'"
         )
-    config = args.train_config()
     runtime = choose_runtime(config)
     print_table(_summary(shape, runtime))
     refused = _show_attention(shape, runtime, length)
@@ -126,8 +113,8 @@ def _notes(args: Args, config: TrainConfig) -> list[str]:
     from app.training.watch.guidance import token_notes
 
     preset = None
-    if args.config is not None and Path(args.config).suffix != ".json":
-        preset, _ = load_model_config(args.config)
+    if args.file is not None and Path(args.config or "").suffix != ".json":
+        preset = args.file.config
     return token_notes(config, sum(parameters_by_part(config.model).values()), preset)
 
 

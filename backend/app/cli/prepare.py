@@ -4,22 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from typing_extensions import Doc
 
+if TYPE_CHECKING:
+    from app.data.prepare import TokenizerSpec
+    from app.data.shards import TokenDataset
+
 SUMMARY = (
-    "Turn text files, folders or jsonl into token shards, OUT/train and OUT/val; without sources, "
-    "the source code of this Python's standard library. Memory stays constant, and a killed run "
-    "goes on when the same command is given again."
+    "Turn text into token shards, OUT/train and OUT/val: every text file of a folder, jsonl, json, "
+    "csv, tsv and parquet; without sources, the source code of this Python's standard library. "
+    "What is not read and what is taken as plain text is printed. Memory stays constant, and a "
+    "killed run goes on when the same command is given again."
 )
 DEFAULT_OUT = Path("data/stdlib")
+DEFAULT_VAL_FRACTION = 0.1
+KINDS = ("bytes", "chars", "gpt2", "bpe")
 EXAMPLES = """\
   gpt2 prepare --out data/stdlib
   gpt2 prepare book.txt --out data/book --tokenizer chars
-  gpt2 prepare corpus/ --suffixes .txt .md --out data/corpus --tokenizer bpe --vocab-size 8192
-  gpt2 prepare web.jsonl --text-key content --out data/web --tokenizer gpt2 --vocab-files gpt2/"""
+  gpt2 prepare code/ --suffixes .py .md --out data/code --tokenizer bpe --vocab-size 8192
+  gpt2 prepare web.jsonl --text-key content --out data/web --tokenizer gpt2 --vocab-files gpt2/
+  gpt2 prepare stories.txt --document-separator '<|endoftext|>' --out data/stories
+  gpt2 prepare train.txt --val valid.txt --out data/more --tokenizer runs/mine
+  gpt2 prepare nanoGPT/data/openwebtext --tokens uint16 --tokenizer models/gpt2 --out data/owt"""
 
 
 @dataclass(frozen=True)
@@ -27,59 +37,182 @@ class Args:
     """`gpt2 prepare` 的选项。"""
 
     sources: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        Doc("text files, folders, .jsonl or .parquet; none = Python's standard library"),
+        tyro.conf.Positional[tuple[str, ...]],
+        Doc("text files, folders, .jsonl, .json, .csv, .tsv or .parquet; none = standard library"),
     ] = ()
     out: Annotated[
         Path | None,
         Doc("folder to write: new, or begun by the same command; data/stdlib without sources"),
     ] = None
     tokenizer: Annotated[
-        Literal["bytes", "chars", "gpt2", "bpe"],
-        Doc("bytes; chars of the text; GPT-2's BPE; or a BPE trained on the text"),
+        str,
+        Doc(
+            "bytes; chars of the text; gpt2 (its BPE); bpe trained on the text; or a folder: the "
+            "tokenizer of that run, model, imported model or prepared data"
+        ),
     ] = "bpe"
     vocab_size: Annotated[int | None, Doc("ids of the trained BPE (bpe only); None = 4096")] = None
     vocab_files: Annotated[
         Path | None,
         Doc("folder with vocab.bpe and encoder.json, or merges.txt and vocab.json (gpt2 only)"),
     ] = None
-    text_key: Annotated[str, Doc("key (or parquet column) that holds the text")] = "text"
+    text_key: Annotated[
+        str | None,
+        Doc("key or column that holds the text; None = text. Needed for .json, .csv in a folder"),
+    ] = None
     suffixes: Annotated[
-        tuple[str, ...], Doc("which files of a folder to read; none = common text suffixes")
+        tuple[str, ...], Doc("which files of a folder to read; none = every text file")
     ] = ()
-    val_fraction: Annotated[float, Doc("share held out for validation; 0 = none")] = 0.1
+    document_per_line: Annotated[bool, Doc("each line of a text file is a document")] = False
+    document_separator: Annotated[
+        str | None, Doc(r"text between the documents of a text file; \n is a line end")
+    ] = None
+    val: Annotated[
+        tuple[str, ...], Doc("files or folders to validate on; none = a share is held out")
+    ] = ()
+    val_fraction: Annotated[
+        float | None, Doc("share held out for validation; 0 = none, None = 0.1")
+    ] = None
+    tokens: Annotated[
+        Literal["uint16", "uint32"] | None,
+        Doc("the source is ready tokens of this type: train.bin (and val.bin) of nanoGPT"),
+    ] = None
     shard_tokens: Annotated[int, Doc("tokens per shard file")] = 1 << 26
 
 
 def run(args: Args) -> int | None:
-    from app.data.corpus import stdlib_sources
-    from app.data.prepare import TokenizerSpec, prepare
-    from app.data.sources import TEXT_SUFFIXES, Sources
-
-    spec = TokenizerSpec(args.tokenizer, args.vocab_size, args.vocab_files)
-    if args.sources:
-        if args.out is None:
-            raise ValueError(f"{args.sources[0]}: say with --out where its tokens shall go")
-        sources = Sources(
-            args.sources, suffixes=args.suffixes or TEXT_SUFFIXES, text_key=args.text_key
+    if args.val and args.val_fraction is not None:
+        raise ValueError(
+            f"--val {args.val[0]} is the validation text and --val-fraction {args.val_fraction} "
+            "would hold out more: give one of them"
         )
+    if "" in (*args.sources, *args.val, args.tokenizer):
+        raise ValueError("one of the names given is empty: is a shell variable not set?")
+    if args.sources and args.out is None:
+        raise ValueError(f"{args.sources[0]}: say with --out where its tokens shall go")
+    if args.tokens is None:
+        _prepare_text(args)
     else:
-        if args.suffixes:
-            raise ValueError(f"--suffixes {' '.join(args.suffixes)} needs a folder to read")
-        sources = stdlib_sources()
+        _prepare_tokens(args)
+    return 0
+
+
+def _prepare_text(args: Args) -> None:
+    from app.data.prepare import prepare
+    from app.data.reading.corpus import stdlib_sources
+    from app.data.reading.sources import Reading, Sources
+
+    reading = Reading(
+        text_key=args.text_key,
+        suffixes=args.suffixes,
+        document_per_line=args.document_per_line,
+        document_separator=_unescaped(args.document_separator),
+    )
+    if not args.sources and reading != Reading():
+        used = " ".join(_reading_flags(args))
+        raise ValueError(f"{used} needs a folder or file to read: name the sources")
     summary = prepare(
-        sources,
+        Sources(args.sources, reading) if args.sources else stdlib_sources(),
         args.out or DEFAULT_OUT,
-        spec,
-        val_fraction=args.val_fraction,
+        _tokenizer(args),
+        val=Sources(args.val, reading) if args.val else None,
+        val_fraction=_fraction(args),
         shard_tokens=args.shard_tokens,
     )
-    for side, dataset in summary.sides.items():
-        documents = len(dataset.document_starts)
-        print(f"{side:<6}{documents:,} documents, {dataset.n_tokens:,} tokens")
+    _print_sides(summary.sides)
     print(
         f"{summary.documents:,} documents, {summary.tokens:,} tokens, "
         f"{summary.bytes_per_token:.2f} bytes per token, "
         f"vocabulary {summary.sides['train'].vocab_size:,}, in {summary.folder}"
     )
-    return 0
+
+
+def _prepare_tokens(args: Args) -> None:
+    from app.data.token_files import TokenFiles, prepare_tokens
+
+    if flags := _reading_flags(args):
+        raise ValueError(f"{flags[0]} is for text, but --tokens {args.tokens} reads ready tokens")
+    if not args.sources or args.tokens is None:
+        raise ValueError(
+            f"--tokens {args.tokens} needs a folder with train.bin, or a file of tokens"
+        )
+    tokenizer = _tokenizer(args).ready()
+    if tokenizer is None:
+        raise ValueError(
+            f"--tokenizer {args.tokenizer} would be made from text, but --tokens {args.tokens} "
+            "reads ready ids: name the tokenizer that wrote them (gpt2, bytes or a folder)"
+        )
+    files = TokenFiles.find([*map(Path, args.sources)], [*map(Path, args.val)], args.tokens)
+    if "val" in files.sides and args.val_fraction is not None:
+        raise ValueError(
+            f"{files.sides['val']} is the validation set, so --val-fraction {args.val_fraction} "
+            "has no use: leave it out"
+        )
+    sides = prepare_tokens(
+        files,
+        args.out or DEFAULT_OUT,
+        tokenizer,
+        val_fraction=_fraction(args),
+        shard_tokens=args.shard_tokens,
+    )
+    _print_sides(sides)
+    print(f"vocabulary {tokenizer.vocab_size:,}, in {args.out}")
+
+
+def _print_sides(sides: dict[str, TokenDataset]) -> None:
+    for side, dataset in sides.items():
+        documents = len(dataset.document_starts)
+        print(f"{side:<6}{documents:,} documents, {dataset.n_tokens:,} tokens")
+
+
+def _fraction(args: Args) -> float:
+    if args.val:
+        return 0.0
+    return DEFAULT_VAL_FRACTION if args.val_fraction is None else args.val_fraction
+
+
+def _reading_flags(args: Args) -> list[str]:
+    given = {
+        "--suffixes": " ".join(args.suffixes),
+        "--text-key": args.text_key,
+        "--document-per-line": args.document_per_line,
+        "--document-separator": args.document_separator,
+    }
+    return [name if value is True else f"{name} {value}" for name, value in given.items() if value]
+
+
+def _unescaped(separator: str | None) -> str | None:
+    r"""外壳里打不出换行：`\n`、`\r`、`\t` 与 `\\` 按字面的意思换掉。"""
+    if separator is None:
+        return None
+    parts = separator.split("\\\\")
+    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+        parts = [part.replace(written, meant) for part in parts]
+    return "\\".join(parts)
+
+
+def _tokenizer(args: Args) -> TokenizerSpec:
+    """名字，或一个文件夹：分词器、数据集、模型、训练文件夹（取它最新的检查点）。"""
+    from app.data.prepare import TokenizerSpec
+    from app.data.tokenizers import META_FILE, TABLE_FILE, load_tokenizer
+
+    if args.tokenizer in KINDS:
+        return TokenizerSpec(args.tokenizer, args.vocab_size, args.vocab_files)
+    folder = Path(args.tokenizer)
+    if not folder.is_dir() and folder.name != "best":
+        raise ValueError(
+            f"--tokenizer {args.tokenizer} is neither one of {', '.join(KINDS)} nor a folder"
+        )
+    if (folder / "train" / META_FILE).is_file():
+        folder = folder / "train"
+    elif not (folder / META_FILE).is_file():
+        if any((folder / name).is_file() for name in (TABLE_FILE, "vocab.json", "vocab.bpe")):
+            raise ValueError(
+                f"--tokenizer {folder} holds a tokenizer of another maker: run `gpt2 import "
+                f"{folder} --out MODEL` and give MODEL"
+            )
+        from app.training.saving.checkpoint import resolve_checkpoint
+
+        folder = resolve_checkpoint(folder)
+    tokenizer = load_tokenizer(folder)
+    return TokenizerSpec(tokenizer.kind, args.vocab_size, args.vocab_files, tokenizer)

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.trained import (
+    Device,
     Trained,
-    check_new_folder,
+    TrainedName,
     load_trained,
     own_data,
     own_run_file,
-    tell,
 )
+from app.common.files import check_new
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from app.data.tokenizers import Tokenizer
+    from app.evaluation.compare_models import Quality
     from app.models.transformer import GPT2Model
     from app.quantization.codes import Codes, Scheme
-    from app.quantization.compare import Quality
     from app.quantization.model import QuantizedModel
 
 SUMMARY = "store a model's matrices in 16, 8 or 4 bits: smaller, and faster to decode"
@@ -45,17 +43,13 @@ _GROUP = 32
 # 校准、量代价、比较各取多少个窗口。
 _CALIBRATION, _SENSITIVITY, _COMPARED, _RANDOM = 64, 8, 64, 8
 _ROUNDS = 5
-_LINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Args:
     """量化一个模型。"""
 
-    model: Annotated[
-        tyro.conf.Positional[str],
-        Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
-    ]
+    model: TrainedName
     to: Annotated[
         Kind,
         Doc(
@@ -85,9 +79,7 @@ class Args:
         Doc("bits of the embedding and the head; None = 8 (16 with fp16); 4 costs quality"),
     ] = None
     allow_slower: Annotated[bool, Doc("write the model even if it decodes more slowly")] = False
-    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")] = (
-        "cpu"
-    )
+    device: Device = "cpu"
 
 
 def run(args: Args) -> int:
@@ -98,7 +90,7 @@ def run(args: Args) -> int:
     """
     from app.quantization.model import QuantizedModel
 
-    check_new_folder(args.out)
+    check_new(args.out)
     low, head = _schemes(args)
     trained = load_trained(args.model, args.device)
     model = trained.model
@@ -159,7 +151,7 @@ def _schemes(args: Args) -> tuple[Scheme, Scheme]:
 def _texts(args: Args, trained: Trained) -> _Texts:
     """数据是给的，或那次训练自己的；都没有而又用不着时，在随机的词元上比较。"""
     from app.evaluation.perplexity import open_dataset
-    from app.quantization.windows import random_windows, sample_windows, window_length
+    from app.evaluation.sampled_windows import random_windows, sample_windows, window_length
 
     config, tokenizer = trained.model.config, trained.tokenizer
     length = window_length(config.context_size)
@@ -194,6 +186,7 @@ def _choose(
     args: Args, model: GPT2Model, low: Scheme, head: Scheme, texts: _Texts
 ) -> dict[str, Scheme]:
     """每个矩阵的存法；有预算时按量出的代价分。"""
+    from app.common.progress import count_tokens
     from app.models.transformer import GPT2Model
     from app.models.transformer.weights.own_folder import expected_shapes
     from app.quantization.codes import Scheme
@@ -213,7 +206,8 @@ def _choose(
     fit_budget(every, chosen, high, dict.fromkeys(layers, 0.0), args.budget)
     assert texts.calibration is not None
     ids = texts.calibration[:_SENSITIVITY, :-1]
-    cost = sensitivities(model, layers, ids, _counter("sensitivity, matrix", len(layers)))
+    with count_tokens("sensitivity", len(layers) * ids.numel()) as advance:
+        cost = sensitivities(model, layers, ids, advance)
     fitted = fit_budget(every, chosen, high, cost, args.budget)
     kept = [name for name in layers if fitted[name].bits == 8]
     worst = sorted(kept, key=cost.__getitem__, reverse=True)[:3]
@@ -234,13 +228,15 @@ def _rounded(model: GPT2Model, schemes: dict[str, Scheme]) -> QuantizedModel:
 def _calibrated(
     args: Args, model: GPT2Model, schemes: dict[str, Scheme], texts: _Texts
 ) -> QuantizedModel:
+    from app.common.progress import count_tokens
     from app.quantization.calibrate import Calibrator
     from app.quantization.model import QuantizedModel
 
     assert texts.calibration is not None
     work = Calibrator(model, schemes)
     ids = texts.calibration[:, :-1]
-    codes = work.run(ids, _counter("gptq, layer", model.config.n_layer))
+    with count_tokens("gptq", model.config.n_layer * ids.numel()) as advance:
+        codes = work.run(ids, advance)
     print(f"gptq     calibrated on {ids.numel():,} tokens in {ids.shape[0]} windows")
     for why, count in work.rounded.items():
         print(f"note     {count} matrices rounded to nearest: {why}")
@@ -250,7 +246,7 @@ def _calibrated(
 def _show_speed(before: GPT2Model, after: QuantizedModel) -> bool:
     import torch
 
-    from app.quantization.compare import decode_speed
+    from app.generation.speed import decode_speed
     from app.quantization.kernels import Case, explain_kernels
 
     for line in explain_kernels(Case.of(codes) for codes in _flat(after)):
@@ -273,7 +269,7 @@ def _flat(model: QuantizedModel) -> list[Codes]:
 
 
 def _show_quality(args: Args, before: GPT2Model, after: QuantizedModel, texts: _Texts) -> None:
-    from app.quantization.compare import compare_quality
+    from app.evaluation.compare_models import compare_quality
 
     full = 4 * before.num_parameters()
     print(
@@ -303,8 +299,8 @@ def _head_cost(before: GPT2Model, after: QuantizedModel, texts: _Texts) -> float
     """只有词表的矩阵用它的码时的 KL。"""
     import torch
 
+    from app.evaluation.compare_models import compare_quality
     from app.models.transformer import GPT2Model
-    from app.quantization.compare import compare_quality
     from app.quantization.model import VOCABULARY
 
     state, codes = before.state_dict(), after.codes
@@ -319,7 +315,7 @@ def _write(out: Path, model: QuantizedModel, tokenizer: Tokenizer) -> None:
     """写完读回来，码要逐位相同。"""
     import torch
 
-    from app.interop.hf import write_folder
+    from app.common.files import write_folder
     from app.models.transformer import GPT2Model
 
     def fill(new: Path) -> None:
@@ -332,17 +328,3 @@ def _write(out: Path, model: QuantizedModel, tokenizer: Tokenizer) -> None:
 
     write_folder(out, fill)
     print(f"written  {out}")
-
-
-def _counter(label: str, total: int) -> Callable[[int], None]:
-    """至多每十秒一行，在标准错误。"""
-    done, last = 0, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        if time.monotonic() - last >= _LINE_SECONDS:
-            last = time.monotonic()
-            tell(f"{label} {done} of {total}")
-
-    return advance

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.command_line import Usage, parse_options
 from app.cli.shared.trained import load_trained, pick_device
+from app.common.tell import to_stderr
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.fields import nearest
 
@@ -119,13 +121,8 @@ def parse(argv: Sequence[str]) -> Args:
     if kind not in KINDS:
         raise ValueError(f"gpt2 show cannot draw {kind!r}{nearest(kind, KINDS)}")
     examples = "\n".join(line for line in EXAMPLES.splitlines() if f"show {kind}" in line)
-    return tyro.cli(
-        _KINDS[kind],
-        prog=f"gpt2 show {kind}",
-        args=rest,
-        description=f"Draw {KINDS[kind]}.\n\nexamples:\n{examples}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    usage = Usage(f"show {kind}", f"Draw {KINDS[kind]}.", examples)
+    return parse_options(_KINDS[kind], rest, usage)
 
 
 def run(args: Args) -> None:
@@ -157,7 +154,7 @@ def _show_patterns(args: PatternArgs) -> None:
     from app.models.transformer.visibility.pattern_fit import blind_query
     from app.models.transformer.visibility.pattern_text import parse as parse_pattern
     from app.viz.pattern import MOST_PATTERNS, describe_coverage, pattern_figure
-    from app.viz.picture import check_out, write_picture
+    from app.viz.picture import check_picture, write_picture
 
     _between("tokens", args.tokens, 1, _MOST_TOKENS)
     if not 1 <= len(args.patterns) <= MOST_PATTERNS:
@@ -173,7 +170,7 @@ def _show_patterns(args: PatternArgs) -> None:
                 f"the query at position {blind} sees no key under {pattern}: "
                 "add '| local(1)', with which each sees itself"
             )
-    check_out(args.out)
+    check_picture(args.out)
 
     from app.models.transformer.visibility.coverage import as_text, coverage
 
@@ -181,7 +178,7 @@ def _show_patterns(args: PatternArgs) -> None:
         print(f"{pattern}, {args.tokens} tokens: ", end="")
         print(describe_coverage(coverage(pattern, args.tokens)))
         if args.tokens <= pattern.solid and str(pattern) != "causal":
-            _tell(f"note: {pattern} equals causal up to {pattern.solid} tokens: raise --tokens")
+            to_stderr(f"note: {pattern} equals causal up to {pattern.solid} tokens: raise --tokens")
         if args.tokens <= _TEXT_TOKENS:
             print(as_text(pattern, args.tokens))
     write_picture(pattern_figure(patterns, args.tokens), args.out)
@@ -189,7 +186,7 @@ def _show_patterns(args: PatternArgs) -> None:
 
 
 def _show_attention(args: AttentionArgs) -> None:
-    from app.viz.picture import check_out
+    from app.viz.picture import check_picture
 
     _check_text(args)
     if args.run is not None and args.model != _DEMO:
@@ -197,7 +194,7 @@ def _show_attention(args: AttentionArgs) -> None:
             f"run={args.run} brings its own model, but --model options were given too: "
             "leave one of them out"
         )
-    check_out(args.out)
+    check_picture(args.out)
     model, tokenizer = (
         _random(args) if args.run is None else load_trained(args.run, args.device)[:2]
     )
@@ -205,7 +202,7 @@ def _show_attention(args: AttentionArgs) -> None:
     heads = _chosen("head", args.head, model.config.n_head)
     if not args.head and len(layers) * (2 + len(heads)) > _FEW_PANELS:
         heads = ()
-        _tell(f"note: the mean of {model.config.n_head} heads; --head draws single ones")
+        to_stderr(f"note: the mean of {model.config.n_head} heads; --head draws single ones")
     _draw(args, model, tokenizer, layers, heads)
 
 
@@ -228,7 +225,7 @@ def _random(args: AttentionArgs) -> tuple[GPT2Model, Tokenizer]:
             f"ids of single bytes: use --model.vocab-size {tokenizer.vocab_size} or more"
         )
     torch.manual_seed(args.seed)
-    _tell("note: no --run given: random weights, untrained; only the pattern means anything")
+    to_stderr("note: no --run given: random weights, untrained; only the pattern means anything")
     return GPT2Model(args.model).eval().to(pick_device(args.device)), tokenizer
 
 
@@ -268,18 +265,18 @@ def _ids(args: AttentionArgs | RoutingArgs, model: GPT2Model, tokenizer: Tokeniz
     limit = min(args.tokens, model.config.context_size)
     if len(ids) > limit:
         reason = f"--tokens {limit}" if limit == args.tokens else f"context_size={limit}"
-        _tell(f"note: the first {limit} of {len(ids)} tokens are drawn ({reason})")
+        to_stderr(f"note: the first {limit} of {len(ids)} tokens are drawn ({reason})")
     return ids[:limit]
 
 
 def _show_routing(args: RoutingArgs) -> None:
     import torch
 
-    from app.viz.picture import check_out, token_label, write_picture
+    from app.viz.picture import check_picture, token_label, write_picture
     from app.viz.routing import routing_figure
 
     _check_text(args)
-    check_out(args.out)
+    check_picture(args.out)
     model, tokenizer, _ = load_trained(args.run, args.device)
     config = model.config
     layers = _moe_layers(args, config)
@@ -355,7 +352,3 @@ def _chosen(name: str, asked: tuple[int, ...], count: int) -> tuple[int, ...]:
 def _between(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name}={value} must be from {low} to {high}")
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
@@ -13,11 +12,10 @@ from typing import Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.compare import show
-from app.cli.shared.runfile import config_name, fit_vocabulary, load_config, names_vocabulary
-from app.cli.train import Args as TrainArgs
-from app.cli.train import show_plan
-from app.training.config import TrainConfig
+from app.cli.shared.command_line import Usage
+from app.cli.shared.comparison import show_comparison
+from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
+from app.cli.shared.tables import print_table
 
 SUMMARY = "Train the same data and seeds with one switch changed, then compare."
 EXAMPLES = """\
@@ -31,7 +29,7 @@ _PAGE = "compare.html"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(TrainArgs):
+class Args(RunArgs):
     """训练的全部设置是共同的底子，外加换什么、用哪些种子。"""
 
     vary: Annotated[
@@ -46,20 +44,8 @@ def parse(argv: Sequence[str]) -> Args:
     Raises:
         ValueError: 文件找不到或读不懂。
     """
-    name = config_name(argv)
-    base, named = (TrainConfig(), False) if name is None else load_config(name)
-    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(TrainConfig)}
-    args = tyro.cli(
-        Args,
-        prog="gpt2 sweep",
-        args=list(argv),
-        default=Args(config=name, **values | {"out": "runs/sweep"}),
-        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
-    if named or names_vocabulary(argv):
-        return args
-    return dataclasses.replace(args, model=fit_vocabulary(args.train_config()).model)
+    args = parse_run(Args, argv, Usage("sweep", SUMMARY, EXAMPLES), out="runs/sweep")
+    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
 
 
 def run(args: Args) -> int:
@@ -72,14 +58,15 @@ def run(args: Args) -> int:
     from app.training.report.compare_runs import check_same_data, compare_page, group_runs, load_run
     from app.training.sweep import expand, parse_switch, run_sweep
 
-    seeds = args.seeds or (args.seed,)
-    if args.resume != "none":
-        raise ValueError(f"resume={args.resume}: a sweep resumes by itself, leave --resume out")
+    base = args.train
+    seeds = args.seeds or (base.seed,)
+    if base.resume != "none":
+        raise ValueError(f"resume={base.resume}: a sweep resumes by itself, leave --resume out")
     if not args.vary and len(seeds) < 2:
         raise ValueError("nothing varies: give --vary name=value,value or several --seeds")
-    configs = expand(args.train_config(), [parse_switch(text) for text in args.vary], seeds)
-    print(f"{len(configs)} runs in {args.out}", flush=True)
-    outcome = run_sweep(configs, show_plan, lambda text: print(text, flush=True))
+    configs = expand(base, [parse_switch(text) for text in args.vary], seeds)
+    print(f"{len(configs)} runs in {base.out}", flush=True)
+    outcome = run_sweep(configs, print_table, lambda text: print(text, flush=True))
     if outcome.stopped:
         print(f"stopped by {outcome.stopped}; the same command goes on")
         return 0
@@ -91,9 +78,9 @@ def run(args: Args) -> int:
     notes = [f"not finished: {folder}: {reason}" for folder, reason in outcome.failed]
     check_same_data(runs, notes.append)
     groups = group_runs(runs)
-    path = Path(args.out) / _PAGE
+    path = Path(base.out) / _PAGE
     write_atomic(path, compare_page(groups, notes))
-    show(groups, notes)
+    show_comparison(groups, notes)
     print(f"drawn in {path}\nagain, or with others:\n  gpt2 compare {_quoted(outcome.done)}")
     return 0
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from app.cli.shared.runfile import (
-    RunArgs,
-    config_name,
-    fit_vocabulary,
-    load_config,
-    names_vocabulary,
-)
-from app.training.config import TrainConfig
+from app.cli.shared.command_line import Usage
+from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
+from app.cli.shared.tables import print_table
 
 if TYPE_CHECKING:
-    from app.training.run import Plan, Result
+    from app.training.run import Result
 
 SUMMARY = "Train a model; Ctrl-C saves, --resume auto goes on exactly where it stopped."
 EXAMPLES = """\
@@ -32,28 +26,13 @@ Args = RunArgs
 
 
 def parse(argv: Sequence[str]) -> Args:
-    """先读 --config 的文件作默认值，再让 tyro 解析其余。
+    """没有写明词表大小时，取数据集的。
 
     Raises:
         ValueError: 文件找不到或读不懂。
     """
-    import tyro
-
-    name = config_name(argv)
-    base, named = (TrainConfig(), False) if name is None else load_config(name)
-    default = Args(config=name, **{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
-    args = tyro.cli(
-        Args,
-        prog="gpt2 train",
-        args=list(argv),
-        default=default,
-        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
-    if named or names_vocabulary(argv):
-        return args
-    fitted = fit_vocabulary(args.train_config())
-    return dataclasses.replace(args, model=fitted.model)
+    args = parse_run(Args, argv, Usage("train", SUMMARY, EXAMPLES))
+    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
 
 
 def run(args: Args) -> int:
@@ -62,24 +41,16 @@ def run(args: Args) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from app.training.run import train
 
-    preset = None if args.config is None else load_config(args.config)[0]
-    result = train(args.train_config(), show_plan, preset=preset)
+    preset = None if args.file is None else args.file.config
+    result = train(args.train, print_table, preset=preset)
     for line in summary(result):
         print(line)
     return 0
 
 
-def show_plan(plan: Plan) -> None:
-    first = max(len(name) for name, _, _ in plan)
-    second = max(len(value) for _, value, _ in plan)
-    for name, value, why in plan:
-        print(f"  {name:<{first}}  {value:<{second}}  {why}")
-    print(flush=True)
-
-
 def summary(result: Result) -> list[str]:
     """结尾的话：停在哪里、最好的结果、各文件、可以照抄的下一条命令。"""
-    from app.training.report.progress import duration
+    from app.common.units import duration
 
     run_folder = result.checkpoint.parent
     lines = []

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import check_new_folder, load_trained, own_run_file, tell, write_model
+from app.cli.shared.trained import load_trained, own_run_file, write_trained
+from app.common.files import check_new
+from app.common.tell import to_stderr
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
 
@@ -61,12 +63,14 @@ def run(args: Args) -> int:
     from app.models.transformer.experts.upcycle import upcycle
     from app.quantization.model import check_float
 
-    check_new_folder(args.out)
+    check_new(args.out)
     dense, tokenizer, folder = load_trained(args.model, "cpu")
     check_float(dense, "upcycling")
     config = _target(args, dense.config)
     state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
-    write_model(config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)})
+    write_trained(
+        config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)}
+    )
     return _report(args, folder, dense, GPT2Model.from_pretrained(args.out))
 
 
@@ -119,7 +123,9 @@ def _report(args: Args, folder: Path, dense: GPT2Model, grown: GPT2Model) -> int
     else:
         print("  without noise all experts are equal: only the tokens they get tell them apart")
     if not args.noise and not same(found):
-        tell("error: without noise both must compute the same: do not train on from this model")
+        to_stderr(
+            "error: without noise both must compute the same: do not train on from this model"
+        )
         return 1
     print(f"train on with:\n  gpt2 train --config {args.out / TRAIN_FILE} --out runs/NAME")
     return 0

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from typing_extensions import Doc
 
+from app.cli.shared.command_line import Usage, parse_options
 from app.cli.shared.runfile import config_name, load_model_config
 from app.models.transformer.config import GPT2Config
 
@@ -40,18 +41,9 @@ def parse(argv: Sequence[str]) -> Args:
     Raises:
         ValueError: 文件找不到或读不懂。
     """
-    import tyro
-
     name = config_name(argv)
-    default = Args() if name is None else Args(name, load_model_config(name)[0].model)
-    return tyro.cli(
-        Args,
-        prog="gpt2 verify",
-        args=list(argv),
-        default=default,
-        description=f"{SUMMARY}\n\nexamples:\n{EXAMPLES}",
-        config=(tyro.conf.HelptextFromCommentsOff,),
-    )
+    default = None if name is None else Args(name, load_model_config(name).config.model)
+    return parse_options(Args, argv, Usage("verify", SUMMARY, EXAMPLES), default)
 
 
 def run(args: Args) -> int:
@@ -63,4 +55,4 @@ def run(args: Args) -> int:
         return 0 if verify_kernels(print, pick_device(args.device).type) else 1
     from app.verification.verify import verify_config
 
-    return 0 if verify_config(args.model) else 1
+    return 0 if verify_config(args.model, "english") else 1

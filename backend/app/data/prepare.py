@@ -7,8 +7,6 @@ CHECKPOINT_CHARS 个字符，先把写着的文件同步，再原子地换掉日
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,26 +15,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from app.common.files import write_atomic
-from app.data import progress, split
+import numpy as np
+
+from app.common.progress import count_bytes
+from app.data import split, stock
+from app.data.journal import (
+    JOURNAL_FILE,
+    SCHEMA_VERSION,
+    check_folder,
+    locked,
+    read_journal,
+    save_journal,
+)
+from app.data.reading.sources import Sources
 from app.data.shards import META_FILE, TokenDataset, token_dtype
-from app.data.sources import Sources
 from app.data.split import Census, Plan, Unit
 from app.data.tokenizers import META_FILE as TOKENIZER_META_FILE
 from app.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
-    Kind,
     Tokenizer,
+    chars_tokenizer,
     gpt2_tokenizer,
     load_tokenizer,
     train_bpe,
 )
 from app.data.writer import INDEX_PART, NEW, ShardWriter
 
-SCHEMA_VERSION = 1
-JOURNAL_FILE = "prepare.json"
-LOCK_FILE = "prepare.lock"
 SHARD_TOKENS = 1 << 26
 DEFAULT_BPE_SIZE = 4096
 CHECKPOINT_CHARS = 1 << 25
@@ -44,21 +49,30 @@ CHECKPOINT_CHARS = 1 << 25
 BPE_SAMPLE_CHARS = 1 << 25
 _BATCH_CHARS = 1 << 21
 _ESTIMATE_CHARS = 1 << 20
-_OUR_FILES = re.compile(
-    r"(tokens-\d{5}\.bin|index\.npy|meta\.json|tokenizer\.json|tokenizer_meta\.json)(\.tmp)?"
-    r"|index\.tmp"
-)
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """要哪一种分词器；vocab_size 只用于 "bpe"（None = 4096），vocab_files 只用于 "gpt2"。"""
+    """要哪一种分词器；vocab_size 只用于 "bpe"（None = 4096），vocab_files 只用于 "gpt2"。
 
-    kind: Kind
+    given 是现成的分词器，kind 就是它的。
+    """
+
+    kind: str
     vocab_size: int | None = None
     vocab_files: Path | None = None
+    given: Tokenizer | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerSpec:
+        return cls(tokenizer.kind, given=tokenizer)
 
     def __post_init__(self) -> None:
+        if self.given is not None and (self.vocab_size or self.vocab_files):
+            raise ValueError(
+                f"vocab_size={self.vocab_size} and vocab_files={self.vocab_files} are for a new "
+                f"tokenizer, but one of {self.given.vocab_size} ids is given: leave them out"
+            )
         if self.vocab_files is not None and self.kind != "gpt2":
             raise ValueError(
                 f"vocab_files={self.vocab_files} belongs to the gpt2 tokenizer, but the tokenizer "
@@ -75,7 +89,17 @@ class TokenizerSpec:
     def bpe_size(self) -> int:
         return DEFAULT_BPE_SIZE if self.vocab_size is None else self.vocab_size
 
+    def ready(self) -> Tokenizer | None:
+        """不必先读文本的分词器；None：要在文本上造。"""
+        if self.given is not None:
+            return self.given
+        if self.kind == "bytes":
+            return ByteTokenizer()
+        return gpt2_tokenizer(self.vocab_files) if self.kind == "gpt2" else None
+
     def identity(self) -> dict[str, Any]:
+        if self.given is not None:
+            return {"tokenizer": self.kind, "fingerprint": self.given.fingerprint()}
         if self.kind == "bpe":
             return {"tokenizer": self.kind, "vocab_size": self.bpe_size}
         return {"tokenizer": self.kind}
@@ -102,38 +126,37 @@ def prepare(
     out: Path,
     spec: TokenizerSpec,
     *,
+    val: Sources | None = None,
     val_fraction: float = 0.1,
     shard_tokens: int = SHARD_TOKENS,
     say: Callable[[str], None] = print,
 ) -> Summary:
     """编码 sources，写进 out；同一条命令再来一次：接着做，或说明已经做完。
 
+    val 给出时它就是验证集，sources 全部用于训练。
+
     Raises:
         ValueError: 输入不是文本、out 里有别的东西、out 属于另一条命令、磁盘放不下。
     """
-    from filelock import FileLock, Timeout
-
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
-    _check_folder(out)
-    say(f"reading {sources.description}")
-    plan = split.survey(sources, val_fraction, alphabet=spec.kind == "chars")
-    _tell(plan, say)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / LOCK_FILE, timeout=0):
-            _check_folder(out)
-            command = {
-                **spec.identity(),
-                "val_fraction": val_fraction,
-                "shard_tokens": shard_tokens,
-                "content": plan.content,
-            }
-            return _Job(sources, out, spec, plan, command, say).run()
-    except Timeout:
-        raise ValueError(
-            f"{out}: another `gpt2 prepare` is writing there: wait for it, or choose another --out"
-        ) from None
+    check_folder(out)
+    stock.take_stock(sources, val, say)
+    special = getattr(spec.given, "special_tokens", {})
+    plan = split.survey(sources, val_fraction, spec.kind == "chars", val, special)
+    stock.tell(plan, sources.reading, say)
+    stock.check_separator(sources, val)
+    if isinstance(spec.given, CharTokenizer):
+        stock.check_characters(spec.given, sources, plan)
+    with locked(out):
+        share = {"val_documents": plan.val_documents} if val else {"val_fraction": val_fraction}
+        command = {
+            **spec.identity(),
+            **share,
+            "shard_tokens": shard_tokens,
+            "content": plan.content,
+        }
+        return _Job(sources, out, spec, plan, command, say).run()
 
 
 class _Job:
@@ -166,29 +189,26 @@ class _Job:
     def run(self) -> Summary:
         path = self.out / JOURNAL_FILE
         if path.exists():
-            self.journal = _read_journal(path, self.journal)
+            self.journal = read_journal(path, self.journal)
         if self.journal["finished"]:
             self.say(f"{self.out} is already prepared from these sources: nothing to do")
             return self._summary(fresh=False)
         # 分词器和磁盘都成了才落笔：失败的尝试不占住文件夹
         tokenizer = self._tokenizer()
         self._check_disk(tokenizer)
-        self._save()
+        save_journal(self.out, self.journal)
         tokenizer.save(self.out / "train")
         self._encode(tokenizer)
         self.journal["finished"] = True
-        self._save()
+        save_journal(self.out, self.journal)
         return self._summary(fresh=True)
-
-    def _save(self) -> None:
-        data = json.dumps(self.journal, indent=2) + "\n"
-        write_atomic(self.out / JOURNAL_FILE, data.encode("ascii"))
 
     def _tokenizer(self) -> Tokenizer:
         """重来时须与上次的相同；现场训练的从文件夹里读回，省去再训练。"""
         known = self.journal["tokenizer"]
         folder = self.out / "train"
-        if known and self.spec.kind == "bpe" and (folder / TOKENIZER_META_FILE).exists():
+        trained = self.spec.kind == "bpe" and self.spec.given is None
+        if known and trained and (folder / TOKENIZER_META_FILE).exists():
             tokenizer = load_tokenizer(folder)
         else:
             tokenizer = self._build()
@@ -202,12 +222,10 @@ class _Job:
         return tokenizer
 
     def _build(self) -> Tokenizer:
-        if self.spec.kind == "bytes":
-            return ByteTokenizer()
+        if (ready := self.spec.ready()) is not None:
+            return ready
         if self.spec.kind == "chars":
-            return CharTokenizer(self.plan.alphabet)
-        if self.spec.kind == "gpt2":
-            return gpt2_tokenizer(self.spec.vocab_files)
+            return chars_tokenizer(self.plan.alphabet)
         self.say(f"training a BPE vocabulary of {self.spec.bpe_size}")
         tokenizer = train_bpe(self._sample(), self.spec.bpe_size)
         if tokenizer.vocab_size < self.spec.bpe_size:
@@ -276,10 +294,9 @@ class _Job:
         done, census, pending = self.journal["units"], Census(), 0
         stream = split.units(self.sources, self.plan, census)
         skipped = sum(unit.n_bytes for unit in islice(stream, done))
-        with progress.track("tokenizing", self.plan.content["bytes"], skipped) as advance:
+        with count_bytes("tokenizing", self.plan.content["bytes"], skipped) as advance:
             for batch in _batches(stream):
-                arrays = tokenizer.encode_batch([unit.text for unit in batch])
-                for unit, tokens in zip(batch, arrays, strict=True):
+                for unit, tokens in zip(batch, _tokens(tokenizer, batch), strict=True):
                     writers[unit.side].add(tokens, unit.n_bytes, unit.end)
                     advance(unit.n_bytes)
                     pending += len(unit.text)
@@ -297,7 +314,7 @@ class _Job:
     def _checkpoint(self, units: int, writers: dict[str, ShardWriter]) -> None:
         self.journal["sides"] = {side: w.checkpoint() for side, w in writers.items()}
         self.journal["units"] = units
-        self._save()
+        save_journal(self.out, self.journal)
 
     def _sweep(self) -> None:
         for side in self.plan.sides:
@@ -328,66 +345,9 @@ def _batches(stream: Iterator[Unit]) -> Iterator[list[Unit]]:
         yield batch
 
 
-def _tell(plan: Plan, say: Callable[[str], None]) -> None:
-    for name in sorted(plan.skipped)[:5]:
-        say(f"skipped {plan.skipped[name]}")
-    if plan.skipped:
-        say(f"skipped {len(plan.skipped)} files that are not UTF-8 text")
-    if plan.empty:
-        say(f"left out {plan.empty} empty documents")
-    if plan.split == "tail":
-        say(
-            f"the documents are too few or too uneven to hold out {plan.val_fraction:.0%} of them: "
-            f"the last {plan.val_fraction:.0%} of the text is the validation set"
-        )
-
-
-def _check_folder(out: Path) -> None:
-    """别人的文件一个也不碰。"""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
-    ours = {JOURNAL_FILE, JOURNAL_FILE + ".tmp", LOCK_FILE}
-    if (out / JOURNAL_FILE).exists():
-        ours |= {"train", "val"}
-    foreign = [p for p in out.iterdir() if p.name not in ours]
-    for side in ("train", "val"):
-        if side in ours and (out / side).is_dir():
-            foreign += [p for p in (out / side).iterdir() if not _OUR_FILES.fullmatch(p.name)]
-    if foreign:
-        raise ValueError(
-            f"{out} holds {min(foreign)}, which `gpt2 prepare` did not write: choose another --out"
-        )
-
-
-def _read_journal(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """读回日志；命令或内容不同就点名拒绝。"""
-    try:
-        journal = json.loads(path.read_bytes())
-        version, command = journal["schema_version"], journal["command"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not readable ({error}): choose another --out") from None
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path}: schema_version={version!r} but this version writes {SCHEMA_VERSION}: "
-            "choose another --out"
-        )
-    before, now = _flat(command), _flat(fresh["command"])
-    differences = [
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path.parent} belongs to another `gpt2 prepare` ({'; '.join(differences)}): "
-            "repeat that command, or choose another --out"
-        )
-    return journal
-
-
-def _flat(command: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in command.items() if k != "content"} | {
-        f"content.{k}": v for k, v in command.get("content", {}).items()
-    }
+def _tokens(tokenizer: Tokenizer, batch: list[Unit]) -> list[np.ndarray]:
+    """每小段的词元；文档开头的另有 document_start。"""
+    fresh = iter(tokenizer.encode_batch([u.text for u in batch if u.begin]))
+    rest = iter(tokenizer.encode_continued([u.text for u in batch if not u.begin]))
+    start = np.array(tokenizer.document_start, dtype=np.uint32)
+    return [np.concatenate([start, next(fresh)]) if u.begin else next(rest) for u in batch]

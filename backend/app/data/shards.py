@@ -5,7 +5,7 @@
     meta.json            计数、每个文件的字节数与 sha256、来源；最后写，它在就说明完整
     tokenizer.json …     写下它的分词器
 
-每篇文档以分隔符结尾。形状：length 是请求的词元数。
+每篇文档以分隔符结尾，没有分隔符的分词器除外。形状：length 是请求的词元数。
 """
 
 from __future__ import annotations

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-from app.data.sources import Document, NotTextError, Sources
+from app.data.reading.plain_text import NotTextError
+from app.data.reading.sources import Document, Sources
 
 Side = Literal["train", "val"]
 # 日志以小段计数：改这个数，须同时升 prepare.py 的 SCHEMA_VERSION。
@@ -20,6 +23,9 @@ UNIT_CHARS = 1 << 18
 _KEY_CHARS = 1 << 16
 _SAFE_CUT = re.compile(r"\S(?=[ \n])")
 _CUT_WINDOW = 4096
+# 别的工具写作特殊词元的样子；在文本里只是普通文字，所以要说一声。
+_MARKER = r"<\|\w{1,40}\|>"
+_MARKER_CHARS = 64
 
 
 class Census:
@@ -27,6 +33,7 @@ class Census:
 
     def __init__(self) -> None:
         self.documents = self.characters = self.bytes = self.empty = 0
+        self.last = b""
         self._digest = hashlib.sha256()
 
     def watch(self, document: Document) -> Iterator[str]:
@@ -41,7 +48,8 @@ class Census:
         if not characters:
             self.empty += 1
             return
-        self._digest.update(digest.digest())
+        self.last = digest.digest()
+        self._digest.update(self.last)
         self.documents += 1
         self.characters += characters
         self.bytes += n_bytes
@@ -57,14 +65,24 @@ class Census:
 
 @dataclass(frozen=True)
 class Plan:
-    """数完之后定下的事；alphabet 只在要求时收集。"""
+    """数完之后定下的事；alphabet 只在要求时收集。
+
+    held 是用户自己给的验证文本（split="given"），val_documents 是其中的篇数；shared 是两边
+    都有的文档的名字，markers 是文本里见到的特殊词元的写法与次数，raw 是看来像 jsonl、却被
+    当作纯文本的文件。
+    """
 
     content: dict[str, Any]
-    split: Literal["none", "hash", "tail"]
+    split: Literal["none", "hash", "tail", "given"]
     val_fraction: float
-    skipped: dict[str, str]
+    skipped: dict[str, NotTextError]
     empty: int
     alphabet: frozenset[str]
+    markers: Counter[str]
+    held: Sources | None
+    val_documents: int
+    shared: list[str]
+    raw: list[str]
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -77,19 +95,26 @@ class Plan:
 
 
 class Unit(NamedTuple):
-    """一小段文本；end：文档在这里结束。各段单独编码再相接，等于整篇编码。"""
+    """一小段文本；begin、end：文档在这里开始、结束。各段单独编码再相接，等于整篇编码。"""
 
     side: Side
     text: str
     end: bool
+    begin: bool = True
 
     @property
     def n_bytes(self) -> int:
         return len(self.text.encode("utf-8"))
 
 
-def survey(sources: Sources, val_fraction: float, alphabet: bool) -> Plan:
-    """读一遍全部来源。
+def survey(
+    sources: Sources,
+    val_fraction: float,
+    alphabet: bool,
+    val: Sources | None = None,
+    markers: Collection[str] = (),
+) -> Plan:
+    """读一遍全部来源；val 给出时它就是验证集，val_fraction 不用。markers 是另外要数的文字。
 
     Raises:
         ValueError: 没有文本；直接点名的文件不是文本；文本短得分不出验证集。
@@ -97,31 +122,49 @@ def survey(sources: Sources, val_fraction: float, alphabet: bool) -> Plan:
     if not 0.0 <= val_fraction < 1.0:
         raise ValueError(f"val_fraction={val_fraction} must be in [0, 1)")
     census, skipped, seen = Census(), {}, set[str]()
-    val_characters = 0
-    for document in sources.documents():
+    counter, held, shared, raw = _Markers(markers), set[bytes](), [], []
+    val_characters = val_documents = 0
+    for document, side in _labelled(sources, val):
         before, key, found = census.characters, None, set[str]()
         try:
             for piece in census.watch(document):
-                key = _key(piece) if key is None else key
+                if key is None:
+                    key = _key(piece)
+                    if document.plain and _is_record(piece):
+                        raw.append(document.name)
+                counter.feed(piece, document)
                 if alphabet:
                     found.update(piece)
         except NotTextError as error:
             if document.direct:
                 raise
-            skipped[document.name] = str(error)
+            skipped[document.name] = error
             continue
         seen |= found
+        if side == "val" and key is not None:
+            held.add(census.last)
+            val_documents += 1
+        elif side == "train" and key is not None and census.last in held:
+            shared.append(document.name)
         if key is not None and key < val_fraction:
             val_characters += census.characters - before
     if not census.characters:
-        raise ValueError(f"{sources.description}: no text there, nothing to prepare")
+        raise ValueError(_nothing(sources, skipped))
+    for given, n in ((val, val_documents), (sources, census.documents - val_documents)):
+        if given is not None and n == 0:
+            raise ValueError(_nothing(given, skipped))
     plan = Plan(
-        census.content(),
-        _choose(val_fraction, val_characters / census.characters),
-        val_fraction,
-        skipped,
-        census.empty,
-        frozenset(seen),
+        content=census.content(),
+        split="given" if val else _choose(val_fraction, val_characters / census.characters),
+        val_fraction=val_fraction,
+        skipped=skipped,
+        empty=census.empty,
+        alphabet=frozenset(seen),
+        markers=counter.found,
+        held=val,
+        val_documents=val_documents,
+        shared=shared,
+        raw=raw,
     )
     if plan.split == "tail" and not 0 < plan.train_characters < census.characters:
         raise ValueError(
@@ -129,6 +172,49 @@ def survey(sources: Sources, val_fraction: float, alphabet: bool) -> Plan:
             f"val_fraction={val_fraction}: use more text or --val-fraction 0"
         )
     return plan
+
+
+def _is_record(text: str) -> bool:
+    """第一行是一个 JSON 对象。"""
+    line = text.split("\n", 1)[0]
+    if not line.startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _nothing(sources: Sources, skipped: dict[str, NotTextError]) -> str:
+    reason = f" ({len(skipped)} files are not UTF-8 text)" if skipped else ""
+    return f"{sources.description}: no text there{reason}, nothing to prepare"
+
+
+def _labelled(sources: Sources, val: Sources | None) -> Iterator[tuple[Document, Side | None]]:
+    """用户自己给的验证文本在前：先知道它有哪些文档，才认得出训练文本里的同一篇。"""
+    if val is None:
+        yield from ((document, None) for document in sources.documents())
+        return
+    yield from ((document, "val") for document in val.documents())
+    yield from ((document, "train") for document in sources.documents())
+
+
+class _Markers:
+    """数文本里的特殊写法；跨两段的也算。"""
+
+    def __init__(self, texts: Collection[str]) -> None:
+        parts = [_MARKER, *map(re.escape, sorted(texts, key=len, reverse=True))]
+        self._pattern = re.compile("|".join(parts))
+        self.found: Counter[str] = Counter()
+        self._tail, self._document = "", cast("Document | None", None)
+
+    def feed(self, piece: str, document: Document) -> None:
+        tail = self._tail if document is self._document else ""
+        text = tail + piece
+        self.found.update(
+            match[0] for match in self._pattern.finditer(text) if match.end() > len(tail)
+        )
+        self._tail, self._document = text[-_MARKER_CHARS:], document
 
 
 def _choose(wanted: float, share: float) -> Literal["none", "hash", "tail"]:
@@ -147,8 +233,11 @@ def _key(first_piece: str) -> float:
 
 def units(sources: Sources, plan: Plan, census: Census) -> Iterator[Unit]:
     """全部文本，按来源的次序；census 重数一遍，供调用者核对来源没有变。"""
-    for document in sources.documents():
+    for document, side in _labelled(sources, plan.held):
         if document.name in plan.skipped:
+            continue
+        if side is not None:
+            yield from _pack(side, census.watch(document))
             continue
         before = census.characters
         pieces = census.watch(document)
@@ -192,17 +281,17 @@ def _cut_at(pieces: Iterator[str], characters: int) -> tuple[Iterator[str], Iter
 
 def _pack(side: Side, pieces: Iterable[str]) -> Iterator[Unit]:
     """合成至多 UNIT_CHARS 个字符的小段；切在哪里只取决于文本，与读入的分块无关。"""
-    buffer = ""
+    buffer, begin = "", True
     for piece in pieces:
         buffer += piece
         start = 0
         while len(buffer) - start > UNIT_CHARS:
             cut = _safe_cut(buffer, start, start + UNIT_CHARS)
-            yield Unit(side, buffer[start:cut], False)
-            start = cut
+            yield Unit(side, buffer[start:cut], False, begin)
+            start, begin = cut, False
         buffer = buffer[start:]
     if buffer:
-        yield Unit(side, buffer, True)
+        yield Unit(side, buffer, True, begin)
 
 
 def _safe_cut(text: str, start: int, end: int) -> int:

@@ -7,25 +7,26 @@ tiktoken 的 ordinary 路径。
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from app.common.files import write_atomic
 from app.data import byte_level
 from app.data.byte_level import SEPARATOR_TEXT, parse_json, read_limited
+from app.data.hub_tokenizer import MAX_VOCAB, HubTokenizer
+from app.data.token_table import META_FILE as META_FILE
+from app.data.token_table import SCHEMA_VERSION, TableTokenizer, utf8
+from app.data.token_table import TABLE_FILE as TABLE_FILE
+from app.data.token_table import StreamDecoder as StreamDecoder
+from app.data.token_table import Tokenizer as Tokenizer
 
-SCHEMA_VERSION = 1
+# "hub" 只能读入（见 hub_tokenizer），其余几种可以现造。
 Kind = Literal["bytes", "chars", "gpt2", "bpe"]
-TABLE_FILE = "tokenizer.json"
-META_FILE = "tokenizer_meta.json"
-_MAX_VOCAB = 10_000_000
+_KINDS = (*get_args(Kind), HubTokenizer.kind)
 # tiktoken 自己记录的下载地址与 sha256（tiktoken_ext/openai_public.py），缓存也由它管。
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_SHA256 = {
@@ -34,100 +35,19 @@ _GPT2_SHA256 = {
 }
 
 
-class Tokenizer(Protocol):
-    """文本与 id 的往返；任何不含孤立代理项的文本都精确还原。"""
-
-    kind: str
-
-    @property
-    def vocab_size(self) -> int:
-        """id 的个数，含分隔符。"""
-
-    @property
-    def document_separator(self) -> int:
-        """文档结束符的 id；encode 永远不会产生它。"""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """每段文本各自编码，给出 uint32 数组（与逐段 encode 相同）。"""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """坏的 UTF-8 换成 U+FFFD；分隔符写作 `<|endoftext|>`。"""
-
-    def token_bytes(self, token: int) -> bytes: ...
-
-    def byte_length(self, ids: Iterable[int]) -> int:
-        """这些 id 代表的文本字节数（分隔符算 0），用于 bits per byte。"""
-
-    def save(self, folder: str | os.PathLike[str]) -> None: ...
-
-    def fingerprint(self) -> str:
-        """sha256：相同的指纹意味着相同的编码。"""
-
-
-class _TableTokenizer:
-    """共同的部分：一切都由表和分隔符决定，子类只管编码和怎样写成 JSON。"""
-
-    kind: str
+class _Separated(TableTokenizer):
+    """总有分隔符的几种。"""
 
     def __init__(self, table: list[bytes], separator: int) -> None:
-        self._table = table
-        self._separator = separator
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._table)
+        super().__init__(table, separator)
+        self._end = separator
 
     @property
     def document_separator(self) -> int:
-        return self._separator
-
-    def token_bytes(self, token: int) -> bytes:
-        if not 0 <= token < len(self._table):
-            raise ValueError(
-                f"token id {token} is outside the tokenizer's vocabulary of {len(self._table)}"
-            )
-        return self._table[token]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
-
-    def byte_length(self, ids: Iterable[int]) -> int:
-        return sum(len(self.token_bytes(int(i))) for i in ids if i != self._separator)
-
-    def encode(self, text: str) -> list[int]:
-        return [int(i) for i in self.encode_batch([text])[0]]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        raise NotImplementedError
-
-    def to_json(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _serialised(self) -> bytes:
-        return (json.dumps(self.to_json(), ensure_ascii=True, indent=1) + "\n").encode("ascii")
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._serialised()).hexdigest()
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """写 tokenizer.json 与 tokenizer_meta.json（后写：它在，就说明前者完整）。"""
-        data = self._serialised()
-        meta = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "document_separator": self.document_separator,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / TABLE_FILE, data)
-        write_atomic(folder / META_FILE, (json.dumps(meta, indent=2) + "\n").encode("ascii"))
+        return self._end
 
 
-class ByteTokenizer(_TableTokenizer):
+class ByteTokenizer(_Separated):
     """256 个字节，分隔符 256。"""
 
     kind = "bytes"
@@ -136,26 +56,38 @@ class ByteTokenizer(_TableTokenizer):
         super().__init__([bytes([b]) for b in range(256)] + [SEPARATOR_TEXT.encode()], 256)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(_utf8(t), dtype=np.uint8).astype(np.uint32) for t in texts]
+        return [np.frombuffer(utf8(t), dtype=np.uint8).astype(np.uint32) for t in texts]
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
 
-class CharTokenizer(_TableTokenizer):
-    """语料里出现过的字符，按码位排序；分隔符在最后。"""
+class CharTokenizer(TableTokenizer):
+    """一个字符一个 id，按初次给出的次序；分隔符（若有）在最后。
+
+    separator=False：外来的字符模型，词表里没有多出的那一行。
+
+    Raises:
+        ValueError: 没有字符。
+    """
 
     kind = "chars"
 
-    def __init__(self, characters: Iterable[str]) -> None:
-        self._characters = sorted(set(characters))
+    def __init__(self, characters: Iterable[str], separator: bool = True) -> None:
+        self._characters = list(dict.fromkeys(characters))
         if not self._characters:
             raise ValueError("a character tokenizer needs at least one character")
         codes = np.array([ord(c) for c in self._characters], dtype=np.uint32)
-        self._ids = np.full(int(codes[-1]) + 2, -1, dtype=np.int64)
+        self._ids = np.full(int(codes.max()) + 2, -1, dtype=np.int64)
         self._ids[codes] = np.arange(len(codes))
-        table = [_utf8(c) for c in self._characters] + [SEPARATOR_TEXT.encode()]
-        super().__init__(table, len(self._characters))
+        table = [utf8(c) for c in self._characters]
+        if separator:
+            table.append(SEPARATOR_TEXT.encode())
+        super().__init__(table, len(self._characters) if separator else None)
+
+    @property
+    def characters(self) -> tuple[str, ...]:
+        return tuple(self._characters)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode_one(text) for text in texts]
@@ -169,10 +101,11 @@ class CharTokenizer(_TableTokenizer):
         return ids.astype(np.uint32)
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "characters": "".join(self._characters)}
+        plain = {"kind": self.kind, "characters": "".join(self._characters)}
+        return plain if self._separator is not None else {**plain, "separator": False}
 
 
-class BPETokenizer(_TableTokenizer):
+class BPETokenizer(_Separated):
     """字节级 BPE；kind 是 "gpt2"（现成词表）或 "bpe"（现场训练），编码方法相同。
 
     Raises:
@@ -207,7 +140,7 @@ class BPETokenizer(_TableTokenizer):
         return [self._encode_one(text) for text in texts]
 
     def _encode_one(self, text: str) -> np.ndarray:
-        _utf8(text)
+        utf8(text)
         # disallowed_special=()：文本里的 <|endoftext|> 是普通文本
         parts = [
             self._encoding.encode_to_numpy(part, disallowed_special=())
@@ -216,15 +149,15 @@ class BPETokenizer(_TableTokenizer):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def to_json(self) -> dict[str, Any]:
-        return byte_level.hub_json(self._vocab, self._merges, self._separator)
+        return byte_level.hub_json(self._vocab, self._merges, self.document_separator)
 
 
 def chars_tokenizer(texts: Iterable[str]) -> CharTokenizer:
-    """语料里的全部字符。"""
+    """语料里的全部字符，按码位排序：与文本的次序无关。"""
     seen: set[str] = set()
     for text in texts:
         seen.update(text)
-    return CharTokenizer(seen)
+    return CharTokenizer(sorted(seen))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -233,10 +166,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     Raises:
         ValueError: vocab_size 小于 257（256 个字节加分隔符）或大得荒唐。
     """
-    if not 257 <= vocab_size <= _MAX_VOCAB:
+    if not 257 <= vocab_size <= MAX_VOCAB:
         raise ValueError(
             f"vocab_size={vocab_size} must be between 257 (256 bytes and the document separator) "
-            f"and {_MAX_VOCAB}"
+            f"and {MAX_VOCAB}"
         )
     vocab, merges = byte_level.train(texts, vocab_size - 1)
     return BPETokenizer("bpe", vocab, merges)
@@ -283,7 +216,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
             f"{path}: the sha256 differs from the one in {META_FILE}: the file was changed or cut; "
             "prepare the data again or restore the file"
         )
-    tokenizer = _from_json(meta["kind"], parse_json(data, str(path)), str(path))
+    tokenizer = _from_json(meta, data, str(path))
     for name in ("vocab_size", "document_separator"):
         if getattr(tokenizer, name) != meta[name]:
             raise ValueError(
@@ -300,20 +233,40 @@ def _check_meta(meta: Any, source: str) -> None:
             f"{source}: schema_version={meta.get('schema_version')!r} but this version reads "
             f"{SCHEMA_VERSION}: update the package or prepare the data again"
         )
-    if meta.get("kind") not in get_args(Kind):
-        raise ValueError(f"{source}: kind={meta.get('kind')!r} is not one of {get_args(Kind)}")
-    size, separator = meta.get("vocab_size"), meta.get("document_separator")
-    if type(size) is not int or not 2 <= size <= _MAX_VOCAB:
-        raise ValueError(f"{source}: vocab_size={size!r} must be between 2 and {_MAX_VOCAB}")
-    if type(separator) is not int or not 0 <= separator < size:
-        raise ValueError(
-            f"{source}: document_separator={separator!r} must be an id below vocab_size={size}"
-        )
+    if meta.get("kind") not in _KINDS:
+        raise ValueError(f"{source}: kind={meta.get('kind')!r} is not one of {_KINDS}")
+    size = meta.get("vocab_size")
+    if type(size) is not int or not 1 <= size <= MAX_VOCAB:
+        raise ValueError(f"{source}: vocab_size={size!r} must be between 1 and {MAX_VOCAB}")
+    for name in ("document_separator", "stop_ids"):
+        given = meta.get(name)
+        for number in given if isinstance(given, list) else [] if given is None else [given]:
+            if type(number) is not int or not 0 <= number < size:
+                raise ValueError(
+                    f"{source}: {name}={number!r} must be an id below vocab_size={size}"
+                )
     if not isinstance(meta.get("sha256"), str):
         raise ValueError(f"{source}: sha256 is missing")
 
 
-def _from_json(kind: str, data: Any, source: str) -> Tokenizer:
+def _from_json(meta: dict[str, Any], content: bytes, source: str) -> Tokenizer:
+    kind, data = meta["kind"], parse_json(content, source)
+    if kind == HubTokenizer.kind:
+        stops = meta.get("stop_ids")
+        return HubTokenizer(content.decode("utf-8"), meta["document_separator"], stops, source)
+    tokenizer = _own(kind, data, source)
+    # 自家的几种只有这些内容：多出的规范化、添加的词元之类若不理会，id 就悄悄不同
+    written = tokenizer.to_json()
+    if written != data:
+        other = sorted(k for k in {*written, *data} if written.get(k) != data.get(k))
+        raise ValueError(
+            f"{source}: {', '.join(other)} differ from what a {kind!r} tokenizer holds: "
+            "`gpt2 import` reads tokenizers of other makers"
+        )
+    return tokenizer
+
+
+def _own(kind: str, data: Any, source: str) -> TableTokenizer:
     if not isinstance(data, dict):
         raise ValueError(f"{source}: expected a mapping, got {type(data).__name__}")
     if kind == "bytes":
@@ -322,7 +275,7 @@ def _from_json(kind: str, data: Any, source: str) -> Tokenizer:
         characters = data.get("characters")
         if not isinstance(characters, str) or len(set(characters)) != len(characters):
             raise ValueError(f"{source}: characters must be a text of distinct characters")
-        return CharTokenizer(characters)
+        return CharTokenizer(characters, separator=data.get("separator", True) is not False)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     merges = model.get("merges") if isinstance(model, dict) else None
@@ -332,33 +285,3 @@ def _from_json(kind: str, data: Any, source: str) -> Tokenizer:
         raise ValueError(f"{source}: model.merges must be a list of texts")
     pairs = byte_level.parse_merges("\n".join(merges), source)
     return BPETokenizer("bpe" if kind == "bpe" else "gpt2", vocab, pairs, source)
-
-
-class StreamDecoder:
-    """逐批送入 id，逐段给出文本，不切断多字节字符；全部相接等于 decode(全部 id)。"""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        data = b"".join(self._tokenizer.token_bytes(int(i)) for i in ids)
-        return self._decoder.decode(data)
-
-    def finish(self) -> str:
-        """余下的半个字符（换成 U+FFFD）；之后可从头再用。"""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
-
-
-def _utf8(text: str) -> bytes:
-    """孤立代理项不是文本：点名拒绝，不悄悄替换。"""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise ValueError(
-            f"the text has a lone surrogate U+{code:04X} at character {error.start}; "
-            "it cannot be written as UTF-8"
-        ) from None

@@ -60,7 +60,7 @@ class ShardWriter:
         return self._bytes
 
     def add(self, tokens: np.ndarray, n_bytes: int, end: bool) -> None:
-        """追加一段；end 为真时文档到此为止，写上分隔符。"""
+        """追加一段；end 为真时文档到此为止，写上分隔符（若有）。"""
         if len(tokens) and int(tokens.max()) >= self._tokenizer.vocab_size:
             raise ValueError(
                 f"token id {int(tokens.max())} is outside the tokenizer's vocabulary of "
@@ -70,7 +70,7 @@ class ShardWriter:
             self._index.write(np.int64(self._tokens).astype("<i8").tobytes())
             self._documents += 1
         self._append(tokens.astype(self._dtype, copy=False))
-        if end:
+        if end and self._tokenizer.document_separator is not None:
             self._append(np.array([self._tokenizer.document_separator], dtype=self._dtype))
         self._inside = not end
         self._bytes += n_bytes

@@ -22,15 +22,14 @@ import numpy as np
 
 from app.common.files import sha256_file
 from app.data import split
+from app.data.reading.sources import RECORD_SUFFIXES, Reading, Sources
 from app.data.shards import META_FILE, TokenDataset
-from app.data.sources import Sources
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 
 from .scoring import Metric, score_rows
 
 # 一行一个对象、要说取哪个键的文件。
-_KEYED = (".jsonl", ".ndjson", ".parquet")
 
 
 class TokenSource(Protocol):
@@ -122,15 +121,16 @@ def open_text(path: Path, tokenizer: Tokenizer, text_key: str | None = None) -> 
     """
     if path.is_dir():
         raise ValueError(f"text={path} is a folder: give a file, or a prepared dataset with --data")
-    if text_key is not None and path.suffix.lower() not in _KEYED:
+    if text_key is not None and path.suffix.lower() not in RECORD_SUFFIXES:
         raise ValueError(
-            f"text_key={text_key!r} is for {' and '.join(_KEYED)} files, but text={path} is read "
-            "as plain text: leave --text-key out"
+            f"text_key={text_key!r} is for {', '.join(RECORD_SUFFIXES)} files, but text={path} is "
+            "read as plain text: leave --text-key out"
         )
-    sources = Sources([path], text_key=text_key or "text")
+    sources = Sources([path], Reading(text_key))
     plan = split.survey(sources, 0.0, alphabet=False)
     census, parts = split.Census(), []
-    border = np.array([tokenizer.document_separator], dtype=np.uint32)
+    ends = () if tokenizer.document_separator is None else (tokenizer.document_separator,)
+    border = np.array([*ends, *tokenizer.document_start], dtype=np.uint32)
     for unit in split.units(sources, plan, census):
         try:
             parts.append(tokenizer.encode_batch([unit.text])[0])
@@ -206,7 +206,7 @@ def score_windows(
         batch.append(window)
         if len(batch) < batch_size and window.end < total:
             continue
-        rows = [_read(source, separator, w) for w in batch]
+        rows = [_read(source, tokenizer.boundary_id, w) for w in batch]
         first = [w.scored - w.begin for w in batch]
         scores = []
         for row, start, scored in zip(rows, first, score_rows(model, rows, first), strict=True):
@@ -223,11 +223,11 @@ def score_windows(
         batch = []
 
 
-def _read(source: TokenSource, separator: int, window: Window) -> np.ndarray:
+def _read(source: TokenSource, before: int, window: Window) -> np.ndarray:
     """流的第 i 项是第 i-1 个词元；第 0 项是分隔符。"""
     if window.begin:
         return source.read(window.begin - 1, window.end - window.begin + 1)
-    return np.concatenate([[separator], source.read(0, window.end)])
+    return np.concatenate([[before], source.read(0, window.end)])
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def pruned(
         ValueError: 一个也剪不掉，或 keep 越界。
     """
     with meter("routing", held.source.n_tokens) as advance:
-        load = expert_load(model, tokenizer.document_separator, held.source, batch_size, advance)
+        load = expert_load(model, tokenizer.boundary_id, held.source, batch_size, advance)
     chosen, before = most_used(load, model.config, keep), model.config.moe_num_experts
     state, config = prune(model.state_dict(), model.config, chosen)
     if config.moe_num_experts == before:

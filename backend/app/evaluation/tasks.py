@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from app.common.files import sha256_file
-from app.data.sources import jsonl_records
+from app.data.reading.records import jsonl_records
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 
@@ -184,7 +184,7 @@ def encode_request(
     # 词元跨过边界时（上文不以词尾结束），从第一个不同的词元起都算续文。
     same = [a == b for a, b in zip(before, whole, strict=False)] + [False]
     shared = same.index(False)
-    prefix = whole[:shared] or [tokenizer.document_separator]
+    prefix = whole[:shared] or [tokenizer.boundary_id]
     scored = len(whole) - shared
     if scored > context_size:
         raise ValueError(

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from app.common.files import write_folder
 from app.data import byte_level
 from app.data.tokenizers import BPETokenizer, Tokenizer
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import WPE, Weights, with_biases
 from app.interop.gguf_blocks import BLOCK, block_type, blocks
-from app.interop.hf import write_folder
+from app.interop.job import Job
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.norm import EPS
 from app.models.transformer.weights.layouts import HEAD
@@ -52,13 +53,7 @@ def gguf_name(ours: str) -> str:
     return f"blk.{layer}.{_LAYER_NAMES[rest]}.{kind}"
 
 
-def export_gguf(
-    model: GPT2Model,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    dtype: torch.dtype | None,
-    quantize: Literal["q8_0"] | None,
-) -> Exported:
+def export_gguf(job: Job) -> Exported:
     """矩阵用 dtype（None = 模型的）或 Q8_0；恒为 float32 的那些不先降到 dtype。
 
     量化的模型：它的码原样写成块，其余 float32。
@@ -68,19 +63,20 @@ def export_gguf(
         ImportError: 没有装 gguf。
     """
     gguf = _library()
+    model = job.model
     codes = model.codes if isinstance(model, QuantizedModel) else {}
     if isinstance(model, QuantizedModel):
-        if dtype is not None or quantize is not None:
+        if job.dtype is not None or job.quantize is not None:
             raise ValueError(
-                f"dtype={dtype}, quantize={quantize!r} but the model is quantized already and its "
-                "codes are written as they are: leave them out, or export the float model"
+                f"dtype={job.dtype}, quantize={job.quantize!r} but the model is quantized already "
+                "and its codes are written as they are: leave them out, or export the float model"
             )
         model = dequantize(model)
     weights = with_biases(Weights.of(model))
-    dtype = dtype or weights.state[WPE].dtype
+    dtype = job.dtype or weights.state[WPE].dtype
     if dtype not in _TYPES:
         raise ValueError(f"{dtype} does not exist in GGUF: use --dtype float32 or float16")
-    kind = "Q8_0" if quantize == "q8_0" else _TYPES[dtype]
+    kind = "Q8_0" if job.quantize == "q8_0" else _TYPES[dtype]
     if codes:
         kind = Counter(block_type(each) for each in codes.values()).most_common(1)[0][0]
     name = f"model-{kind.lower()}.gguf"
@@ -89,7 +85,7 @@ def export_gguf(
     def fill(new: Path) -> None:
         writer = gguf.GGUFWriter(new / name, "gpt2")
         _write_config(gguf, writer, weights.config, kind)
-        notes.extend(_write_tokenizer(gguf, writer, tokenizer, weights.config.vocab_size))
+        notes.extend(_write_tokenizer(gguf, writer, job.tokenizer, weights.config.vocab_size))
         for ours, tensor in weights.state.items():
             if ours in codes:
                 wanted, data = block_type(codes[ours]), blocks(codes[ours])
@@ -104,9 +100,9 @@ def export_gguf(
         writer.write_tensors_to_file()
         writer.close()
 
-    write_folder(folder, fill)
-    checked = compare_gguf(model, folder / name)
-    return Exported(folder / name, f"gguf {kind}", tuple(notes), checked)
+    write_folder(job.folder, fill)
+    checked = compare_gguf(model, job.folder / name)
+    return Exported(job.folder / name, f"gguf {kind}", tuple(notes), checked)
 
 
 def _library() -> Any:

@@ -6,23 +6,24 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from app.common.files import write_folder
 from app.data.tokenizers import Tokenizer
 from app.interop import tokens
-from app.interop.compare import Comparison, compare
+from app.interop.compare import Comparison, Exported, compare
 from app.interop.equivalent import Weights, as_post, widened, with_biases
+from app.interop.job import Job
+from app.interop.targets import family_name
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.families import FAMILIES, VOCAB_KEY, write_config
 from app.models.transformer.weights.layouts import write_tensors
 from app.models.transformer.weights.own_folder import CONFIG_FILE, WEIGHTS_FILE
 from app.models.transformer.weights.pretrained import LAYOUTS
+from app.models.transformer.weights.safetensors_file import write_tensors_file
 
 # CTranslate2 的 OPT 转换器把词表补到 8 的倍数，权重却不补，所以在这里补好。
 _OPT_MULTIPLE = 8
@@ -57,8 +58,6 @@ def write_hf(
     Raises:
         ValueError: 配置没有对应物（先问 targets），或 folder 已有东西。
     """
-    from safetensors.torch import save_file
-
     trained = weights.config.vocab_size
     weights = for_family(weights, family, tokenizer).to(dtype)
     raw = write_config(FAMILIES[family], weights.config)
@@ -71,40 +70,46 @@ def write_hf(
         "generation_config.json": to_json(generation_settings(raw, tokenizer)),
     }
     if tokenizer is not None:
-        files |= tokens.tokenizer_files(tokenizer, weights.config.context_size)
+        config = weights.config
+        files |= tokens.tokenizer_files(tokenizer, config.context_size, config.vocab_size)
 
     def fill(new: Path) -> None:
         for name, text in files.items():
             (new / name).write_text(text, encoding="utf-8")
         tensors = write_tensors(LAYOUTS[family], weights.config, weights.state)
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors_file(tensors, new / WEIGHTS_FILE)
 
     write_folder(folder, fill)
     return weights
 
 
-def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """
-    Raises:
-        ValueError: folder 已有东西：别人的文件从不覆盖。
-    """
-    check_free(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    try:
-        fill(temporary)
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def export_hf(job: Job) -> Exported:
+    """现成的模型里认得这种配置的那一种；一种也没有就连代码一起写。"""
+    family = family_name(job.model.config)
+    if family is not None:
+        return _export(job, family)
+    from app.interop.own_code import write_own_code
+
+    written = write_own_code(Weights.of(job.model), job.tokenizer, job.folder, job.dtype)
+    checked = compare_hf(job.model, job.folder, own_code=True)
+    return Exported(job.folder, "own code", written.notes, checked)
 
 
-def check_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already exists: give another --out, nothing is overwritten")
+def export_opt(job: Job) -> Exported:
+    return _export(job, "opt")
+
+
+def export_openai_gpt(job: Job) -> Exported:
+    return _export(job, "openai-gpt")
+
+
+def export_mixtral(job: Job) -> Exported:
+    return _export(job, "mixtral")
+
+
+def _export(job: Job, family: str) -> Exported:
+    written = write_hf(Weights.of(job.model), family, job.tokenizer, job.folder, job.dtype)
+    return Exported(job.folder, family, written.notes, compare_hf(job.model, job.folder))
 
 
 def compare_hf(model: GPT2Model, folder: Path, own_code: bool = False) -> Comparison | str:
@@ -134,19 +139,23 @@ def special_keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
         # OPT 的默认值是它自己词表里的 id。
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     special = tokens.special_ids(tokenizer)
+    start = tokenizer.start_ids[-1] if tokenizer.start_ids else special.end
     return {
-        "bos_token_id": special.end,
+        "bos_token_id": start,
         "eos_token_id": special.end,
         "pad_token_id": special.pad,
     }
 
 
 def generation_settings(raw: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """分词器之外的 id（填充符与空行）没有文字，生成时不许出现。"""
+    """停在分词器的每个停止 id；它没有文字的 id（填充符与空行）生成时不许出现。"""
     if tokenizer is None:
         return {}
     settings = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**settings, "suppress_tokens": [*range(tokenizer.vocab_size, raw["vocab_size"])]}
+    if len(tokenizer.stop_ids) > 1:
+        settings["eos_token_id"] = list(tokenizer.stop_ids)
+    unused = tokens.unused_ids(tokenizer, raw["vocab_size"])
+    return {**settings, "suppress_tokens": unused}
 
 
 def to_json(data: dict[str, Any]) -> str:

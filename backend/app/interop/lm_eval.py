@@ -121,9 +121,7 @@ class WorkbenchLM(LM):
         windows = []
         for number, request in enumerate(requests):
             tokens = self.tokenizer.encode(request.args[0])
-            for pair in get_rolling_token_windows(
-                tokens, self.tokenizer.document_separator, context, 1
-            ):
+            for pair in get_rolling_token_windows(tokens, self.tokenizer.boundary_id, context, 1):
                 before, scored = make_disjoint_window(pair)
                 windows.append((number, np.array(before + scored, dtype=np.int64), len(before)))
         totals: list[list[float]] = [[] for _ in requests]
@@ -156,11 +154,11 @@ class WorkbenchLM(LM):
                 f"max_gen_toks={most} leaves no room in context_size="
                 f"{self.model.config.context_size}: use a smaller max_gen_toks"
             )
-        prompt = self.tokenizer.encode(context) or [self.tokenizer.document_separator]
+        prompt = self.tokenizer.encode_prompt(context)
         chosen = Options(
             max_new_tokens=most,
             sampling=SamplingConfig(**given),
-            stop_ids=(self.tokenizer.document_separator,),
+            stop_ids=tuple(self.tokenizer.stop_ids),
             stop_strings=tuple(text for text in until if text),
         )
         done = complete(self.model, [prompt[-room:]], chosen, tokenizer=self.tokenizer)

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.data.tokenizers import Tokenizer
+from app.common.files import write_folder
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import Weights
-from app.interop.hf import write_folder
+from app.interop.job import Job
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.block import run_blocks
-from app.models.transformer.layers.context import Context, rotation
+from app.models.transformer.layers.context import Context, Note, rotation
 from app.models.transformer.visibility.rule import visible
 from app.models.transformer.weights.families import FAMILIES, why_not, write_config
 
@@ -75,7 +75,7 @@ class Graph(nn.Module):
         step, where = _Past(past), Positions(position_ids)
         rotary = rotation(config, where, model.embed.wte.weight.dtype)
         contexts = [
-            Context(queries, plans[pattern], layer, rotary, step)
+            Context(queries, plans[pattern], Note(), layer, rotary, step)
             for layer, pattern in enumerate(model.patterns)
         ]
         x, _ = run_blocks(model.h, model.ln_f, model.embed(input_ids, where), contexts)
@@ -86,9 +86,7 @@ def past_names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{i}.{part}" for i in range(layers) for part in ("key", "value")]
 
 
-def export_onnx(
-    model: GPT2Model, weights: Weights, tokenizer: Tokenizer | None, folder: Path
-) -> Exported:
+def export_onnx(job: Job) -> Exported:
     """
     Raises:
         ValueError: folder 已有东西，或精度是 bfloat16。
@@ -101,7 +99,8 @@ def export_onnx(
         raise ImportError(
             f"--to onnx needs {error.name}: pip install 'gpt2-workbench[export]'"
         ) from None
-    config, dtype = model.config, weights.state["embed.wte.weight"].dtype
+    weights, tokenizer = Weights.of(job.model).to(job.dtype), job.tokenizer
+    config, dtype = job.model.config, weights.state["embed.wte.weight"].dtype
     if dtype == torch.bfloat16:
         raise ValueError(
             f"{dtype}: onnxruntime's CPU kernels know no bfloat16, so the file could not be "
@@ -116,13 +115,14 @@ def export_onnx(
         raw = _foreign_config(config) or config.to_dict()
         (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
-            for name, text in tokenizer_files(tokenizer, config.context_size).items():
+            for name, text in tokenizer_files(
+                tokenizer, config.context_size, config.vocab_size
+            ).items():
                 (new / name).write_text(text, encoding="utf-8")
 
-    write_folder(folder, fill)
-    return Exported(
-        folder / MODEL_FILE, "onnx", weights.notes, compare_onnx(model, folder / MODEL_FILE)
-    )
+    write_folder(job.folder, fill)
+    written = job.folder / MODEL_FILE
+    return Exported(written, "onnx", weights.notes, compare_onnx(job.model, written))
 
 
 def _foreign_config(config: GPT2Config) -> dict[str, Any] | None:

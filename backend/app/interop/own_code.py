@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from app.common.files import write_folder
 from app.data.tokenizers import Tokenizer
 from app.interop import tokens
 from app.interop.equivalent import Weights, widened
-from app.interop.hf import generation_settings, special_keys, to_json, write_folder
+from app.interop.hf import generation_settings, special_keys, to_json
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.families import VOCAB_KEY
 from app.models.transformer.weights.own_folder import assemble
@@ -41,7 +42,8 @@ def write_own_code(
     files = {}
     if tokenizer is not None:
         raw = special_keys(tokenizer) | {"vocab_size": weights.config.vocab_size}
-        files = tokens.tokenizer_files(tokenizer, weights.config.context_size)
+        size = weights.config.vocab_size
+        files = tokens.tokenizer_files(tokenizer, weights.config.context_size, size)
         files["generation_config.json"] = to_json(generation_settings(raw, tokenizer))
 
     def fill(new: Path) -> None:

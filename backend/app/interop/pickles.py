@@ -1,4 +1,4 @@
-"""旧式的 pickle 权重（pytorch_model.bin、nanoGPT 的 ckpt.pt）：只在用户明说时才读。
+"""旧式的 pickle（pytorch_model.bin、nanoGPT 的 ckpt.pt 与 meta.pkl）：只在用户明说时才读。
 
 weights_only=True 也出过漏洞（CVE-2025-32434、CVE-2026-24747），所以另有几道关：要 2.11 以上的
 torch（pyproject 的下限）、只认 zip 格式、先看压缩包的目录（总大小与文件大小相称），mmap 读，
@@ -7,6 +7,10 @@ torch（pyproject 的下限）、只认 zip 格式、先看压缩包的目录（
 
 from __future__ import annotations
 
+import io
+import pickle
+import pickletools
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +25,27 @@ from app.models.transformer.weights.safetensors_file import check_finite
 _SLACK_BYTES = 1 << 20
 # 解 pickle 的部分（名字、形状）；XL 不到 200 KB。
 _MAX_PICKLE_BYTES = 8 << 20
+
+
+class Settings:
+    """build-nanogpt 存下的配置对象的替身：只收字段，没有它的代码。"""
+
+
+# 它的脚本自己定义的类；名字以外的一概不认。
+_SETTINGS_NAMES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "model.GPTConfig")
+# 数、文字与它们的表；没有一个能叫出代码或要内存的操作。
+_PLAIN_OPCODES = re.compile(
+    "PROTO|FRAME|STOP|MARK|NONE|NEWTRUE|NEWFALSE|INT|BININT[12]?|LONG1|FLOAT|BINFLOAT|UNICODE|"
+    "(SHORT_)?BINUNICODE|(EMPTY_)?DICT|SETITEMS?|(EMPTY_)?LIST|APPENDS?|EMPTY_TUPLE|TUPLE[123]?|"
+    "(LONG_)?(BIN)?(PUT|GET)|MEMOIZE"
+)
+
+
+class _Plain(pickle.Unpickler):
+    """第二道：哪怕操作码漏看了，也没有一个名字找得到。"""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"{module}.{name} is no number and no text")
 
 
 class LoadedTensors:
@@ -47,7 +72,8 @@ def load_pickle(path: Path) -> Any:
     """
     _check_archive(path)
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([(Settings, name) for name in _SETTINGS_NAMES]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # torch 抛的种类很多（UnpicklingError、RuntimeError、RecursionError……），都是坏文件。
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
@@ -56,6 +82,58 @@ def load_pickle(path: Path) -> Any:
             "nothing in it was run"
         ) from None
     _check_tensors(data, path)
+    return data
+
+
+def load_tensors(paths: list[Path]) -> LoadedTensors:
+    """一个或几个分片的 state_dict 合成一套。
+
+    Raises:
+        ValueError: 见 load_pickle；不是 state_dict，或同一个名字在两个分片里。
+    """
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in tensors_of(load_pickle(path), str(path)).items():
+            if name in found:
+                raise ValueError(f"{path}: tensor {name!r} is in another shard too")
+            found[name] = tensor
+    return LoadedTensors(str(paths[0] if len(paths) == 1 else paths[0].parent), found)
+
+
+def load_plain(path: Path) -> Any:
+    """只有数、文字与它们的表的 pickle（nanoGPT 的 meta.pkl）；别的操作码在解开之前拒绝。
+
+    Raises:
+        ValueError: 太大、坏了，或要的不止数与文字。
+    """
+    if path.stat().st_size > _MAX_PICKLE_BYTES:
+        raise ValueError(
+            f"{path} has more than {_MAX_PICKLE_BYTES:,} bytes: no table of characters"
+        )
+    data = path.read_bytes()
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            # 备忘的下标直接定出要多大的表。
+            far = "PUT" in opcode.name and int(argument or 0) > len(data)
+            if far or not _PLAIN_OPCODES.fullmatch(opcode.name):
+                raise ValueError(f"{opcode.name} is no part of a table of numbers and texts")
+        return _Plain(io.BytesIO(data)).load()
+    except Exception as error:
+        # 坏的 pickle 抛什么的都有，都是坏文件。
+        raise ValueError(
+            f"{path}: not a plain pickle of numbers and texts ({error}); nothing in it was run"
+        ) from None
+
+
+def tensors_of(data: Any, where: str) -> dict[str, Tensor]:
+    """
+    Raises:
+        ValueError: 不是名字到张量的映射。
+    """
+    if not isinstance(data, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in data.items()
+    ):
+        raise ValueError(f"{where}: not a mapping of names to tensors")
     return data
 
 

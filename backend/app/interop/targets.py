@@ -1,14 +1,48 @@
-"""哪种配置能去哪种格式，去不了的为什么，还能去哪里。不导入 torch：--help 与 plan 都能问。"""
+"""能写成哪些格式：一张登记表，一行一种。不导入 torch：--help 与 plan 都能问。
+
+添一种：写一个 Write 形状的函数，在 TARGETS 里登记它。
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
 
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.weights.families import GPT2, MIXTRAL, OPENAI_GPT, OPT, why_not
 
-Target = Literal["hf", "opt", "openai-gpt", "mixtral", "gguf", "onnx"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+if TYPE_CHECKING:
+    from app.interop.compare import Exported
+    from app.interop.job import Job
+
+
+@dataclass(frozen=True)
+class Row:
+    """登记表的一行。
+
+    Attributes:
+        why_not: 这种配置去不了的原因；None = 去得了。
+        writer: "模块:函数"，用到才导入；函数是 (Job) -> Exported。
+        quantize: 它认得的 --quantize。
+        codes: 收得下量化的模型的码；否则写浮点的一份。
+    """
+
+    why_not: Callable[[GPT2Config], str | None]
+    writer: str
+    quantize: tuple[str, ...] = ()
+    codes: bool = False
+
+    def write(self, job: Job) -> Exported:
+        """
+        Raises:
+            ValueError: 写不成；点名原因。
+            ImportError: 这种格式要的库没有装；点名 extra。
+        """
+        module, name = self.writer.split(":")
+        found: Exported = getattr(import_module(module), name)(job)
+        return found
 
 
 def family_name(config: GPT2Config) -> str | None:
@@ -16,46 +50,8 @@ def family_name(config: GPT2Config) -> str | None:
 
     None = 自带代码的那种。
     """
-    reasons = {
-        "gpt2": _gpt2(config), "opt": _opt(config), "mixtral": why_not(MIXTRAL, config),
-    }  # fmt: skip
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    return None
-
-
-def reason_against(target: Target, config: GPT2Config) -> str | None:
-    """去不了的原因；None = 去得了。"""
-    match target:
-        case "hf":
-            # 没有现成的模型认得的，写成自带代码的一种。
-            return None
-        case "opt":
-            return _opt(config)
-        case "openai-gpt":
-            return why_not(OPENAI_GPT, _folded(config)) or _tied(config)
-        case "mixtral":
-            return why_not(MIXTRAL, config)
-        case "gguf":
-            return _gguf(config)
-        case "onnx":
-            return _onnx(config)
-
-
-def check_target(target: Target, config: GPT2Config) -> None:
-    """
-    Raises:
-        ValueError: 去不了；点名原因与去得了的格式。
-    """
-    reason = reason_against(target, config)
-    if reason is None:
-        return
-    others = [t for t in TARGETS if t != target and reason_against(t, config) is None]
-    raise ValueError(
-        f"this model cannot become {target}: {reason}. Targets that take it: "
-        f"{', '.join(f'--to {t}' for t in others)}"
-    )
+    reasons = {"gpt2": _gpt2(config), "opt": _opt(config), "mixtral": _mixtral(config)}
+    return next((name for name, reason in reasons.items() if reason is None), None)
 
 
 def _folded(config: GPT2Config) -> GPT2Config:
@@ -71,8 +67,14 @@ def _opt(config: GPT2Config) -> str | None:
     return why_not(OPT, _folded(config))
 
 
-def _tied(config: GPT2Config) -> str | None:
+def _openai_gpt(config: GPT2Config) -> str | None:
+    if (reason := why_not(OPENAI_GPT, _folded(config))) is not None:
+        return reason
     return None if config.tie_weights else "tie_weights=False but GPT-1's head is always tied"
+
+
+def _mixtral(config: GPT2Config) -> str | None:
+    return why_not(MIXTRAL, config)
 
 
 def _gguf(config: GPT2Config) -> str | None:
@@ -90,3 +92,40 @@ def _onnx(config: GPT2Config) -> str | None:
     if config.moe_num_experts:
         return f"moe_num_experts={config.moe_num_experts}: routing tokens is no static graph"
     return None
+
+
+_HF = "app.interop.hf"
+TARGETS: dict[str, Row] = {
+    # 没有现成的模型认得的，写成自带代码的一种，所以什么都去得了。
+    "hf": Row(lambda config: None, f"{_HF}:export_hf"),
+    "opt": Row(_opt, f"{_HF}:export_opt"),
+    "openai-gpt": Row(_openai_gpt, f"{_HF}:export_openai_gpt"),
+    "mixtral": Row(_mixtral, f"{_HF}:export_mixtral"),
+    "gguf": Row(_gguf, "app.interop.gguf_file:export_gguf", quantize=("q8_0",), codes=True),
+    "onnx": Row(_onnx, "app.interop.onnx_graph:export_onnx"),
+}
+if TYPE_CHECKING:
+    Target = str
+else:
+    # 命令行的选项从表里来：登记了就有。
+    Target = Literal[tuple(TARGETS)]
+
+
+def reason_against(target: Target, config: GPT2Config) -> str | None:
+    """去不了的原因；None = 去得了。"""
+    return TARGETS[target].why_not(config)
+
+
+def check_target(target: Target, config: GPT2Config) -> None:
+    """
+    Raises:
+        ValueError: 去不了；点名原因与去得了的格式。
+    """
+    reason = reason_against(target, config)
+    if reason is None:
+        return
+    others = [t for t in TARGETS if t != target and reason_against(t, config) is None]
+    raise ValueError(
+        f"this model cannot become {target}: {reason}. Targets that take it: "
+        f"{', '.join(f'--to {t}' for t in others)}"
+    )

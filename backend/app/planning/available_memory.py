@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-_MEMINFO, _STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
+from app.common.memory import kilobytes
+
+_MEMINFO = Path("/proc/meminfo")
 # 容器的限额，cgroup v2 与 v1：(文件夹, 上限, 已用, 可收回的文件缓存在 memory.stat 里的名字)。
 _GROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
@@ -27,20 +29,13 @@ def available_memory(device: torch.device) -> tuple[int | None, str]:
         return None, f"not known on {device.type}"
     if not _MEMINFO.is_file():
         return None, "not known on this system: no /proc/meminfo"
-    free = _available(_MEMINFO.read_text())
+    free = kilobytes(_MEMINFO, "MemAvailable")
     if free is None:
         return None, "not known on this system: /proc/meminfo has no MemAvailable"
     limit = _container_room()
     if limit is not None and limit < free:
         return limit, "left under the container's limit"
     return free, "MemAvailable"
-
-
-def _available(meminfo: str) -> int | None:
-    for line in meminfo.splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _container_room() -> int | None:
@@ -58,13 +53,3 @@ def _container_room() -> int | None:
 def _entry(path: Path, name: str) -> int:
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
-
-
-def resident_memory() -> int | None:
-    """这个进程此刻占的字节数；None = 这个系统不说。"""
-    if not _STATUS.is_file():
-        return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -17,6 +17,7 @@ from app.models.transformer.block import residuals
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.layers.loss import CHUNK_BYTES
 from app.models.transformer.layers.norm import NORMS
+from app.training.optim.build import OptimizerKind
 
 from .sizes import FLOAT32_BYTES, parameter_shapes
 
@@ -62,12 +63,12 @@ def footprint(
     *,
     rows: int,
     passes: int,
-    muon: bool,
+    optimizer: OptimizerKind,
     device: torch.device,
     dtype: torch.dtype,
     recompute: Collection[int] = (),
 ) -> Footprint:
-    """rows 条序列一次、每步 passes 次前向；muon：各块的矩阵用 Muon，其余用 AdamW。
+    """rows 条序列一次、每步 passes 次前向。
 
     recompute：激活检查点重算哪些块。
 
@@ -76,7 +77,6 @@ def footprint(
     """
     shapes = parameter_shapes(config)
     weights = FLOAT32_BYTES * sum(map(math.prod, shapes.values()))
-    matrices = [FLOAT32_BYTES * n for n in _block_matrices(shapes)]
     hidden = config.moe_top_k * config.expert_hidden + config.shared_hidden
     hidden = max(hidden if config.moe_layers else 0, config.mlp_hidden)
     tokens, narrow = rows * config.context_size, dtype.itemsize
@@ -85,8 +85,7 @@ def footprint(
     return Footprint(
         weights=weights,
         gradients=weights,
-        # AdamW 两个矩，Muon 一个动量。
-        optimizer=2 * weights - sum(matrices) if muon else 2 * weights,
+        optimizer=optimizer.state_bytes(shapes),
         activations=activation_bytes(
             config, rows=rows, device=device, dtype=dtype, recompute=recompute
         ),
@@ -94,8 +93,7 @@ def footprint(
         logits=_logits(config, tokens, dtype),
         # 前馈的隐层与它的输入各一份梯度。
         working=tokens * narrow * 2 * hidden,
-        # 正交化之前的更新，另加同形的矩阵叠成的一摞与迭代里的两份。
-        updating=sum(matrices) + 3 * max(matrices) * config.n_layer if muon else 0,
+        updating=optimizer.update_bytes(shapes),
         head=FLOAT32_BYTES * config.vocab_size * config.n_embed,
         accumulates=passes > 1,
     )

@@ -20,19 +20,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
+from app.common.memory import resident_memory, resident_peak
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import TrainConfig
 from app.training.machine.recompute import checkpoint_blocks
 from app.training.machine.runtime import Runtime, choose_runtime
 from app.training.optim.build import build_optimizer
-from app.training.step import accumulate
+from app.training.step import accumulate, clip_gradients, gradient_norm
 
 # 层数不多就整个量，不外推。
 _WHOLE = 4
 _LEAST_STEPS, _MOST_STEPS, _ENOUGH_SECONDS = 3, 50, 3.0
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET = Path("/proc/self/clear_refs")
 
 
 class ProbeFailed(ValueError):
@@ -117,14 +117,13 @@ def probe(config: TrainConfig, parameters: int, *, rows: int, limit: float) -> E
 
 def extrapolate(found: Sequence[Measured], config: TrainConfig, parameters: int) -> Estimate:
     """found 按层数从少到多；最后一个给出时间，两个一起给出内存的斜率。"""
-    micro = config.micro_batch or config.batch_size
     last, layers = found[-1], config.model.n_layer
     # 最后一个微批可以不满，所以按序列数而不按次数算。
     passes = config.batch_size / last.rows
     seconds = passes * (layers * last.block + last.rest)
     seconds += last.update * parameters / last.parameters
     peak = None
-    if last.rows == micro:
+    if last.rows == config.rows_at_once:
         ends = [_line(found, kind, layers) for kind in ("early", "late")]
         peak = None if None in ends else max(end for end in ends if end is not None)
     return Estimate(seconds, peak, last.base, last.layers, last.rows)
@@ -172,7 +171,6 @@ def _main() -> None:
 
 
 def _measure(config: TrainConfig, layers: int, rows: int) -> Measured:
-    micro = config.micro_batch or config.batch_size
     runtime = choose_runtime(config)
     clock = Clock(runtime.device)
     _touch_everything(config, runtime)
@@ -182,7 +180,7 @@ def _measure(config: TrainConfig, layers: int, rows: int) -> Measured:
     optimizer, _ = build_optimizer(model, config.optim)
     clock.watch(model)
     # 从第二次前向起梯度已经在了，第三次起就与第二次一样。
-    passes = min(2, -(-config.batch_size // micro))
+    passes = min(2, config.passes)
 
     def step() -> None:
         for index in range(passes):
@@ -239,9 +237,8 @@ def _update(
 ) -> None:
     """与训练循环里的一样：范数、裁剪、更新、清零。"""
     parameters = list(model.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.optim.grad_clip and norm.item() + 1e-6 > config.optim.grad_clip:
-        nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
+    norm = gradient_norm(parameters)
+    clip_gradients(parameters, norm, norm.item(), config.optim.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     clock.mark()
@@ -285,17 +282,18 @@ class Clock:
 
     def end_pass(self) -> None:
         """把这一次的记号归到各项。"""
-        t, n = self._times, self._layers
-        # 记号的编号：0 开始，1 嵌入之后，2 末块之后，3 反向到末块，3 + n 反向过了首块。
-        block = (t[2] - t[1]) + (t[3 + n] - t[3])
+        begin, embedded, forward, top, *rest = self._times
+        *_, bottom = rest[: self._layers]
+        end, *updated = rest[self._layers :]
+        block = (forward - embedded) + (bottom - top)
         self.blocks.append(block)
-        self.rests.append(t[4 + n] - t[0] - block)
-        if len(t) > 5 + n:
-            self.updates.append(t[5 + n] - t[4 + n])
+        self.rests.append(end - begin - block)
+        self.updates += [one - end for one in updated]
         if self._seen:
-            # 第 i 段在第 i 个记号处结束；第 0 段是两次之间的，不算。
-            self.early = max(self.early, *self._peaks[1:5])
-            self.late = max(self.late, *self._peaks[3 + n :])
+            # 每一段在它的记号处结束；第一段是两次之间的，不算。
+            _, embedded_peak, forward_peak, top_peak, *later = self._peaks
+            self.early = max(self.early, embedded_peak, forward_peak, top_peak, later[0])
+            self.late = max(self.late, *later[self._layers - 1 :])
         self._times, self._peaks = [], []
 
     def resident(self) -> int | None:
@@ -304,7 +302,7 @@ class Clock:
             return torch.cuda.memory_allocated(self.device)
         if self.device.type != "cpu" or not os.access(_RESET, os.W_OK):
             return None
-        return _status("VmRSS")
+        return resident_memory()
 
     def _take_peak(self) -> int:
         """上一个记号以来的峰值。"""
@@ -312,10 +310,11 @@ class Clock:
             peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             return peak
-        peak = _status("VmHWM")
+        highest = resident_peak()
+        assert highest is not None
         # 5 = 只把 VmHWM 归到此刻的 VmRSS（proc(5)）。
         _RESET.write_text("5")
-        return peak
+        return highest
 
     def _mark_both(self, x: torch.Tensor) -> None:
         self.mark()
@@ -323,13 +322,6 @@ class Clock:
 
     def _mark_gradient(self, x: torch.Tensor) -> None:
         x.register_hook(lambda gradient: self.mark())
-
-
-def _status(name: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {name}")
 
 
 if __name__ == "__main__":

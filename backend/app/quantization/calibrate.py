@@ -41,7 +41,7 @@ class Calibrator:
 
     @torch.no_grad()
     def run(self, ids: Tensor, advance: Callable[[int], object]) -> dict[str, Codes]:
-        """ids (W, T)；每做完一层叫一次 advance(1)。"""
+        """ids (W, T)；每做完一层叫一次 advance(W·T)。"""
         codes: dict[str, Codes] = {}
         calls = list(_first_inputs(self._model, ids))
         for i, original in self._model.h.items():
@@ -49,7 +49,7 @@ class Calibrator:
             codes |= self._block(block, f"h.{i}.", [(x, each[int(i)]) for x, each in calls])
             # 块里现在是还原的码：下一层看到的就是它算出的。
             calls = [(block(x, contexts[int(i)]), contexts) for x, contexts in calls]
-            advance(1)
+            advance(ids.numel())
         state = self._model.state_dict()
         for name in self._schemes.keys() - codes.keys():
             codes[name] = self._nearest(name, state[name], "the vocabulary")

@@ -21,8 +21,7 @@ from app.models.transformer.weights.own_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     expected_shapes,
-    write_beside,
-    write_weights,
+    save_with,
 )
 from app.models.transformer.weights.safetensors_file import SafetensorsFiles, header_limit
 
@@ -41,10 +40,10 @@ def save_quantized(model: QuantizedModel, folder: Path) -> None:
         ValueError: folder 是一个文件。
         OSError: 写不下。
     """
-    write_weights(model, folder)
     config = model.config.to_dict() | {"schema_version": QUANTIZED_VERSION}
-    for name, data in ((QUANTIZATION_FILE, _facts(model)), (CONFIG_FILE, config)):
-        write_beside(folder / name, json.dumps(data, indent=2) + "\n")
+    files = {QUANTIZATION_FILE: _facts(model), CONFIG_FILE: config}
+    texts = {name: json.dumps(data, indent=2) + "\n" for name, data in files.items()}
+    save_with(model, folder, texts)
 
 
 def load_quantized(

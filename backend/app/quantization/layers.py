@@ -55,10 +55,13 @@ class QuantizedGroupedLinear(nn.Module):
         start = 0
         for expert, end in enumerate(ends.tolist()):
             if end > start:
-                bias = None if self.bias is None else self.bias[expert]
-                y[start:end] = self.weight.product(expert, x[start:end], bias)
+                y[start:end] = self.one(expert, x[start:end])
             start = end
         return y
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """一个专家的 (R, I) -> (R, O)。"""
+        return self.weight.product(expert, x, None if self.bias is None else self.bias[expert])
 
 
 def _frozen(bias: Tensor | None) -> nn.Parameter | None:

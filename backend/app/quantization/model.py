@@ -162,11 +162,18 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor, complete: bool = False) -> Tensor:
         """见 Experts.forward：x (N, C)、expert (N, k)、weight (N, k) -> (N, C)。"""
+        if len(x) == 1 and complete:
+            return self._one(x, expert[0].tolist(), weight)
         groups = group(expert, self.count, complete)
         rows = self.activation(self.c_fc(x.index_select(0, groups.token), groups.ends))
         rows = self.c_proj(rows, groups.ends)
         back = rows.index_select(0, groups.row).view(*weight.shape, -1)
         return torch.bmm(weight[:, None].to(back.dtype), back).squeeze(1)
+
+    def _one(self, x: Tensor, chosen: list[int], weight: Tensor) -> Tensor:
+        """解码的一步：不排序，逐个专家算。"""
+        rows = [self.c_proj.one(e, self.activation(self.c_fc.one(e, x))) for e in chosen]
+        return torch.bmm(weight[:, None].to(x.dtype), torch.stack(rows, 1)).squeeze(1)
 
 
 def swap(model: nn.Module, codes: Mapping[str, Codes]) -> None:

@@ -26,7 +26,7 @@ def sensitivities(
     ids: Tensor,
     advance: Callable[[int], object],
 ) -> dict[str, float]:
-    """{矩阵: 只有它用这种存法时，每个位置的 KL}；ids (W, T)，每量完一个叫一次 advance(1)。"""
+    """{矩阵: 只有它用这种存法时，每个位置的 KL}；ids (W, T)，每量完一个叫一次 advance(W·T)。"""
     ids, found = ids.to(model.device), {}
     before = [model(row[None])["logits"].float().log_softmax(-1) for row in ids]
     for name, scheme in schemes.items():
@@ -36,7 +36,7 @@ def sensitivities(
                 q = model(row[None])["logits"].float().log_softmax(-1)
                 total += float((p.exp() * (p - q)).sum())
         found[name] = total / ids.numel()
-        advance(1)
+        advance(ids.numel())
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -221,6 +222,16 @@ class TrainConfig:
         return self.batch_size * self.model.context_size
 
     @property
+    def rows_at_once(self) -> int:
+        """一次前向几条序列。"""
+        return self.micro_batch or self.batch_size
+
+    @property
+    def passes(self) -> int:
+        """一步几次前向；最后一次可以不满。"""
+        return -(-self.batch_size // self.rows_at_once)
+
+    @property
     def recomputed_layers(self) -> range:
         """激活检查点重算哪些块（从 0 数）。"""
         every = self.activation_checkpointing
@@ -241,7 +252,7 @@ class TrainConfig:
         Raises:
             ValueError: 未知的键（给出最近的名字）或坏值。
         """
-        return _build(cls, data, "")
+        return _build(cls, _without_version(data), "")
 
 
 def _build(kind: type[T], data: Any, where: str) -> T:
@@ -253,9 +264,6 @@ def _build(kind: type[T], data: Any, where: str) -> T:
     for key, value in data.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            if kind is GPT2Config and key == "schema_version":
-                values[key] = value
-                continue
             raise ValueError(f"unknown option {name!r}{nearest(str(key), list(hints))}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, name)
@@ -265,7 +273,17 @@ def _build(kind: type[T], data: Any, where: str) -> T:
             values[key] = tuple(_number(v, name) if isinstance(v, str) else v for v in value)
         else:
             values[key] = value
-    return kind.from_dict(values) if kind is GPT2Config else kind(**values)  # type: ignore[attr-defined]
+    return kind(**values)
+
+
+def _without_version(data: Any) -> Any:
+    """model 里可以有模型文件夹记下的版本号；认不认得由 GPT2Config 说。"""
+    model = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(model, dict) or "schema_version" not in model:
+        return data
+    rest = {key: value for key, value in model.items() if key != "schema_version"}
+    GPT2Config.from_dict({"schema_version": model["schema_version"]})
+    return data | {"model": rest}
 
 
 def _number(text: str, name: str) -> float:
@@ -282,3 +300,12 @@ def _between(config: Any, name: str, low: float, high: float, *, open_low: bool 
         raise ValueError(
             f"{name}={value} must be {bound}" + (f" and at most {high}" if high < 1e12 else "")
         )
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """嵌套的设置 -> (带点的名字, 值)。"""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

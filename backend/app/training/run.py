@@ -14,21 +14,22 @@ import torch
 import yaml
 
 from app.common.files import write_atomic
+from app.common.tell import Tell
 from app.data.shards import TokenDataset
 from app.models.transformer import GPT2Model
 from app.models.transformer.backends.choose import explain_backends
 from app.models.transformer.experts.dispatch import explain_dispatch
-from app.viz.loss_plot import PLOT, plot_losses
 
 from .config import TrainConfig
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
 from .report.metrics import METRICS, Metrics
 from .report.progress import Progress
-from .report.run_facts import Facts, write_facts
+from .report.run_charts import PLOT, plot_losses
+from .report.run_facts import Decisions, Facts, write_facts
 from .report.run_page import REPORT, Reporter
 from .report.tensorboard import open_tensorboard, require_tensorboard
-from .saving.checkpoint import Tell, step_folder, sweep
+from .saving.checkpoint import clear_leftovers, step_folder
 from .saving.initial import initialize_from
 from .saving.lock import run_lock
 from .saving.resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
@@ -62,18 +63,21 @@ class Result:
     run_file: Path
 
 
-Plan = list[tuple[str, str, str]]
 # 核对更多的数据要几秒以上，先说一声。
 _SAY_BYTES = 2e9
 
 
 def train(
     config: TrainConfig,
-    show_plan: Callable[[Plan], object],
+    show: Callable[[Decisions], object],
     tell: Tell = print,
     preset: TrainConfig | None = None,
 ) -> Result:
-    """按 config 训练到底，或到收到停止信号为止；preset 是运行文件原来的设置，只用来提醒。
+    """按 config 训练到底，或到收到停止信号为止。
+
+    Args:
+        show: 第一步之前收到将要怎样跑。
+        preset: 运行文件原来的设置，只用来提醒。
 
     Raises:
         ValueError: 配置、数据、训练文件夹或检查点不可用；那时什么也没有写。
@@ -95,15 +99,15 @@ def train(
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, run_lock(run, note):
-        sweep(run)
+        clear_leftovers(run)
         with memory_error(config, 0):
             trainer = _assemble(config, runtime, data, note)
         if warning := small_step(config, trainer.model.num_parameters(), preset):
             note(warning)
         write_atomic(run / RUN_FILE, _as_yaml(config))
-        plan = describe(trainer, _compile(trainer, stop, note))
-        write_facts(run, _facts(trainer, data, plan, notes))
-        show_plan(plan)
+        decisions = describe(trainer, _compile(trainer, stop, note))
+        write_facts(run, _facts(trainer, data, decisions, notes))
+        show(decisions)
         return _run(trainer, stop)
 
 
@@ -153,8 +157,7 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
     validation = None
     if data.val is not None:
         windows = config.eval_batches * config.batch_size
-        rows = config.micro_batch or config.batch_size
-        validation = Validation(data.val, config.model.context_size, windows, rows)
+        validation = Validation(data.val, config.model.context_size, windows, config.rows_at_once)
     trainer = Trainer(config, runtime, model, data.train, validation, tokenizer)
     if start is not None and state is not None:
         restore(start, model, trainer.optimizer, state)
@@ -186,7 +189,7 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
     if config.tensorboard and (events := open_tensorboard(run, trainer.step, progress.tell)):
         metrics.add(events)
     try:
-        with memory_error(config, trainer.micro), progress, metrics:
+        with memory_error(config, config.rows_at_once), progress, metrics:
             trainer.run(metrics, progress, stop)
     finally:
         # 中途失败时，曲线正是要看的东西。
@@ -213,9 +216,9 @@ def _plot(run: Path, tell: Tell) -> Path | None:
         return None
 
 
-def _facts(trainer: Trainer, data: Data, plan: Plan, notes: list[str]) -> Facts:
+def _facts(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str]) -> Facts:
     return Facts(
-        plan=plan,
+        decisions=decisions,
         notes=notes,
         data=(data.train.fingerprint, data.val.fingerprint if data.val is not None else ""),
         parameters=trainer.model.num_parameters(),
@@ -225,12 +228,13 @@ def _facts(trainer: Trainer, data: Data, plan: Plan, notes: list[str]) -> Facts:
     )
 
 
-def describe(trainer: Trainer, compiled: str) -> Plan:
-    """将要怎样跑：(项目, 值, 理由)。"""
+def describe(trainer: Trainer, compiled: str) -> Decisions:
+    """将要怎样跑，由已经组装好的看出。"""
     config, runtime, model = trainer.config, trainer.runtime, trainer.model
     shape = config.model
-    passes = -(-config.batch_size // trainer.micro)
-    passed = "one pass" if passes == 1 else f"{passes} passes of {trainer.micro} sequences"
+    passed = f"{config.passes} passes of {config.rows_at_once} sequences"
+    if config.passes == 1:
+        passed = "one pass"
     total = config.steps * config.tokens_per_step
     epochs = trainer.sampler.epoch(config.steps)
     return [
@@ -266,7 +270,7 @@ def describe(trainer: Trainer, compiled: str) -> Plan:
     ]
 
 
-def _recompute_line(config: TrainConfig) -> Plan:
+def _recompute_line(config: TrainConfig) -> Decisions:
     every = config.activation_checkpointing
     if every == 0:
         return []
@@ -274,7 +278,7 @@ def _recompute_line(config: TrainConfig) -> Plan:
     return [("recompute", which, "activation checkpointing: less memory, same result, slower")]
 
 
-def _experts(trainer: Trainer) -> Plan:
+def _experts(trainer: Trainer) -> Decisions:
     shape, runtime = trainer.config.model, trainer.runtime
     found = explain_dispatch(shape, device=runtime.device, dtype=runtime.dtype)
     if found is None:

@@ -6,11 +6,12 @@ B 批大小，T 上下文长度。
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.models.transformer import GPT2Model
 
@@ -66,6 +67,20 @@ def accumulate(
         wanted.backward()
         total = total + loss.detach()
     return Sums(total, aux, load, dropped)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """全部梯度的范数，标量，还在设备上。"""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], norm: Tensor, size: float, largest: float
+) -> None:
+    """范数大于 largest 就缩到 largest；size 是取到主机上的 norm，largest 为 0 是不裁剪。"""
+    # 不必裁剪时系数恰为 1（分母里的 1e-6 是 torch 的）：省去读写一遍梯度。
+    if largest and size + 1e-6 > largest:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
 def first_bad_weight(model: GPT2Model) -> str | None:

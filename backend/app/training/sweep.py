@@ -13,11 +13,14 @@ from typing import Any
 
 import yaml
 
-from .config import TrainConfig
+from app.common.tell import Tell
+
+from .config import TrainConfig, flat
 from .report.history import History
 from .report.metrics import METRICS
-from .saving.checkpoint import Tell, find_latest, step_of
-from .saving.resume import RUN_FILE, SILENT, check_out, flat
+from .report.run_facts import Decisions
+from .saving.checkpoint import find_latest, step_of
+from .saving.resume import RUN_FILE, SILENT, check_out
 
 # 各有各的办法，或换了就不可比。
 _FIXED = {
@@ -175,7 +178,7 @@ def finished(config: TrainConfig) -> bool:
 
 
 def run_sweep(
-    configs: Sequence[TrainConfig], show_plan: Callable[[Any], object], tell: Tell
+    configs: Sequence[TrainConfig], show: Callable[[Decisions], object], tell: Tell
 ) -> Outcome:
     """逐个训练。不收敛的记下来，接着做别的：它也是一个结果。
 
@@ -198,7 +201,7 @@ def run_sweep(
         tell(f"--- {number}/{len(configs)} {run.name} ---")
         _forget_compiled()
         try:
-            result = train(config, show_plan if number == 1 else lambda plan: None, tell)
+            result = train(config, show if number == 1 else lambda decisions: None, tell)
         except TrainingDiverged as error:
             tell(f"diverged: {error}")
             failed.append((run, str(error)))

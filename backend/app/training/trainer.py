@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from app.common.memory import peak_memory
+from app.common.tell import Tell
 from app.data.sampler import Sampler
 from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
@@ -32,7 +32,6 @@ from .report.progress import Progress
 from .saving.checkpoint import (
     BEST,
     CheckpointError,
-    Tell,
     mark_best,
     prune,
     read_best,
@@ -44,9 +43,11 @@ from .saving.state import fill_checkpoint
 from .step import (
     Sums,
     accumulate,
+    clip_gradients,
     expected_initial_loss,
     first_bad_place,
     first_bad_weight,
+    gradient_norm,
     initial_loss_line,
 )
 from .watch.expert_load import balance_row, update_selection_bias
@@ -83,7 +84,6 @@ class Trainer:
         self.config, self.runtime, self.model, self.data = config, runtime, model, data
         self.validation, self.tokenizer = validation, tokenizer
         self.run_folder = Path(config.out)
-        self.micro = config.micro_batch or config.batch_size
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
@@ -133,8 +133,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(group["initial_lr"])
         inputs, targets = self.sampler.batch(self.data, self.step)
-        sums = accumulate(self.model, inputs, targets, self.micro, self.runtime)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        sums = accumulate(self.model, inputs, targets, self.config.rows_at_once, self.runtime)
+        norm = gradient_norm(self.parameters)
         # 每步只在这里与设备同步一次。
         three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
         loss, size, aux = torch.stack(three).tolist()
@@ -144,9 +144,7 @@ class Trainer:
             self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
         spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
         if good and not (spike and self.config.spike == "skip"):
-            # 不必裁剪时系数恰为 1（分母里的 1e-6 是 torch 的）：省去读写一遍梯度。
-            if optim.grad_clip and size + 1e-6 > optim.grad_clip:
-                nn.utils.clip_grads_with_norm_(self.parameters, optim.grad_clip, norm)
+            clip_gradients(self.parameters, norm, size, optim.grad_clip)
             self.optimizer.step()
             if sums.load is not None:
                 update_selection_bias(self.model, sums.load)
@@ -324,9 +322,9 @@ class Trainer:
         """按配置编译各块；返回一句说明。试跑用第 0 批，不留痕迹。"""
 
         def probe() -> None:
-            inputs, targets = self.sampler.batch(self.data, 0, slice(0, self.micro))
+            inputs, targets = self.sampler.batch(self.data, 0, slice(0, self.config.rows_at_once))
             self.model.train()
-            accumulate(self.model, inputs, targets, self.micro, self.runtime)
+            accumulate(self.model, inputs, targets, self.config.rows_at_once, self.runtime)
 
         try:
             return compile_blocks(

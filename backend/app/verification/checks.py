@@ -19,9 +19,8 @@ from torch import Tensor
 from app.models.transformer import GPT2Model
 from app.models.transformer.layers.init import base_std
 from app.models.transformer.layers.norm import NORMS
+from app.verification.said import Result, Said, error, tally
 from app.verification.subject import Subject
-
-Result = tuple[bool, str]
 
 EXACT, SINGLE = 1e-12, 1e-5
 _TRIALS = 6
@@ -52,7 +51,8 @@ def check_forward(subject: Subject) -> Result:
     out = logits(subject.model, ids)
     shape = (*ids.shape, config.vocab_size)
     if tuple(out.shape) != shape or config.vocab_size < 3:
-        return tuple(out.shape) == shape, f"logits {tuple(out.shape)}，应为 {shape}"
+        got = tuple(out.shape)
+        return got == shape, Said(f"logits {got}, wanted {shape}", f"logits {got}，应为 {shape}")
     targets = subject.ids_like(ids, 1)
     targets = torch.where(targets == ids, (ids + 1) % config.vocab_size, targets)
     plain = float(F.cross_entropy(out.flatten(0, 1), targets.flatten()))
@@ -60,8 +60,12 @@ def check_forward(subject: Subject) -> Result:
     loss = float(F.cross_entropy(others.flatten(0, 1), targets.flatten()))
     size = math.log(config.vocab_size - 1)
     expected = size + base_std(config) ** 2 * config.n_embed / 2
-    figure = f"logits {shape}，初始损失 {plain:.3f}，除去输入词元自己 {loss:.3f}"
-    figure += f"（ln(V-1) = {size:.3f}，预期 {expected:.3f}±0.15）"
+    figure = Said(
+        f"logits {shape}, initial loss {plain:.3f}, without the input token itself {loss:.3f} "
+        f"(ln(V-1) = {size:.3f}, expected {expected:.3f}±0.15)",
+        f"logits {shape}，初始损失 {plain:.3f}，除去输入词元自己 {loss:.3f}"
+        f"（ln(V-1) = {size:.3f}，预期 {expected:.3f}±0.15）",
+    )
     return abs(loss - expected) < 0.15, figure
 
 
@@ -71,7 +75,7 @@ def check_parameters(subject: Subject) -> Result:
     with torch.device("meta"):
         got = GPT2Model(config).num_parameters()
     wanted = expected_parameters(subject)
-    return got == wanted, f"{got:,}（公式 {wanted:,}）"
+    return got == wanted, Said(f"{got:,} (formula {wanted:,})", f"{got:,}（公式 {wanted:,}）")
 
 
 def expected_parameters(subject: Subject) -> int:
@@ -111,11 +115,18 @@ def check_tying(subject: Subject) -> Result:
         )
         same = model.head_weight.data_ptr() == embedding.data_ptr()
         states.append((same, _head_follows(model), copies))
-    names = [
-        f"{'共享同一块内存' if same else '不共享'}、{copies} 份复制" for same, _, copies in states
-    ]
     ok = all(state == (wanted, wanted, 0) for state in states)
-    return ok, f"配置要求{'共享' if wanted else '不共享'}：{names[0]}；存取之后：{names[1]}"
+    here, read = (
+        Said(
+            f"{'one memory' if same else 'two memories'}, {copies} copies",
+            f"{'共享同一块内存' if same else '不共享'}、{copies} 份复制",
+        )
+        for same, _, copies in states
+    )
+    return ok, Said(
+        f"tie_weights={wanted}: {here.english}; after save and load: {read.english}",
+        f"配置要求{'共享' if wanted else '不共享'}：{here.chinese}；存取之后：{read.chinese}",
+    )
 
 
 def _head_follows(model: GPT2Model) -> bool:
@@ -141,7 +152,10 @@ def check_causality(subject: Subject) -> Result:
             leak = max(leak, gap(before[:, :cut], after[:, :cut]))
         if not torch.equal(ids, changed):
             felt = min(felt, gap(before[:, cut:], after[:, cut:]))
-    return leak == 0.0 and felt > 0.0, f"未来词元的影响 {leak:g}（要求恰为 0，{_TRIALS} 次扰动）"
+    return leak == 0.0 and felt > 0.0, Said(
+        f"influence of later tokens {leak:g} (must be exactly 0, {_TRIALS} trials)",
+        f"未来词元的影响 {leak:g}（要求恰为 0，{_TRIALS} 次扰动）",
+    )
 
 
 def check_cache(subject: Subject) -> Result:
@@ -149,7 +163,10 @@ def check_cache(subject: Subject) -> Result:
     double = max(_cached(subject, subject.model, trial) for trial in range(_TRIALS))
     single = max(_cached(subject, subject.fresh().float(), trial) for trial in range(2))
     ok = double <= EXACT and single <= SINGLE
-    return ok, f"相对误差 双精度 {double:.1e}（限 1e-12），单精度 {single:.1e}（限 1e-5）"
+    return ok, Said(
+        f"relative error: double {double:.1e} (limit 1e-12), single {single:.1e} (limit 1e-5)",
+        f"相对误差 双精度 {double:.1e}（限 1e-12），单精度 {single:.1e}（限 1e-5）",
+    )
 
 
 @torch.no_grad()
@@ -175,7 +192,11 @@ def check_rows_cached(subject: Subject) -> Result:
     lengths = [max(1, length // 2), max(1, length // 4), 1]
     steps = min(6, length - lengths[0])
     if steps < 1:
-        return True, f"不适用：context_size={subject.config.context_size} 放不下续写"
+        size = subject.config.context_size
+        return True, Said(
+            f"not applicable: context_size={size} has no room to go on",
+            f"不适用：context_size={size} 放不下续写",
+        )
     rows = [subject.ids(1, n + steps, i)[0] for i, n in enumerate(lengths)]
     wanted = [logits(subject.model, row[None])[0] for row in rows]
     cache = subject.model.new_cache(len(rows))
@@ -190,7 +211,7 @@ def check_rows_cached(subject: Subject) -> Result:
             cache.reorder(torch.tensor(order))
         column = torch.stack([rows[row][lengths[row] + step] for row in order])[:, None]
         got = logits(subject.model, column, cache=cache, use_cache=True)[:, -1]
-    return worst <= EXACT, f"相对误差 {worst:.1e}（限 1e-12）"
+    return worst <= EXACT, error(worst)
 
 
 def check_padding(subject: Subject) -> Result:
@@ -208,14 +229,21 @@ def check_padding(subject: Subject) -> Result:
         other = logits(subject.steady, junk, attention_mask=mask)
         leak = max(leak, gap(got[mask == 1], other[mask == 1]))
     ok = worst <= EXACT and leak == 0.0
-    return ok, f"左右填充的相对误差 {worst:.1e}（限 1e-12），填充内容的影响 {leak:g}（要求恰为 0）"
+    return ok, Said(
+        f"relative error, padded left and right, {worst:.1e} (limit 1e-12); influence of what "
+        f"the padding holds {leak:g} (must be exactly 0)",
+        f"左右填充的相对误差 {worst:.1e}（限 1e-12），填充内容的影响 {leak:g}（要求恰为 0）",
+    )
 
 
 def check_packing(subject: Subject) -> Result:
     """打包：换掉前一个文档，后一个一位也不变；每个文档与它单独时相同。"""
     half = max(1, subject.length(30) // 2)
     if subject.config.context_size < 2:
-        return True, "不适用：context_size=1 放不下两个文档"
+        return True, Said(
+            "not applicable: context_size=1 has no room for two documents",
+            "不适用：context_size=1 放不下两个文档",
+        )
     first, second = subject.ids(2, half, 0), subject.ids(2, half, 1)
     segments = torch.tensor([[0] * half + [1] * half] * 2)
     got = logits(subject.steady, torch.cat([first, second], 1), segment_ids=segments)
@@ -225,14 +253,21 @@ def check_packing(subject: Subject) -> Result:
     parts = [logits(subject.steady, part) for part in (first, second)]
     worst = relative(got, torch.cat(parts, 1))
     ok = leak == 0.0 and worst <= EXACT
-    return ok, f"前一文档的影响 {leak:g}（要求恰为 0），与单独算的相对误差 {worst:.1e}（限 1e-12）"
+    return ok, Said(
+        f"influence of the document before {leak:g} (must be exactly 0); relative error against "
+        f"each alone {worst:.1e} (limit 1e-12)",
+        f"前一文档的影响 {leak:g}（要求恰为 0），与单独算的相对误差 {worst:.1e}（限 1e-12）",
+    )
 
 
 def check_batch(subject: Subject) -> Result:
     ids = subject.ids(5, subject.length(24), 3)
     alone = torch.cat([logits(subject.model, row[None]) for row in ids])
     worst = relative(logits(subject.model, ids), alone)
-    return worst <= EXACT, f"5 行同算与逐行算的相对误差 {worst:.1e}（限 1e-12）"
+    return worst <= EXACT, Said(
+        f"relative error of 5 rows at once against one by one {worst:.1e} (limit 1e-12)",
+        f"5 行同算与逐行算的相对误差 {worst:.1e}（限 1e-12）",
+    )
 
 
 def check_eval_mode(subject: Subject) -> Result:
@@ -242,8 +277,13 @@ def check_eval_mode(subject: Subject) -> Result:
     still = torch.equal(logits(model, ids), logits(model, ids))
     model.train()
     moving = not torch.equal(logits(model, ids), logits(model, ids))
-    text = f"eval 两次{'逐位相同' if still else '不同'}，train 两次{'不同' if moving else '相同'}"
-    return still and moving, f"{text}（以 dropout={subject.config.dropout} 查）"
+    dropout = subject.config.dropout
+    return still and moving, Said(
+        f"two runs in eval {'equal to the bit' if still else 'differ'}, two in train "
+        f"{'differ' if moving else 'are equal'} (checked with dropout={dropout})",
+        f"eval 两次{'逐位相同' if still else '不同'}，train 两次{'不同' if moving else '相同'}"
+        f"（以 dropout={dropout} 查）",
+    )
 
 
 def check_backends(subject: Subject) -> Result:
@@ -258,14 +298,17 @@ def check_backends(subject: Subject) -> Result:
         real = mask == 1 if "attention_mask" in options else torch.ones_like(mask) == 1
         got, wanted = (logits(model, ids, **options)[real] for model in (fast, slow))
         worst = max(worst, relative(got, wanted))
-    return worst <= EXACT, f"相对误差 {worst:.1e}（限 1e-12；因果、填充、打包）"
+    return worst <= EXACT, Said(
+        f"relative error {worst:.1e} (limit 1e-12; causal, padded, packed)",
+        f"相对误差 {worst:.1e}（限 1e-12；因果、填充、打包）",
+    )
 
 
 def check_dispatch(subject: Subject) -> Result:
     """各专家只算自己的词元，与每个专家算每个词元的参考相同：输出、负载与梯度。"""
     config = subject.config
     if not config.moe_layers:
-        return True, "不适用：没有专家"
+        return True, Said("not applicable: there are no experts", "不适用：没有专家")
     ids, results = subject.ids(2, subject.length(24), 11), []
     mask = torch.ones_like(ids)
     mask[1, : ids.shape[1] // 2] = 0
@@ -278,8 +321,12 @@ def check_dispatch(subject: Subject) -> Result:
     (loss, load, slope), (wanted, true_load, true_slope) = results
     worst = max(relative(loss, wanted), relative(slope, true_slope))
     ok = worst <= EXACT and torch.equal(load, true_load)
-    share = load.double() / load.sum(1, keepdim=True)
-    return ok, f"损失与梯度的相对误差 {worst:.1e}（限 1e-12），最忙的专家占 {share.max():.0%}"
+    share = float((load.double() / load.sum(1, keepdim=True)).max())
+    return ok, Said(
+        f"relative error of loss and gradients {worst:.1e} (limit 1e-12); the busiest expert "
+        f"has {share:.0%}",
+        f"损失与梯度的相对误差 {worst:.1e}（限 1e-12），最忙的专家占 {share:.0%}",
+    )
 
 
 def check_loss(subject: Subject) -> Result:
@@ -300,7 +347,11 @@ def check_loss(subject: Subject) -> Result:
     worst = relative(losses[0], losses[1])
     slope = relative(*gradients)  # type: ignore[arg-type]
     ok = worst <= EXACT and slope <= EXACT
-    return ok, f"损失相对误差 {worst:.1e}，嵌入梯度 {slope:.1e}（限 1e-12）"
+    return ok, Said(
+        f"relative error of the loss {worst:.1e}, of the embedding's gradient {slope:.1e} "
+        "(limit 1e-12)",
+        f"损失相对误差 {worst:.1e}，嵌入梯度 {slope:.1e}（限 1e-12）",
+    )
 
 
 def check_gradients(subject: Subject) -> Result:
@@ -314,8 +365,7 @@ def check_gradients(subject: Subject) -> Result:
         if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
     ]
     total = len(list(model.parameters()))
-    text = f"{total - len(dead)}/{total} 个参数有梯度"
-    return not dead, text + (f"，没有的：{'、'.join(dead[:3])}" if dead else "")
+    return not dead, tally(total, dead, Said("parameters have a gradient", "个参数有梯度"))
 
 
 def check_saving(subject: Subject) -> Result:
@@ -332,8 +382,12 @@ def check_saving(subject: Subject) -> Result:
     close = relative(logits(loaded, ids), logits(subject.model, ids)) <= EXACT
     ok = same and close and loaded.config == subject.config
     ok = ok and files == ["config.json", "model.safetensors"]
-    figure = f"{len(before)} 个张量{'逐位相同' if same else '有不同'}，{size / 1e6:.1f} MB"
-    return ok, f"{figure}，文件 {'、'.join(files)}"
+    count, names = len(before), ", ".join(files)
+    return ok, Said(
+        f"{count} tensors {'equal to the bit' if same else 'with differences'}, "
+        f"{size / 1e6:.1f} MB; files: {names}",
+        f"{count} 个张量{'逐位相同' if same else '有不同'}，{size / 1e6:.1f} MB；文件：{names}",
+    )
 
 
 def _left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ import torch
 
 import app.models.transformer as transformer
 from app.models.transformer import GPT2Config, GPT2Model
-
-Result = tuple[bool, str]
+from app.verification.said import Result, Said, tally
 
 FILES = ("__init__", "config", "attention", "mlp", "block", "embeddings", "model", "factory")
 
@@ -39,6 +38,7 @@ COUNTS = {
     "large": {50257: 774_030_080, 50304: 774_090_240, 1000: 710_981_120},
     "xl": {50257: 1_557_611_200, 50304: 1_557_686_400, 1000: 1_478_800_000},
 }
+_EXAMPLE = f"small/50257/pre {COUNTS['small'][50257]:,}"
 
 BAD_CONFIGS: tuple[tuple[dict[str, object], str], ...] = (
     ({"n_head": 7}, "n_head=7"),
@@ -55,7 +55,7 @@ BAD_CONFIGS: tuple[tuple[dict[str, object], str], ...] = (
 def check_files() -> Result:
     folder = Path(str(transformer.__file__)).parent
     missing = [f"{name}.py" for name in FILES if not (folder / f"{name}.py").is_file()]
-    return not missing, _tally(len(FILES), missing, "个文件")
+    return not missing, tally(len(FILES), missing, Said("files", "个文件"))
 
 
 def check_components() -> Result:
@@ -72,8 +72,11 @@ def check_components() -> Result:
         name: sum(isinstance(m, kind) for m in model.modules()) for name, kind in classes.items()
     }
     wanted = {"Attention": 3, "MLP": 3, "Block": 3, "Embeddings": 1}
-    figure = _tally(len(transformer.__all__), missing, "个公开的名字") + "；3 层模型有 "
-    figure += "、".join(f"{count} 个 {name}" for name, count in found.items())
+    public = Said("public names", "个公开的名字")
+    counts = ", ".join(f"{count} {name}" for name, count in found.items())
+    figure = tally(len(transformer.__all__), missing, public).join(
+        Said(f"a model of 3 layers has {counts}", f"3 层模型有 {counts}")
+    )
     return not missing and found == wanted, figure
 
 
@@ -86,9 +89,20 @@ def check_config() -> Result:
         for c in (config, other)
     )
     accepted = [fragment for data, fragment in BAD_CONFIGS if not _refuses(data, fragment)]
-    figure = _tally(len(DEFAULTS), wrong, "个默认值")
-    figure += f"；往返{'相同' if same else '不同'}；"
-    figure += _tally(len(BAD_CONFIGS), accepted, "个坏值被点名拒绝")
+    figure = (
+        tally(len(DEFAULTS), wrong, Said("defaults", "个默认值"))
+        .join(
+            Said(
+                f"to JSON and back {'equal' if same else 'different'}",
+                f"往返{'相同' if same else '不同'}",
+            )
+        )
+        .join(
+            tally(
+                len(BAD_CONFIGS), accepted, Said("bad values refused by name", "个坏值被点名拒绝")
+            )
+        )
+    )
     return not wrong and same and not accepted, figure
 
 
@@ -105,7 +119,8 @@ def check_factories() -> Result:
                 total += 1
                 if model.num_parameters() != wanted:
                     wrong.append(f"{preset}/{vocab}/{norm} {model.num_parameters():,}≠{wanted:,}")
-    return not wrong, _tally(total, wrong, "个参数量逐个相同") + "（small/50257/pre 124,439,808）"
+    figure = tally(total, wrong, Said("parameter counts exact", "个参数量逐个相同"))
+    return not wrong, figure.join(Said(_EXAMPLE, _EXAMPLE))
 
 
 def _refuses(data: dict[str, object], fragment: str) -> bool:
@@ -114,8 +129,3 @@ def _refuses(data: dict[str, object], fragment: str) -> bool:
     except ValueError as error:
         return fragment in str(error)
     return False
-
-
-def _tally(total: int, wrong: list[str], what: str) -> str:
-    text = f"{total - len(wrong)}/{total} {what}"
-    return text + (f"，不对：{'、'.join(wrong[:3])}" if wrong else "")

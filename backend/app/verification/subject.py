@@ -43,7 +43,7 @@ class Subject:
             if getattr(asked, name) != getattr(config, name)
         ]
         config = config.replace(dropout=max(config.dropout, 0.1))
-        return cls(asked, config, "、".join(changes))
+        return cls(asked, config, ", ".join(changes))
 
     @cached_property
     def model(self) -> GPT2Model:

@@ -9,41 +9,44 @@ from functools import partial
 import torch
 
 from app.models.transformer import GPT2Config, MoEConfig
+from app.verification.said import Language, Result, Said
 from app.verification.subject import Subject
 
 from . import checks, structure
 
-Result = tuple[bool, str]
-Check = tuple[str, Callable[[], Result]]
+Check = tuple[Said, Callable[[], Result]]
 Say = Callable[[str], object]
 
-STRUCTURE: tuple[tuple[str, Callable[[], Result]], ...] = (
-    ("文件结构", structure.check_files),
-    ("组件", structure.check_components),
-    ("配置", structure.check_config),
-    ("工厂与参数量", structure.check_factories),
+STRUCTURE: tuple[tuple[Said, Callable[[], Result]], ...] = (
+    (Said("files", "文件结构"), structure.check_files),
+    (Said("components", "组件"), structure.check_components),
+    (Said("configuration", "配置"), structure.check_config),
+    (Said("factories and parameter counts", "工厂与参数量"), structure.check_factories),
 )
 
-BEHAVIOUR: tuple[tuple[str, Callable[[Subject], Result]], ...] = (
-    ("参数量等于公式", checks.check_parameters),
-    ("前向与初始损失", checks.check_forward),
-    ("权重共享", checks.check_tying),
-    ("因果性", checks.check_causality),
-    ("缓存等于不用缓存", checks.check_cache),
-    ("批量解码等于逐行", checks.check_rows_cached),
-    ("填充不影响结果", checks.check_padding),
-    ("打包的文档互不可见", checks.check_packing),
-    ("成批等于单独", checks.check_batch),
-    ("评估时没有 dropout", checks.check_eval_mode),
-    ("SDPA 等于参考实现", checks.check_backends),
-    ("专家的分派等于参考实现", checks.check_dispatch),
-    ("分块损失等于整体", checks.check_loss),
-    ("梯度到达每个参数", checks.check_gradients),
-    ("存取逐位相同", checks.check_saving),
+BEHAVIOUR: tuple[tuple[Said, Callable[[Subject], Result]], ...] = (
+    (Said("parameters equal the formula", "参数量等于公式"), checks.check_parameters),
+    (Said("forward and initial loss", "前向与初始损失"), checks.check_forward),
+    (Said("tied weights", "权重共享"), checks.check_tying),
+    (Said("causality", "因果性"), checks.check_causality),
+    (Said("cached equals uncached", "缓存等于不用缓存"), checks.check_cache),
+    (Said("batched decoding equals row by row", "批量解码等于逐行"), checks.check_rows_cached),
+    (Said("padding changes nothing", "填充不影响结果"), checks.check_padding),
+    (Said("packed documents do not see each other", "打包的文档互不可见"), checks.check_packing),
+    (Said("a batch equals each alone", "成批等于单独"), checks.check_batch),
+    (Said("no dropout in evaluation", "评估时没有 dropout"), checks.check_eval_mode),
+    (Said("SDPA equals the reference", "SDPA 等于参考实现"), checks.check_backends),
+    (
+        Said("dispatch of experts equals the reference", "专家的分派等于参考实现"),
+        checks.check_dispatch,
+    ),
+    (Said("loss in chunks equals the whole", "分块损失等于整体"), checks.check_loss),
+    (Said("gradients reach every parameter", "梯度到达每个参数"), checks.check_gradients),
+    (Said("save and load to the bit", "存取逐位相同"), checks.check_saving),
 )
 
 
-def verify_implementation(say: Say = print) -> bool:
+def verify_implementation(language: Language, say: Say = print) -> bool:
     """结构，加上默认配置的形状（缩小）在四种归一化位置与几种选项下的行为。"""
     base = GPT2Config(vocab_size=211, context_size=64, n_layer=4, n_head=4, n_embed=64)
     variants = (
@@ -56,38 +59,59 @@ def verify_implementation(say: Say = print) -> bool:
     )
     subjects = [Subject.of(config) for config in variants]
     behaviour = [(title, partial(_worst, check, subjects)) for title, check in BEHAVIOUR]
-    return run_checks([*STRUCTURE, *behaviour], say)
+    return run_checks([*STRUCTURE, *behaviour], language, say)
 
 
-def verify_config(config: GPT2Config, say: Say = print) -> bool:
+def verify_config(config: GPT2Config, language: Language, say: Say = print) -> bool:
     """同样的检查，用在一份配置上。"""
     subject = Subject.of(config)
-    say(f"核验的配置：{_describe(config)}")
+    fields = _describe(config)
+    say(Said(f"configuration: {fields}", f"核验的配置：{fields}").to(language))
+    mark = Said("", "")
     if subject.shrunk:
-        say(f"双精度下太大，标〔缩小〕的几项改用：{subject.shrunk}；其余字段照原样")
-    mark = "〔缩小〕" if subject.shrunk else ""
+        mark = Said(" [smaller]", "〔缩小〕")
+        why = Said(
+            f"too large for double precision: the checks marked{mark.english} use "
+            f"{subject.shrunk}; all else as given",
+            f"双精度下太大，标{mark.chinese}的几项改用：{subject.shrunk}；其余字段照原样",
+        )
+        say(why.to(language))
     behaviour = [
-        (title + ("" if check is checks.check_parameters else mark), partial(check, subject))
+        (
+            # 参数量按原样的配置数，没有缩小。
+            title
+            if check is checks.check_parameters
+            else Said(title.english + mark.english, title.chinese + mark.chinese),
+            partial(check, subject),
+        )
         for title, check in BEHAVIOUR
     ]
-    return run_checks(behaviour, say)
+    return run_checks(behaviour, language, say)
 
 
-def run_checks(all_checks: Sequence[Check], say: Say) -> bool:
+def run_checks(all_checks: Sequence[Check], language: Language, say: Say) -> bool:
     """返回是否全部通过。检查里的任何异常都是这一项的失败，写明类型与信息。"""
     start, failed, threads = time.perf_counter(), 0, torch.get_num_threads()
+    colon = Said(": ", "：").to(language)
     # 矩阵都小：多线程只会互相等，机器忙时尤其如此。
     torch.set_num_threads(1)
     try:
         for title, check in all_checks:
             passed, figure = _attempt(check)
             failed += not passed
-            say(f"{'✅' if passed else '❌'} {title}：{figure}")
+            mark = "✅" if passed else "❌"
+            say(f"{mark} {title.to(language)}{colon}{figure.to(language)}")
     finally:
         torch.set_num_threads(threads)
-    seconds = time.perf_counter() - start
-    verdict = "全部通过" if not failed else f"{failed} 项未通过"
-    say(f"共 {len(all_checks)} 项，{verdict}，用时 {seconds:.1f} 秒")
+    seconds, count = time.perf_counter() - start, len(all_checks)
+    verdict = Said("all passed", "全部通过")
+    if failed:
+        verdict = Said(f"{failed} failed", f"{failed} 项未通过")
+    total = Said(
+        f"{count} checks, {verdict.english}, {seconds:.1f} s",
+        f"共 {count} 项，{verdict.chinese}，用时 {seconds:.1f} 秒",
+    )
+    say(total.to(language))
     return not failed
 
 
@@ -95,7 +119,8 @@ def _attempt(check: Callable[[], Result]) -> Result:
     try:
         return check()
     except Exception as error:
-        return False, f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}"
+        return False, Said(what, what)
 
 
 def _worst(check: Callable[[Subject], Result], subjects: Sequence[Subject]) -> Result:
@@ -104,9 +129,11 @@ def _worst(check: Callable[[Subject], Result], subjects: Sequence[Subject]) -> R
     for subject in subjects:
         passed, figure = check(subject)
         if not passed:
-            return False, f"norm={subject.config.norm}：{figure}"
+            norm = f"norm={subject.config.norm}"
+            return False, Said(f"{norm}: {figure.english}", f"{norm}：{figure.chinese}")
         figures.append(figure)
-    return True, f"{figures[0]}；{len(figures)} 种配置都通过"
+    count = len(figures)
+    return True, figures[0].join(Said(f"all {count} configurations pass", f"{count} 种配置都通过"))
 
 
 def _describe(config: GPT2Config) -> str:
@@ -114,4 +141,4 @@ def _describe(config: GPT2Config) -> str:
     data = config.to_dict()
     shape = ("vocab_size", "context_size", "n_layer", "n_head", "n_embed", "norm")
     rest = [n for n, v in data.items() if n not in shape and v != default.to_dict().get(n)]
-    return "、".join(f"{name}={data[name]}" for name in [*shape, *rest])
+    return ", ".join(f"{name}={data[name]}" for name in [*shape, *rest])

@@ -92,6 +92,17 @@ def downsample(x: np.ndarray, y: np.ndarray, most: int = _MOST_POINTS) -> tuple[
     return x[index], y[index]
 
 
+def smooth(values: np.ndarray) -> np.ndarray:
+    """指数平均，去掉起点的偏差（Adam 式修正）；窗口约为总长的五十分之一。"""
+    keep = 1.0 - 1.0 / max(2.0, len(values) / 50)
+    result, mean, weight = np.empty(len(values)), 0.0, 0.0
+    for index, value in enumerate(values):
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        result[index] = mean / weight
+    return result
+
+
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """[low, high] 里 1、2、5 乘十的幂的整数倍。"""
     raw = (high - low) / count

@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.common.files import check_new, write_new
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -30,7 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def check_out(path: Path, kinds: tuple[str, ...] = (".png",)) -> None:
+def check_picture(path: Path, kinds: tuple[str, ...] = (".png",)) -> None:
     """画之前就查，免得算完才知道写不下。
 
     Raises:
@@ -41,22 +43,23 @@ def check_out(path: Path, kinds: tuple[str, ...] = (".png",)) -> None:
             f"out={path} does not end in {' or '.join(kinds)}: "
             f"use --out {path.with_suffix(kinds[0])}"
         )
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"out={path} already exists and is not overwritten: give another --out")
-    if not path.parent.is_dir():
-        raise ValueError(f"out={path}: the folder {path.parent} does not exist: create it first")
+    check_new(path)
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """写 PNG；先在内存里画完，所以不留半个文件。
+    """写 PNG。
 
     Raises:
         FileExistsError: 文件已存在。
     """
+    write_new(path, png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """在内存里画完，所以不留半个文件。"""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=_DPI, format="png")
-    with path.open("xb") as file:
-        file.write(picture.getvalue())
+    return picture.getvalue()
 
 
 @cache

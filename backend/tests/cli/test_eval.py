@@ -15,11 +15,10 @@ import torch
 import yaml
 
 from app.cli.main import main
-from app.cli.shared import meter
-from app.common import files
+from app.common import files, progress
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.data.shards import TokenDataset
-from app.data.sources import Sources
 from app.data.tokenizers import ByteTokenizer, load_tokenizer
 from app.evaluation import perplexity, tasks
 from app.evaluation.perplexity import open_text, score_windows, summarize
@@ -142,7 +141,7 @@ def prepared(tmp_path, name, text, tokenizer="bytes"):
 def facts_of(data):
     parts = [TokenDataset.open(data / part).fingerprint for part in ("train", "val")]
     return Facts(
-        plan=[], notes=[], data=(parts[0], parts[1]), parameters=1, steps=1, expected_loss=5.0
+        decisions=[], notes=[], data=(parts[0], parts[1]), parameters=1, steps=1, expected_loss=5.0
     )
 
 
@@ -312,15 +311,15 @@ def test_what_is_infinite_is_null_in_the_json(folder, text, tmp_path, capsys, mo
 
 
 def test_progress_lines_and_the_bar(monkeypatch, capsys):
-    monkeypatch.setattr(meter, "_LINE_SECONDS", 0.0)
-    with meter.meter("a [b]", 2000) as advance:
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    with progress.count_tokens("a [b]", 2000) as advance:
         advance(500)
         advance(1500)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("a [b]: 500/2,000 tokens  ")
     assert "tokens/s" in lines[0] and lines[1].endswith("  0s left")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with meter.meter("a [b]", 2000) as advance:
+    with progress.count_tokens("a [b]", 2000) as advance:
         advance(500)
     assert "a [b]" in capsys.readouterr().err
 

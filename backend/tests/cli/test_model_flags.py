@@ -14,7 +14,7 @@ from app.training.config import TrainConfig
 
 
 def flags(*argv: str) -> GPT2Config:
-    return train.parse(argv).model
+    return train.parse(argv).train.model
 
 
 def run_file(folder: Path, model: str) -> str:
@@ -32,7 +32,9 @@ def test_one_pattern() -> None:
 
 
 def test_a_cycle_and_the_flags_after_it() -> None:
-    args = train.parse(["--model.attention-pattern", "local(256)", "causal", "--steps", "7000"])
+    args = train.parse(
+        ["--model.attention-pattern", "local(256)", "causal", "--steps", "7000"]
+    ).train
     assert args.model.attention_pattern == ("local(256)", "causal") and args.steps == 7000
 
 

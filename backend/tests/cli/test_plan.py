@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cli.estimates import flop, seconds
 from app.cli.main import main
 from app.cli.plan import layer_names, parse
-from app.cli.shared.tables import size
+from app.cli.shared.estimates import flop, seconds
+from app.common.units import size
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
 from app.models.transformer.backends.choose import explain_backends
 from app.planning.flops import flops_per_token
@@ -26,9 +26,9 @@ TINY = GPT2Config(
 
 def room_for(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
     monkeypatch.setattr(
-        "app.planning.available_memory.available_memory", lambda device: (nbytes, "in this test")
+        "app.planning.fit.available_memory", lambda device: (nbytes, "in this test")
     )
-    monkeypatch.setattr("app.planning.available_memory.resident_memory", lambda: 0)
+    monkeypatch.setattr("app.planning.fit.resident_memory", lambda: 0)
 
 
 @pytest.fixture(autouse=True)
@@ -155,13 +155,17 @@ def test_a_run_file_brings_device_precision_and_the_vocabulary_of_its_data(
     path = tmp_path / "run.yaml"
     path.write_text(f"data: {{folder: {data}}}\ndevice: cpu\nprecision: bfloat16\n")
     args = parse(["--config", str(path)])
-    assert (args.device, args.precision, args.model.vocab_size) == ("cpu", "bfloat16", 50304)
+    assert (args.train.device, args.train.precision, args.train.model.vocab_size) == (
+        "cpu",
+        "bfloat16",
+        50304,
+    )
     assert f"{data} does not exist yet" in capsys.readouterr().err
     (data / "train").mkdir(parents=True)
     (data / "train" / "meta.json").write_text('{"tokenizer": {"vocab_size": 65}}')
-    assert parse(["--config", str(path)]).model.vocab_size == 65
+    assert parse(["--config", str(path)]).train.model.vocab_size == 65
     named = parse(["--config", str(path), "--model.vocab-size", "70", "--device", "cuda"])
-    assert (named.model.vocab_size, named.device) == (70, "cuda")
+    assert (named.train.model.vocab_size, named.train.device) == (70, "cuda")
     assert capsys.readouterr().err == ""
 
 
@@ -252,7 +256,7 @@ def test_a_probe_gives_time_and_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = Estimate(seconds=0.5, peak=100 << 20, base=20 << 20, layers=2, rows=4)
-    monkeypatch.setattr("app.planning.probe.probe", lambda *args, **options: given)
+    monkeypatch.setattr("app.planning.fit.probe", lambda *args, **options: given)
     room_for(monkeypatch, 121 << 20)
     flags = (*WIDE, "--batch-size", "4", "--steps", "7200", "--probe")
     code, lines, _ = plan(capsys, *flags)
@@ -273,7 +277,7 @@ def test_a_failed_probe_is_said(
     def fail(*args: object, **options: object) -> None:
         raise ProbeFailed("the probe of 2 layers took more than 150 s")
 
-    monkeypatch.setattr("app.planning.probe.probe", fail)
+    monkeypatch.setattr("app.planning.fit.probe", fail)
     code, lines, err = plan(capsys, *WIDE, "--batch-size", "1", "--probe")
     assert (code, err) == (0, "")
     why = "not measured: the probe of 2 layers took more than 150 s"

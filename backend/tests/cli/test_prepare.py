@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from app.cli.main import main
+from app.cli.prepare import _unescaped
 from app.data.shards import TokenDataset
+from app.data.tokenizers import load_tokenizer
+from app.training.saving.checkpoint import write_checkpoint
 
 
 @pytest.fixture
@@ -44,6 +48,15 @@ def test_prepares_a_file(text: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["TEXT", "--out", "TEXT"], "is a file: choose another --out"),
         (["JUNK", "--out", "OUT"], "junk.txt: not UTF-8 text (NUL byte at 1)"),
         (["EMPTY", "--out", "OUT"], "no text there"),
+        (["TEXT", "--out", "OUT", "--val", "TEXT", "--val-fraction", "0.1"], "give one of them"),
+        (["", "--out", "OUT"], "is a shell variable not set?"),
+        (["--text-key", "body"], "--text-key body needs a folder or file to read"),
+        (["TEXT", "--out", "OUT", "--tokenizer", "nowhere"], "neither one of bytes, chars, gpt2"),
+        (["TEXT", "--out", "OUT", "--tokenizer", "FOREIGN"], "run `gpt2 import"),
+        (["TEXT", "--out", "OUT", "--tokenizer", "."], "cannot be loaded"),
+        (["TEXT", "--out", "OUT", "--tokens", "uint16"], "--tokenizer bpe would be made from text"),
+        (["TEXT", "--out", "OUT", "--tokens", "uint16", "--text-key", "x"], "--text-key x is for"),
+        (["--tokens", "uint16", "--tokenizer", "bytes"], "needs a folder with train.bin"),
     ],
 )
 def test_wrong_use_is_one_sentence(
@@ -55,11 +68,14 @@ def test_wrong_use_is_one_sentence(
 ) -> None:
     (tmp_path / "junk.txt").write_bytes(b"\x7f\0ELF")
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "tokenizer.json").write_text("{}", encoding="utf-8")
     names = {
         "OUT": str(tmp_path / "out"),
         "TEXT": str(text),
         "JUNK": str(tmp_path / "junk.txt"),
         "EMPTY": str(tmp_path / "empty.txt"),
+        "FOREIGN": str(tmp_path / "foreign"),
     }
     before = text.read_bytes()
     assert main(["prepare", *(names.get(a, a) for a in argv)]) == 2
@@ -87,3 +103,49 @@ def test_help_is_instant_and_imports_no_heavy_package() -> None:
     )
     for flag in ("--out", "--tokenizer", "--vocab-size", "--vocab-files", "examples:"):
         assert flag in done.stdout
+
+
+def test_a_folder_of_code_is_read_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    for number in range(30):
+        (code / f"{number}.py").write_text(f"print({number})\n", encoding="utf-8")
+    (code / "README.md").write_text("read me", encoding="utf-8")
+    (code / "config.json").write_text("{}", encoding="utf-8")
+    argv = ["prepare", str(code), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "30 .py, 1 .md" in printed and "not read: 1 .json" in printed
+    assert "31 documents" in printed
+
+
+def test_tokenizer_of_a_folder_and_ready_tokens(text: Path, tmp_path: Path) -> None:
+    """数据集的分词器再用一次；nanoGPT 的 train.bin 用它的 id。"""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert main(["prepare", str(text), "--out", str(first), "--tokenizer", "chars"]) == 0
+    write_checkpoint(tmp_path / "run", 7, load_tokenizer(first / "train").save)
+    for folder in (first, first / "train", tmp_path / "run"):
+        out = second / folder.name
+        argv = ["prepare", str(text), "--out", str(out), "--tokenizer", str(folder)]
+        assert main([*argv, "--val", str(text)]) == 0
+        data = TokenDataset.open(out / "val")
+        assert data.n_tokens == 1101
+        assert data.tokenizer().fingerprint() == (
+            TokenDataset.open(first / "train").tokenizer().fingerprint()
+        )
+    ready = tmp_path / "nano"
+    ready.mkdir()
+    np.array([1, 2, 3], dtype="<u2").tofile(ready / "train.bin")
+    np.array([2, 1], dtype="<u2").tofile(ready / "val.bin")
+    argv = ["prepare", str(ready), "--tokens", "uint16", "--tokenizer", str(first)]
+    assert main([*argv, "--out", str(third)]) == 0
+    assert TokenDataset.open(third / "train").read(0, 3).tolist() == [1, 2, 3]
+    assert main([*argv, "--out", str(third), "--val-fraction", "0.2"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [(r"\n\n", "\n\n"), (r"\\n", r"\n"), (r"a\tb\r", "a\tb\r"), ("<|x|>", "<|x|>"), (r"\d", r"\d")],
+)
+def test_line_ends_can_be_typed(written: str, meant: str) -> None:
+    assert _unescaped(written) == meant

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from app.data.sources import Sources
 
 from app.cli.main import main
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
 from app.data.tokenizers import load_tokenizer
 from app.models.transformer import GPT2Model, create_gpt2_model
 from app.quantization.model import QuantizedModel
@@ -105,7 +105,8 @@ def test_the_budget_is_met_and_spent_on_the_sensitive(run_folder, tmp_path, caps
 
 
 def test_slower_is_an_error_and_nothing_is_written(run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("app.quantization.compare.decode_speed", lambda models, rounds: [9.0, 8.0])
+    slow = "app.generation.speed.decode_speed"
+    monkeypatch.setattr(slow, lambda models, rounds: [9.0, 8.0])
     out = tmp_path / "small"
     code, text, err = gpt2(capsys, "quantize", run_folder, "--to", "int8", "--out", out)
     assert code == 1 and "--allow-slower" in err and "9.0 -> 8.0 tokens/s" in text

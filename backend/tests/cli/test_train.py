@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.cli import train as command
+from app.cli.shared import runfile
 from app.cli.shared.runfile import find_run_file, load_config
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 from app.training.config import TrainConfig
 from app.training.saving.checkpoint import resolve_checkpoint, verify_checkpoint
 
@@ -114,7 +116,7 @@ def test_whole_run_by_hand(tmp_path: Path, data: Path) -> None:
     ):  # fmt: skip
         assert wanted in out
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
-    saved = command.parse(["--config", str(tmp_path / "run" / "run.yaml")])
+    saved = command.parse(["--config", str(tmp_path / "run" / "run.yaml")]).train
     assert saved.optim.lr == 2e-3 and saved.model.vocab_size < 30
     again = gpt2("--config", str(path))
     assert (again.returncode, again.stdout) == (2, "")
@@ -236,23 +238,48 @@ def test_flags_override_the_file_and_the_vocabulary_follows_the_data(
 ) -> None:
     path = write_run_file(tmp_path, data, "run")
     size = json.loads((data / "train" / "meta.json").read_text())["tokenizer"]["vocab_size"]
-    plain = command.parse(["--config", str(path), "--steps", "99", "--optim.betas", "0.8", "0.9"])
+    plain = command.parse(
+        ["--config", str(path), "--steps", "99", "--optim.betas", "0.8", "0.9"]
+    ).train
     assert (plain.steps, plain.optim.lr, plain.optim.betas) == (99, 1e-2, (0.8, 0.9))
     assert plain.model.vocab_size == size and plain.model.n_layer == 2
     for flag in ("--model.vocab-size=50304", "--model.vocab_size=50304"):
-        assert command.parse([f"--config={path}", flag]).model.vocab_size == 50304
+        assert command.parse([f"--config={path}", flag]).train.model.vocab_size == 50304
+
+
+def test_the_run_file_is_read_once_and_checked_little(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """文件一次，配置至多三次：文件的、盖过的、词表合上数据的；原来的设置也在手边。"""
+    path = write_run_file(tmp_path, data, "run")
+    read, checked = [], []
+    real, check = runfile.read_run_file, TrainConfig.__post_init__
+
+    def reading(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return real(path)
+
+    def checking(config: TrainConfig) -> None:
+        checked.append(config)
+        check(config)
+
+    monkeypatch.setattr(runfile, "read_run_file", reading)
+    monkeypatch.setattr(TrainConfig, "__post_init__", checking)
+    args = command.parse(["--config", str(path), "--steps", "99"])
+    assert args.file is not None and (args.train.steps, args.file.config.steps) == (99, STEPS)
+    assert read == [path] and len(checked) <= 3
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_recipes_are_valid(name: str) -> None:
-    config, _ = load_config(name)
+    config = load_config(name).config
     assert TrainConfig.from_dict(config.to_dict()) == config
     assert find_run_file(name) == find_run_file(name + ".yaml")
     assert config.out == f"runs/{name}"
 
 
 def test_nanogpt_recipe_is_the_published_shape() -> None:
-    config, _ = load_config("shakespeare-char-nanogpt")
+    config = load_config("shakespeare-char-nanogpt").config
     shape, optim = config.model, config.optim
     assert (shape.n_layer, shape.n_head, shape.n_embed, shape.context_size) == (4, 4, 128, 64)
     assert (shape.norm, shape.dropout, config.batch_size, config.steps) == ("pre", 0.0, 12, 2000)

@@ -11,7 +11,7 @@ import yaml
 
 from app.cli.main import main
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 from app.data.tokenizers import load_tokenizer
 from app.evaluation.perplexity import open_dataset, score_windows, summarize
 from app.evaluation.routing import expert_load

@@ -7,7 +7,8 @@ import pytest
 
 from app.cli.main import main
 from app.models.transformer import GPT2Config
-from app.verification import checks, verify
+from app.verification import verify
+from app.verification.said import Said
 
 TINY = ("--model.n-layer", "2", "--model.n-embed", "16", "--model.n-head", "2")
 TINY += ("--model.vocab-size", "31", "--model.context-size", "16")
@@ -22,9 +23,10 @@ def gpt2(capsys, *argv):
 def test_flags_make_the_configuration(capsys):
     code, lines, _ = gpt2(capsys, *TINY, "--model.norm", "keel")
     assert code == 0
-    assert lines[0].startswith("核验的配置：vocab_size=31、context_size=16、n_layer=2")
+    assert lines[0].startswith("configuration: vocab_size=31, context_size=16, n_layer=2")
     assert "norm=keel" in lines[0]
     assert len(lines) == 2 + len(verify.BEHAVIOUR)
+    assert "\n".join(lines).replace("✅", "").replace("±", "").isascii()
     assert all(line.startswith("✅ ") for line in lines[1:-1])
 
 
@@ -46,11 +48,11 @@ def test_a_run_file(capsys, tmp_path):
 
 
 def test_one_failing_check_is_exit_code_1(capsys, monkeypatch):
-    broken = ("坏", lambda subject: (False, "1.0"))
-    monkeypatch.setattr(verify, "BEHAVIOUR", (broken, ("参数量等于公式", checks.check_parameters)))
+    broken = (Said("bad", "坏"), lambda subject: (False, Said("1.0", "1.0")))
+    monkeypatch.setattr(verify, "BEHAVIOUR", (broken, verify.BEHAVIOUR[0]))
     code, lines, _ = gpt2(capsys, *TINY)
     assert code == 1
-    assert lines[1] == "❌ 坏：1.0" and lines[2].startswith("✅ ")
+    assert lines[1] == "❌ bad: 1.0" and lines[2].startswith("✅ ")
 
 
 def test_what_was_shrunk_is_said_in_the_lines(capsys, monkeypatch):
@@ -59,14 +61,15 @@ def test_what_was_shrunk_is_said_in_the_lines(capsys, monkeypatch):
         verify,
         "BEHAVIOUR",
         (
-            ("参数量等于公式", checks.check_parameters),
-            ("看", lambda subject: (not seen.append(subject), "1")),
+            verify.BEHAVIOUR[0],
+            (Said("look", "看"), lambda subject: (not seen.append(subject), Said("1", "1"))),
         ),
     )
     code, lines, _ = gpt2(capsys, "--model.n-layer", "48")
     assert code == 0
     assert "vocab_size 50304→4096" in lines[1] and "n_layer 48→2" in lines[1]
-    assert lines[2].startswith("✅ 参数量等于公式：") and lines[3] == "✅ 看〔缩小〕：1"
+    assert lines[2].startswith("✅ parameters equal the formula: ")
+    assert lines[3] == "✅ look [smaller]: 1"
     assert seen[0].config.n_layer == 2
 
 

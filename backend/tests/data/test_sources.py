@@ -11,10 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.data import sources as sources_module
 from app.data import split
-from app.data.corpus import stdlib_excluded, stdlib_sources
-from app.data.sources import NotTextError, Sources, read_jsonl, read_text
+from app.data.reading import plain_text, records
+from app.data.reading import sources as sources_module
+from app.data.reading.corpus import stdlib_excluded, stdlib_sources
+from app.data.reading.plain_text import NotTextError, read_text
+from app.data.reading.records import read_jsonl
+from app.data.reading.sources import Reading, Sources
 from app.data.split import Census, survey, units
 from app.data.tokenizers import train_bpe
 
@@ -43,12 +46,16 @@ def side_texts(sources: Sources, fraction: float) -> dict[str, list[str]]:
 def test_folder_is_recursive_sorted_and_by_suffix(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/z.md", "sub/a.TXT", "pic.png", "code.py"):
         put(tmp_path / name, name)
-    assert texts(Sources([tmp_path])) == ["a.txt", "b.txt", "sub/a.TXT", "sub/z.md"]
-    assert texts(Sources([tmp_path], suffixes=[".py"])) == ["code.py"]
+    put(tmp_path / "pic.png", b"\x89PNG\0")
+    plan = survey(Sources([tmp_path]), 0.0, alphabet=False)
+    assert list(plan.skipped) == [str(tmp_path / "pic.png")] and plan.content["documents"] == 5
+    wanted = ["a.txt", "b.txt", "sub/a.TXT", "sub/z.md"]
+    assert texts(Sources([tmp_path], Reading(suffixes=(".txt", ".MD")))) == wanted
+    assert texts(Sources([tmp_path], Reading(suffixes=(".py",)))) == ["code.py"]
     with pytest.raises(ValueError, match=r"no files with the suffixes \.rst; there are .*\.txt: 3"):
-        texts(Sources([tmp_path], suffixes=[".rst"]))
+        texts(Sources([tmp_path], Reading(suffixes=(".rst",))))
     with pytest.raises(ValueError, match="use '.py'"):
-        Sources([tmp_path], suffixes=["py"])
+        Reading(suffixes=("py",))
 
 
 def test_folder_order_does_not_depend_on_the_file_system(
@@ -76,7 +83,7 @@ def test_missing_and_no_sources() -> None:
 
 
 def test_text_is_kept_exactly(tmp_path: Path) -> None:
-    text = "\ufeffone\r\ntwo\rthree\n\n\t中文😀\x1c\u2028end"
+    text = "one\ufeff\r\ntwo\rthree\n\n\t中文😀\x1c\u2028end"
     assert texts(Sources([put(tmp_path / "a.txt", text)])) == [text]
 
 
@@ -87,8 +94,8 @@ def test_reading_does_not_depend_on_blocks(
 ) -> None:
     path = put(tmp_path_factory.mktemp("t") / "a.txt", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources_module, "_READ_BYTES", 3)
-        assert "".join(read_text(path)) == text
+        patch.setattr(plain_text, "_READ_BYTES", 3)
+        assert "".join(read_text(path)) == text.removeprefix("\ufeff")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +112,7 @@ def test_binary_is_refused_by_name(data: bytes, message: str, tmp_path: Path) ->
     path = put(tmp_path / "junk.txt", data)
     for block in (1 << 20, 3, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources_module, "_READ_BYTES", block)
+            patch.setattr(plain_text, "_READ_BYTES", block)
             with pytest.raises(NotTextError, match=rf"junk\.txt: not UTF-8 text \({message}"):
                 list(read_text(path))
     with pytest.raises(NotTextError, match=r"junk\.txt"):
@@ -155,7 +162,7 @@ def test_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
 
 
 def test_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     path = put(tmp_path / "a.jsonl", '{"text": "' + "x" * 200 + '"}')
     with pytest.raises(ValueError, match="line 1: longer than 100 bytes"):
         list(read_jsonl(path, "text"))
@@ -173,7 +180,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.table({"text": ["one", "two"], "id": [1, 2]}), path)
     assert texts(Sources([path])) == ["one", "two"]
     with pytest.raises(ValueError, match="no column 'body'"):
-        texts(Sources([path], text_key="body"))
+        texts(Sources([path], Reading(text_key="body")))
 
 
 CUTTABLE = st.text(st.sampled_from("ab \n\t\x1c\u00a0é中'1."), min_size=1, max_size=300)

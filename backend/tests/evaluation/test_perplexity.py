@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 from app.data.tokenizers import ByteTokenizer, CharTokenizer, train_bpe
 from app.evaluation import scoring
 from app.evaluation.perplexity import (

@@ -17,7 +17,7 @@ from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.block import run_blocks
 from app.models.transformer.config import RoPEConfig
-from app.models.transformer.layers.context import Context
+from app.models.transformer.layers.context import Context, Note
 from app.models.transformer.layers.rope import Rotary
 from tests.generation.helpers import new_tokens
 from tests.models.helpers import relative, tiny_model, tokens
@@ -233,7 +233,7 @@ class RawKeys:
         plans = [MaskPlan.build(q, k, p, asked="reference") for p in self.config.patterns]
         x = model.embed(torch.tensor([[token]]), q)
         contexts = [
-            Context(q, plan, layer, self, self)  # type: ignore[arg-type]
+            Context(q, plan, Note(), layer, self, self)  # type: ignore[arg-type]
             for layer, plan in enumerate(plans)
         ]
         return model.head(run_blocks(model.h, model.ln_f, x, contexts)[0])[0, -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from app.interop.transformers import WorkbenchForCausalLM, wrap
+from app.interop.transformers import WorkbenchConfig, WorkbenchForCausalLM, save, unwrap, wrap
 from app.models.transformer import GPT2Model
 
 from .variants import model, tokens
@@ -135,3 +136,73 @@ def test_lora_on_the_linear_layers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(merged(ids).logits, after, rtol=1e-4, atol=1e-4)
     assert torch.equal(merged.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), out)
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
+
+
+def trained_adapter(**options: object) -> tuple[PeftModel, Tensor, Tensor]:
+    """(三步之后的模型, 输入, 它的 logits)。"""
+    lora = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", **options)  # type: ignore[arg-type]
+    tuned, ids = get_peft_model(wrap(model("pre").float()), lora), tokens(2, 12)
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tuned(ids, labels=ids).loss.backward()
+        optimizer.step()
+    return tuned.eval(), ids, tuned(ids).logits.detach().clone()
+
+
+def test_peft_trains_single_tokens_of_a_tied_head_as_tied() -> None:
+    """它从 config.to_dict() 里看共享与否：没有这一项就另训一个头，合并之后对不上。"""
+    tuned, ids, after = trained_adapter(trainable_token_indices=[3, 5])
+    merged = tuned.merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    core = unwrap(merged)
+    assert core.config.tie_weights
+    for logits in (merged(ids).logits, core(ids)["logits"]):
+        torch.testing.assert_close(logits, after, rtol=1e-5, atol=1e-4)
+
+
+def test_a_head_that_peft_untied_stays_untied(tmp_path: Path) -> None:
+    tuned, ids, after = trained_adapter(modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match=r"h.0.attn.c_attn.bias.*merge adapters first"):
+        unwrap(tuned.get_base_model())
+    merged = tuned.merge_and_unload()
+    # 哪怕配置仍说共享（旧的 PEFT 不改它）：张量说了算。
+    merged.config.tie_weights = True
+    core = unwrap(merged)
+    assert not core.config.tie_weights and not torch.equal(core.head_weight, core.embed.wte.weight)
+    save(merged, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    back, again = (
+        GPT2Model.from_pretrained(tmp_path),
+        WorkbenchForCausalLM.from_pretrained(tmp_path),
+    )
+    for logits in (core(ids)["logits"], back(ids)["logits"], again(ids).logits):
+        torch.testing.assert_close(logits, after, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pre", "strided gqa", "untied rmsnorm swiglu"])
+def test_other_libraries_find_what_they_read_in_a_configuration(name: str, tmp_path: Path) -> None:
+    wrapped = wrap(model(name))
+    core = wrapped.config.core()
+    wanted = {
+        "vocab_size": core.vocab_size, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": core.kv_heads, "head_dim": 8,
+        "intermediate_size": core.mlp_hidden, "max_position_embeddings": core.context_size,
+        "tie_word_embeddings": core.tie_weights,
+    }  # fmt: skip
+    wrapped.config.save_pretrained(tmp_path)
+    on_disk = json.loads((tmp_path / "config.json").read_text())
+    for found in (wrapped.config.to_dict(), on_disk):
+        assert {key: found[key] for key in wanted} == wanted
+    assert WorkbenchConfig.from_pretrained(tmp_path).core() == core
+
+
+def test_two_names_of_one_value_must_agree() -> None:
+    for options, message in (
+        ({"n_embed": 32, "hidden_size": 64}, "hidden_size=64 but n_embed is 32"),
+        ({"tie_weights": True, "tie_word_embeddings": False}, "tie_word_embeddings=False but"),
+        ({"n_embed": 32, "n_head": 4, "head_dim": 9}, "head_dim=9 but what follows"),
+        ({"n_kv_head": 2, "n_head": 4, "num_key_value_heads": 1}, "num_key_value_heads=1 but"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WorkbenchConfig(**options)

@@ -191,3 +191,27 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = export(model, None, "hf", tmp_path / "hf")
     assert done.checked == "transformers is not installed: pip install 'gpt2-workbench[hf]'"
     assert GPT2Model.from_pretrained(tmp_path / "hf").config == model.config
+
+
+@pytest.mark.parametrize(("norm", "spare"), [("pre", 0), ("pre", 47), ("post", 5), ("pre", 1)])
+def test_ctranslate2_converts_a_padded_vocabulary(norm: str, spare: int, tmp_path: Path) -> None:
+    """词表补到 64 的倍数是我们自己的做法：它的转换器要求每一行都有词元。"""
+    ctranslate2 = pytest.importorskip("ctranslate2", reason=EXTRA)
+    model = tiny_model(torch.float32, norm=norm, vocab_size=BPE.vocab_size + spare)
+    export(model, BPE, "hf", tmp_path / "hf")
+    converter = ctranslate2.converters.TransformersConverter(str(tmp_path / "hf"))
+    converter.convert(str(tmp_path / "ct2"))
+    ids = BPE.encode("the cat sat")
+    (want,) = new_tokens(
+        model, [ids], max_new_tokens=8, sampling=SamplingConfig(temperature=0.0),
+        stop_ids=[BPE.document_separator],
+    )  # fmt: skip
+    words = [BPE.token_bytes(i) for i in ids]
+    from app.data.byte_level import to_chars
+
+    theirs = ctranslate2.Generator(str(tmp_path / "ct2"))
+    (got,) = theirs.generate_batch(
+        [[to_chars(word) for word in words]], max_length=8, include_prompt_in_result=False,
+        beam_size=1, end_token="<|endoftext|>",
+    )  # fmt: skip
+    assert got.sequences_ids[0] == want or max(want) >= BPE.vocab_size

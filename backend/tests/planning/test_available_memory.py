@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.common import memory
 from app.planning import available_memory as room
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_unknown_is_said(machine: Path) -> None:
 
 def test_this_process(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (machine / "status").write_text("Name: python\nVmHWM: 300 kB\nVmRSS: 200 kB\n")
-    monkeypatch.setattr(room, "_STATUS", machine / "status")
-    assert room.resident_memory() == 200 * 1024
+    monkeypatch.setattr(memory, "STATUS", machine / "status")
+    assert memory.resident_memory() == 200 * 1024
     (machine / "status").unlink()
-    assert room.resident_memory() is None
+    assert memory.resident_memory() is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.loss import CHUNK_BYTES
 from app.planning.footprint import activation_bytes, footprint, largest
-from app.training.config import OptimConfig
-from app.training.optim.build import build_optimizer
+from app.training.config import OptimConfig, Optimizer
+from app.training.optim.build import build_optimizer, optimizer_kind
 from tests.models.helpers import VARIANTS, tiny_config, tokens
 
+ADAMW = optimizer_kind(OptimConfig())
 CPU = torch.device("cpu")
 
 
@@ -82,14 +83,15 @@ def test_activations_are_those_autograd_keeps(name: str, dtype: torch.dtype) -> 
 
 
 def test_the_optimizers_hold_what_is_said() -> None:
-    for name in ("adamw", "muon"):
+    for name in get_args(Optimizer):
         model = GPT2Model(tiny_config(norm="pre"))
-        optimizer, _ = build_optimizer(model, OptimConfig(name=name))  # type: ignore[arg-type]
+        kind = optimizer_kind(OptimConfig(name=name))
+        optimizer, _ = build_optimizer(model, kind.config)
         ids = tokens(1, 8)
         model(ids, targets=ids)["loss"].backward()
         optimizer.step()
         found = footprint(
-            model.config, rows=1, passes=1, muon=name == "muon", device=CPU, dtype=torch.float32
+            model.config, rows=1, passes=1, optimizer=kind, device=CPU, dtype=torch.float32
         )
         held = sum(
             value.nbytes
@@ -108,19 +110,19 @@ def test_logits_stay_chunks() -> None:
     def logits(rows: int) -> int:
         config = GPT2Config(norm="pre")
         return footprint(
-            config, rows=rows, passes=1, muon=False, device=CPU, dtype=torch.float32
+            config, rows=rows, passes=1, optimizer=ADAMW, device=CPU, dtype=torch.float32
         ).logits
 
     assert logits(1) == logits(64) <= CHUNK_BYTES
     whole = tiny_config()
-    found = footprint(whole, rows=2, passes=1, muon=False, device=CPU, dtype=torch.float32)
+    found = footprint(whole, rows=2, passes=1, optimizer=ADAMW, device=CPU, dtype=torch.float32)
     assert found.logits == 2 * 24 * 37 * 4
 
 
 def test_the_peak_is_at_one_end_of_the_backward_pass() -> None:
     def peak(rows: int, passes: int) -> tuple[int, int]:
         found = footprint(
-            GPT2Config(norm="pre", dropout=0.0), rows=rows, passes=passes, muon=False,
+            GPT2Config(norm="pre", dropout=0.0), rows=rows, passes=passes, optimizer=ADAMW,
             device=CPU, dtype=torch.float32,
         )  # fmt: skip
         return found.peak - found.weights - found.optimizer, found.activations
@@ -132,7 +134,7 @@ def test_the_peak_is_at_one_end_of_the_backward_pass() -> None:
     accumulated, _ = peak(1, 2)
     assert accumulated - one == whole - head
     tiny = footprint(
-        GPT2Config(norm="pre", context_size=8, dropout=0.0), rows=1, passes=1, muon=False,
+        GPT2Config(norm="pre", context_size=8, dropout=0.0), rows=1, passes=1, optimizer=ADAMW,
         device=CPU, dtype=torch.float32,
     )  # fmt: skip
     assert tiny.peak == tiny.weights + tiny.optimizer + tiny.gradients + tiny.head

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.evaluation.compare_models import compare_quality
 from app.evaluation.perplexity import TextTokens
+from app.evaluation.sampled_windows import random_windows, sample_windows
+from app.generation.speed import decode_speed
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 from app.quantization.calibrate import Calibrator
 from app.quantization.codes import Scheme
-from app.quantization.compare import compare_quality, decode_speed
 from app.quantization.gptq import Moments, gptq
 from app.quantization.model import VOCABULARY, QuantizedModel, dequantize, matrices
 from app.quantization.rtn import round_to_nearest
 from app.quantization.sensitivity import fit_budget, sensitivities, stored_bytes
-from app.quantization.windows import random_windows, sample_windows
 from tests.models.helpers import VARIANTS
 
 from .helpers import float_model, quantized
@@ -91,7 +92,10 @@ def test_every_variant_calibrates_and_the_source_is_untouched(name: str) -> None
     done: list[int] = []
     work = Calibrator(model, plan(model, Scheme(4, 16)))
     codes = work.run(stream(12, 19, 2), done.append)
-    assert codes.keys() == matrices(model.config).keys() and sum(done) == model.config.n_layer
+    assert (
+        codes.keys() == matrices(model.config).keys()
+        and sum(done) == 12 * 20 * model.config.n_layer
+    )
     QuantizedModel.of(model, codes, "gptq")(stream(1, 9, 3))
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -187,3 +191,5 @@ def test_speed_counts_tokens() -> None:
     model = float_model(n_layer=1, context_size=8)
     found = decode_speed((model, quantized(model, Scheme(8))), 1)
     assert len(found) == 2 and min(found) > 0
+    with pytest.raises(ValueError, match="context_size=2 leaves no room"):
+        decode_speed((float_model(n_layer=1, context_size=2),), 1)

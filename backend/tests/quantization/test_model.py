@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 
+from app.generation.config import Options
+from app.generation.generate import complete
+from app.generation.lean_step import why_not_lean
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 from app.quantization.matrix import QuantizedMatrix, QuantizedStack
@@ -77,6 +80,19 @@ def test_cached_equals_uncached_and_a_row_is_a_row(name: str, scheme: str) -> No
         assert relative(torch.cat(parts, 1), whole) < 1e-3
         for row in range(3):
             assert relative(model(ids[row : row + 1])["logits"], whole[row : row + 1]) < 1e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["pre", "moe", "moe swiglu rope", "untied"])
+def test_decoding_takes_the_lean_step_and_equals_the_forward(name: str, scheme: str) -> None:
+    model, ids = quantized(float_model(**VARIANTS[name]), SCHEMES[scheme]), tokens(1, 6)
+    assert why_not_lean(model) is None
+    greedy = Options(max_new_tokens=8, sampling=SamplingConfig(temperature=0.0))
+    made = complete(model, [ids[0].tolist()], greedy)[0].tokens
+    with torch.no_grad():
+        for token in made:
+            assert token == model(ids)["logits"][0, -1].argmax()
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
 def test_padding_packing_and_the_int8_cache() -> None:

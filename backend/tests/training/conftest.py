@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.data.prepare import TokenizerSpec, prepare
-from app.data.sources import Sources
+from app.data.reading.sources import Sources
 from app.models.transformer import GPT2Config
 from app.training import run as run_module
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig

@@ -288,13 +288,13 @@ def test_run_file_and_flags_reach_the_nested_settings(tmp_path: Path) -> None:
         " layers: [1, 3]}}\n"
     )
     argv = ["--config", str(path), "--model.moe.shared-experts", "1", "--model.moe-top-k", "4"]
-    model = parse(argv).model
+    model = parse(argv).train.model
     assert (model.moe.router, model.moe.z_loss_coef, model.moe.layers) == ("sigmoid", 1e-4, (1, 3))
     assert (model.moe.shared_experts, model.moe_top_k, model.moe_num_experts) == (1, 4, 8)
     config = TrainConfig(model=model)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     flags = parse(["--model.moe-num-experts", "4", "--model.moe.layers", "0", "2"])
-    assert flags.model.moe_layers == (0, 2)
+    assert flags.train.model.moe_layers == (0, 2)
     path.write_text("model: {moe_num_experts: 8, moe: {ruoter: sigmoid}}\n")
     with pytest.raises(ValueError, match=r"unknown option 'model.moe.ruoter': did you mean 'rout"):
         parse(["--config", str(path)])

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime, compile_blocks
-from app.training.optim.build import build_optimizer, parameter_groups
+from app.training.optim.build import build_optimizer
 from app.training.optim.schedule import learning_rate
 from app.training.report.metrics import Metrics, read_metrics
 from app.training.step import accumulate, expected_initial_loss
-from app.viz.loss_plot import smooth
+from app.viz.chart import smooth
 
 CPU = Runtime(torch.device("cpu"), "", torch.float32, "")
 
@@ -125,16 +125,16 @@ def test_schedule_shape() -> None:
 @pytest.mark.parametrize("norm", ["post", "pre", "keel"])
 def test_each_parameter_is_in_one_group(tied: bool, norm: Any) -> None:
     model = GPT2Model(tiny(tie_weights=tied, norm=norm))
-    groups = parameter_groups(model, 0.1)
-    members = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.1))[0].param_groups
+    members = [p for group in groups for p in group["params"]]
     assert len({id(p) for p in members}) == len(members)
     assert sum(p.numel() for p in members) == model.num_parameters()
     heads = [p for p in members if p.shape == (13, 8)]
     assert len(heads) == (1 if tied else 2)
     decay, free = groups
     assert (decay["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert all(p.ndim >= 2 for p in decay["params"])  # type: ignore[attr-defined]
-    assert all(p.ndim == 1 for p in free["params"])  # type: ignore[attr-defined]
+    assert all(p.ndim >= 2 for p in decay["params"])
+    assert all(p.ndim == 1 for p in free["params"])
 
 
 def test_optimizer_matches_the_plain_formula() -> None:

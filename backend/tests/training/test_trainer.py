@@ -213,7 +213,7 @@ def test_second_signal_quits_at_once() -> None:
     """C3"""
     code = (
         "import os, signal\n"
-        "from app.training.signals import StopSignal\n"
+        "from app.training.machine.stop_signal import StopSignal\n"
         "with StopSignal():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('alive', flush=True)\n"

@@ -1,6 +1,7 @@
 """核验：真模型全部通过；每种植入的错误都被指定的那一项抓住。"""
 
 import copy
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from app.models.transformer.visibility.positions import Positions
 from app.models.transformer.weights import own_folder as weights
 from app.models.transformer.weights import pretrained
 from app.verification import checks, structure, verify
+from app.verification.said import Said
 from app.verification.subject import MAX_PARAMETERS, Subject, count_parameters
 
 SMALL = GPT2Config(vocab_size=61, context_size=48, n_layer=2, n_head=2, n_embed=32)
@@ -42,7 +44,7 @@ def failures(config: GPT2Config = SMALL) -> dict[str, str]:
     for _, check in verify.BEHAVIOUR:
         passed, figure = verify._attempt(lambda check=check: check(subject))
         if not passed:
-            failed[check.__name__] = figure
+            failed[check.__name__] = figure.english
     return failed
 
 
@@ -232,8 +234,8 @@ def loud_start(patch):
     """标准差 1 的嵌入（torch 的默认）。"""
     real = model_module.initialize
 
-    def initialize(model):
-        real(model)
+    def initialize(model, config):
+        real(model, config)
         nn.init.normal_(model.embed.wte.weight)
 
     patch.setattr(model_module, "initialize", initialize)
@@ -298,13 +300,17 @@ def test_a_planted_fault_is_caught_by_the_check_that_names_it(mutant, monkeypatc
 
 def test_structure_catches_its_faults(monkeypatch):
     monkeypatch.setattr(structure, "FILES", (*structure.FILES, "decoder"))
-    assert structure.check_files() == (False, "8/9 个文件，不对：decoder.py")
+    wanted = Said("8/9 files, wrong: decoder.py", "8/9 个文件，不对：decoder.py")
+    assert structure.check_files() == (False, wanted)
     monkeypatch.setitem(structure.DEFAULTS, "n_layer", 11)
-    assert "11/12 个默认值，不对：n_layer" in structure.check_config()[1]
+    figure = structure.check_config()[1]
+    assert "11/12 个默认值，不对：n_layer" in figure.chinese
+    assert "11/12 defaults, wrong: n_layer" in figure.english
     monkeypatch.setitem(PRESETS["medium"], "n_layer", 23)
     monkeypatch.setattr(structure, "COUNTS", {p: structure.COUNTS[p] for p in ("small", "medium")})
     passed, figure = structure.check_factories()
-    assert not passed and "6/12" in figure and "medium/50257/pre" in figure
+    for text in figure:
+        assert not passed and "6/12" in text and "medium/50257/pre" in text
     monkeypatch.setattr(transformer, "__all__", [*transformer.__all__, "Missing"])
     assert not structure.check_components()[0]
 
@@ -321,16 +327,21 @@ def test_a_check_that_raises_is_one_failure_and_the_rest_go_on():
         raise RuntimeError("no such layer")
 
     threads = torch.get_num_threads()
-    ok = verify.run_checks([("甲", broken), ("乙", lambda: (True, "3"))], lines.append)
+    table = [(Said("A", "甲"), broken), (Said("B", "乙"), lambda: (True, Said("3", "三")))]
+    ok = verify.run_checks(table, "chinese", lines.append)
     assert not ok and torch.get_num_threads() == threads
-    assert lines[:2] == ["❌ 甲：RuntimeError: no such layer", "✅ 乙：3"]
+    assert lines[:2] == ["❌ 甲：RuntimeError: no such layer", "✅ 乙：三"]
     assert lines[2].startswith("共 2 项，1 项未通过")
+    lines.clear()
+    assert not verify.run_checks(table, "english", lines.append)
+    assert lines[:2] == ["❌ A: RuntimeError: no such layer", "✅ B: 3"]
+    assert lines[2].startswith("2 checks, 1 failed")
 
 
 def test_every_variant_is_checked_and_the_failing_one_is_named():
     subjects = [Subject.of(SMALL), Subject.of(SMALL.replace(norm="keel"))]
-    passed, figure = verify._worst(lambda s: (s.config.norm == "post", "7"), subjects)
-    assert (passed, figure) == (False, "norm=keel：7")
+    passed, figure = verify._worst(lambda s: (s.config.norm == "post", Said("7", "七")), subjects)
+    assert (passed, figure) == (False, Said("norm=keel: 7", "norm=keel：七"))
 
 
 @pytest.mark.parametrize("norm", ["post", "pre", "deepnorm", "keel"])
@@ -391,3 +402,16 @@ def test_the_script_prints_one_line_a_check_and_exits_0():
     assert len(lines) == 1 + len(verify.STRUCTURE) + len(verify.BEHAVIOUR)
     assert all(line.startswith("✅ ") for line in lines[:-1])
     assert "全部通过" in lines[-1]
+
+
+def test_the_two_languages_say_the_same_numbers(monkeypatch):
+    """同一张表：英语里没有汉字，数一个不差。"""
+    monkeypatch.setattr(structure, "COUNTS", {"small": structure.COUNTS["small"]})
+    subject = Subject.of(SMALL.replace(moe_num_experts=2))
+    found = [(title, check()[1]) for title, check in verify.STRUCTURE]
+    found += [(title, check(subject)[1]) for title, check in verify.BEHAVIOUR]
+    for title, figure in found:
+        for said in (title, figure):
+            assert not re.search("[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", said.english)
+        numbers = [re.findall(r"[\d.,]*\d", text) for text in figure]
+        assert sorted(numbers[0]) == sorted(numbers[1]) and title.english != title.chinese

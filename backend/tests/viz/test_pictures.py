@@ -12,7 +12,7 @@ from app.models.transformer.visibility.pattern_text import parse
 from app.viz import attention, picture
 from app.viz.attention import attention_figure
 from app.viz.pattern import describe_coverage, pattern_figure
-from app.viz.picture import check_out, new_figure, token_label, write_picture
+from app.viz.picture import check_picture, new_figure, token_label, write_picture
 
 PATTERNS = [parse("local(3) | global(1)"), parse("strided(4)")]
 
@@ -129,13 +129,13 @@ def test_a_file_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_picture(new_figure(1, 1), path)
     with pytest.raises(ValueError, match="a.png already exists .* another --out"):
-        check_out(path)
+        check_picture(path)
     assert path.read_text() == "mine"
     with pytest.raises(ValueError, match="does not end in .png: use --out .*b.png"):
-        check_out(tmp_path / "b.jpg")
+        check_picture(tmp_path / "b.jpg")
     with pytest.raises(ValueError, match="none does not exist"):
-        check_out(tmp_path / "none" / "a.png")
+        check_picture(tmp_path / "none" / "a.png")
     link = tmp_path / "link.png"
     link.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="already exists"):
-        check_out(link)
+        check_picture(link)

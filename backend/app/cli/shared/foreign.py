@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+from app.models.transformer.weights.adapters import check_no_adapter
+
 _CONFIG, _TOKENIZER = "config.json", "tokenizer_meta.json"
 
 
@@ -22,12 +23,7 @@ def refuse_foreign(path: Path) -> None:
         )
     if not path.is_dir():
         return
-    adapter = next((path / name for name in _ADAPTER if (path / name).exists()), None)
-    if adapter is not None:
-        raise ValueError(
-            f"{adapter} belongs to an adapter (PEFT), which would be left out: merge it into the "
-            "weights first (merge_and_unload), or move it away to use the weights without it"
-        )
+    check_no_adapter(path)
     kind = _foreign_kind(path)
     if kind is not None:
         raise ValueError(

@@ -5,32 +5,90 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import tyro
 from typing_extensions import Doc
 
-from app.models.transformer.config import GPT2Config
+from app.cli.shared.command_line import Usage, parse_options
 from app.training.config import TrainConfig
 
 _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunArgs(TrainConfig):
-    """训练配置，外加它从哪个文件来：train 与 plan 的共同部分。"""
+@dataclass(frozen=True)
+class RunFile:
+    """一个运行文件说的；names_vocabulary：它写明了词表大小。"""
 
+    config: TrainConfig
+    names_vocabulary: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """训练配置（选项不带前缀），外加它从哪个文件来：train、plan、sweep 的共同部分。
+
+    Attributes:
+        file: 读到的文件，还没有被选项盖过。
+    """
+
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     config: Annotated[
         str | None, Doc("run file: a path, or the name of one in recipes/; flags override it")
     ] = None
+    file: tyro.conf.Suppress[tyro.conf.Fixed[RunFile | None]] = None
 
-    def train_config(self) -> TrainConfig:
-        return TrainConfig(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
-        )
+
+A = TypeVar("A", bound=RunArgs)
+
+
+def parse_run(
+    kind: type[A],
+    argv: Sequence[str],
+    usage: Usage,
+    load: Callable[[str], RunFile] | None = None,
+    **changes: Any,
+) -> A:
+    """先读 --config 的文件作默认值（只读这一次），再解析其余。
+
+    Args:
+        load: 怎样读；默认 load_config。
+        changes: 这个命令自己的默认值，盖过文件的。
+
+    Raises:
+        ValueError: 文件找不到或读不懂。
+    """
+    name = config_name(argv)
+    file = None if name is None else (load or load_config)(name)
+    base = TrainConfig() if file is None else file.config
+    if changes:
+        base = base.replace(**changes)
+    return parse_options(kind, argv, usage, kind(train=base, config=name, file=file))
+
+
+def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:
+    """运行文件或命令行是否写明了词表大小。"""
+    flags = (word.split("=")[0].replace("_", "-") for word in argv)
+    return "--model.vocab-size" in flags or (args.file is not None and args.file.names_vocabulary)
+
+
+def fit_vocabulary(args: A) -> A:
+    """词表大小取数据集的；数据集还不存在就原样返回，由打开数据时报错。"""
+    config = args.train
+    meta = Path(config.data.folder) / "train" / "meta.json"
+    if not meta.is_file():
+        return args
+    try:
+        size = json.loads(meta.read_bytes())["tokenizer"]["vocab_size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # 坏的 meta.json 由 TokenDataset.open 点名拒绝。
+        return args
+    fitted = config.replace(model=config.model.replace(vocab_size=size))
+    return dataclasses.replace(args, train=fitted)
 
 
 def recipe_folders() -> list[Path]:
@@ -92,9 +150,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
     return data
 
 
-def load_config(name: str) -> tuple[TrainConfig, bool]:
-    """(配置, 文件里是否写明了词表大小)。
-
+def load_config(name: str) -> RunFile:
+    """
     Raises:
         ValueError: 找不到、读不懂、未知的键或坏值；信息里有文件名。
     """
@@ -104,10 +161,10 @@ def load_config(name: str) -> tuple[TrainConfig, bool]:
         config = TrainConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config, "vocab_size" in (data.get("model") or {})
+    return RunFile(config, "vocab_size" in (data.get("model") or {}))
 
 
-def load_model_config(name: str) -> tuple[TrainConfig, bool]:
+def load_model_config(name: str) -> RunFile:
     """同 load_config，但也接受模型文件夹里的 config.json（词表大小总是写明的）。
 
     Raises:
@@ -116,7 +173,9 @@ def load_model_config(name: str) -> tuple[TrainConfig, bool]:
     path = Path(name)
     if path.suffix != ".json":
         return load_config(name)
-    return TrainConfig(model=GPT2Config.from_file(path)), True
+    from app.models.transformer.weights.recognise import config_from_file
+
+    return RunFile(TrainConfig(model=config_from_file(path)), True)
 
 
 def config_name(argv: Sequence[str]) -> str | None:
@@ -127,22 +186,3 @@ def config_name(argv: Sequence[str]) -> str | None:
         if word.startswith("--config="):
             return word.removeprefix("--config=")
     return None
-
-
-def fit_vocabulary(config: TrainConfig) -> TrainConfig:
-    """没有写明词表大小时，取数据集的；数据集还不存在就原样返回，由打开数据时报错。"""
-    meta = Path(config.data.folder) / "train" / "meta.json"
-    if not meta.is_file():
-        return config
-    try:
-        size = json.loads(meta.read_bytes())["tokenizer"]["vocab_size"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        # 坏的 meta.json 由 TokenDataset.open 点名拒绝。
-        return config
-    return config.replace(model=config.model.replace(vocab_size=size))
-
-
-def names_vocabulary(argv: Sequence[str]) -> bool:
-    """命令行是否写明了词表大小。"""
-    flags = (word.split("=")[0].replace("_", "-") for word in argv)
-    return "--model.vocab-size" in flags

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import tyro
+from typing_extensions import Doc
+
+from app.common.files import write_folder
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
 
     from app.data.tokenizers import Tokenizer
     from app.models.transformer import GPT2Config, GPT2Model
+
+
+# 各命令的同一个参数、同一句说明。
+TrainedName = Annotated[
+    tyro.conf.Positional[str],
+    Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
+]
+Device = Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")]
 
 
 class Trained(NamedTuple):
@@ -42,21 +53,27 @@ def load_trained(name: str | Path, device: str) -> Trained:
     Raises:
         ValueError: 不是上面几种之一，没有分词器，没有这个设备，或旁边有适配器。
     """
+    model, tokenizer, folder = load_model(name, device)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer: it takes token ids only, in Python")
+    return Trained(model, tokenizer, folder)
+
+
+def load_model(name: str | Path, device: str) -> tuple[GPT2Model, Tokenizer | None, Path]:
+    """同 load_trained，但没有分词器也行。
+
+    Raises:
+        ValueError: 不是上面几种之一，或没有这个设备。
+    """
     from app.cli.shared.foreign import refuse_foreign
-    from app.data.tokenizers import load_tokenizer
+    from app.data.tokenizers import META_FILE, load_tokenizer
     from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
     refuse_foreign(Path(name))
-    folder = resolve_checkpoint(name, tell=tell)
-    tokenizer = load_tokenizer(folder)
-    model = GPT2Model.from_pretrained(folder, device=pick_device(device))
-    return Trained(model, tokenizer, folder)
-
-
-def tell(text: str) -> None:
-    """结果之外的话，在标准错误。"""
-    print(text, file=sys.stderr)
+    folder = resolve_checkpoint(name, tell=to_stderr)
+    tokenizer = load_tokenizer(folder) if (folder / META_FILE).is_file() else None
+    return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer, folder
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,25 +90,14 @@ def pick_device(name: str) -> torch.device:
     return open_device(name)
 
 
-def check_new_folder(out: Path) -> None:
-    """
-    Raises:
-        ValueError: 那里已有东西，或上一层文件夹不存在。
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"out={out} already exists and is never overwritten: use another --out")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out={out}: the folder {out.parent} does not exist: create it first")
-
-
-def write_model(
+def write_trained(
     config: GPT2Config,
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     out: Path,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """写一个新的模型文件夹：先写在旁边再改名，写到一半断了，out 处什么也没有。"""
+    """写一个新的模型文件夹，连同分词器与 files（文件名 -> 内容）。"""
     import torch
 
     from app.models.transformer import GPT2Model
@@ -99,18 +105,14 @@ def write_model(
     with torch.device("meta"):
         model = GPT2Model(config)
     model.load_state_dict(state, assign=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save(temporary)
+
+    def fill(new: Path) -> None:
+        model.save_pretrained(new)
+        tokenizer.save(new)
         for name, text in (files or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        check_new_folder(out)
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            (new / name).write_text(text, encoding="utf-8")
+
+    write_folder(out, fill)
 
 
 def own_run_file(folder: Path) -> Path | None:
@@ -135,14 +137,14 @@ def own_data(folder: Path, instead: str) -> Path:
         raise ValueError(
             f"{folder} does not belong to a run, so there is no data of its own: give {instead}"
         )
-    data = Path(load_config(str(run_file))[0].data.folder)
+    data = Path(load_config(str(run_file)).config.data.folder)
     facts = read_facts(run_file.parent)
     unknown = ""
     if facts is None:
         unknown = "; its fingerprint was not kept, so it may have been prepared anew since"
     else:
         _check_unchanged(data, facts.data, run_file.parent, instead)
-    tell(f"note: scoring the data of the run, {data} (from {run_file}){unknown}")
+    to_stderr(f"note: scoring the data of the run, {data} (from {run_file}){unknown}")
     return data
 
 

@@ -15,6 +15,13 @@ from app.models.transformer.visibility.atoms import Local
 from app.models.transformer.visibility.pattern import CAUSAL, Pattern
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(GPT2Config))
+# 由字段推出、只供别的库读的：文件里有就核对，不一致是错。
+_DERIVED = ("head_dim", "intermediate_size")
+# PEFT、vLLM、optimum 从字典或 config.json 里找这些名字；缺了不报错，而是悄悄当作默认值。
+COMMON_NAMES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "tie_word_embeddings", *_DERIVED,
+)  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -35,16 +42,42 @@ class WorkbenchConfig(PreTrainedConfig):
     }
 
     def __init__(self, **options: Any) -> None:
-        options = {self.attribute_map.get(key, key): value for key, value in options.items()}
-        if "num_key_value_heads" in options:
-            options["n_kv_head"] = options.pop("num_key_value_heads")
+        options = self._own_names(options)
+        derived = {name: options.pop(name) for name in _DERIVED if name in options}
         given = {name: options.pop(name) for name in _FIELDS if name in options}
         for name, value in GPT2Config.from_dict(given).to_dict().items():
             setattr(self, name, value)
+        for name, value in derived.items():
+            _check_same(name, value, "what follows from the others", getattr(self, name))
         self.use_cache = options.pop("use_cache", True)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self, name, options.pop(name, None))
         super().__init__(**options)
+
+    def _own_names(self, options: dict[str, Any]) -> dict[str, Any]:
+        """通用的名字换成字段的；两个名字都给了就要一致。"""
+        named = {key: value for key, value in options.items() if key not in self.attribute_map}
+        kv_heads = named.pop("num_key_value_heads", None)
+        for key in self.attribute_map.keys() & options.keys():
+            ours = self.attribute_map[key]
+            if ours in named:
+                _check_same(key, options[key], ours, named[ours])
+            named[ours] = options[key]
+        if kv_heads is not None:
+            heads = named.get("n_head", GPT2Config.n_head)
+            if named.get("n_kv_head") is not None:
+                _check_same("num_key_value_heads", kv_heads, "n_kv_head", named["n_kv_head"])
+            named["n_kv_head"] = None if kv_heads == heads else kv_heads
+        return named
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {name: getattr(self, name) for name in COMMON_NAMES}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """写进 config.json 的：等于默认值的也写，读它的库不知道我们的默认值。"""
+        whole = self.to_dict()
+        kept = {name: whole[name] for name in (*_FIELDS, *COMMON_NAMES)}
+        return super().to_diff_dict() | kept
 
     def core(self) -> GPT2Config:
         """
@@ -108,3 +141,11 @@ def mask_name(pattern: Pattern, window: int | None) -> str:
 
 def _is_window(pattern: Pattern, window: int | None) -> bool:
     return window is not None and pattern == Local(window)
+
+
+def _check_same(name: str, value: Any, other: str, wanted: Any) -> None:
+    if value != wanted:
+        raise ValueError(
+            f"{name}={value!r} but {other} is {wanted!r}: both say the same thing, so change both "
+            "or leave one out"
+        )

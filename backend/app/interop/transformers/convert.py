@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from app.models.transformer import GPT2Model
 from app.quantization.model import QuantizedModel
 
 from .configuration_workbench import WorkbenchConfig
-from .modeling_workbench import WorkbenchForCausalLM, WorkbenchModel
+from .modeling_workbench import WorkbenchForCausalLM, WorkbenchModel, is_tied
 from .quantized import wrap_quantized
 
 AUTO_MAP = {
@@ -57,11 +58,23 @@ def wrap(model: GPT2Model, **options: Any) -> WorkbenchForCausalLM:
 
 
 def unwrap(model: WorkbenchForCausalLM) -> GPT2Model:
-    """transformers 的模型 -> GPT2Model；参数是同一些张量。"""
+    """transformers 的模型 -> GPT2Model；参数是同一些张量，头是否共享也看张量而不看配置。
+
+    Raises:
+        ValueError: 有的层被适配器包着，张量不在原来的名字下。
+    """
+    config = model.config.core().replace(tie_weights=is_tied(model))
     with torch.device("meta"):
-        core = GPT2Model(model.config.core())
+        core = GPT2Model(config)
     names = core.state_dict().keys()
     state = {name.removeprefix("model."): p for name, p in model.state_dict(keep_vars=True).items()}
+    missing = sorted(names - state.keys())
+    if missing:
+        others = sorted(state.keys() - names)
+        raise ValueError(
+            f"{len(missing)} tensors are not under their names ({missing[0]}, but there is "
+            f"{others[:2]}): merge adapters first, unwrap(peft_model.merge_and_unload())"
+        )
     core.load_state_dict({name: state[name] for name in names}, assign=True)
     return core.train(model.training)
 
@@ -86,8 +99,16 @@ def save(
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
     write_code(folder)
+    _follow_umask(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _follow_umask(folder: Path) -> None:
+    """safetensors 库写的文件总是只有主人可读；权限与同一个文件夹里别的文件一样。"""
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int | None]:

@@ -247,7 +247,7 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         return WorkbenchOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            attentions=tuple(note.map for note in notes) if maps else None,
+            attentions=tuple(note.map for note in notes if note.map is not None) or None,
             aux_loss=balance(self.core.moe, loads).aux_loss if loads else None,
         )
 
@@ -300,11 +300,21 @@ class WorkbenchModel(WorkbenchPreTrainedModel):
         return Routed(
             positions=where,
             plan=MaskPlan(where, where, CAUSAL, "reference", "transformers computes attention"),
+            note=Note(),
             rotary=rotation(self.core, where, x.dtype),
             implementation=config._attn_implementation,
             masks=masks,
             options=options,
         )
+
+
+def is_tied(model: WorkbenchForCausalLM) -> bool:
+    """头与嵌入是不是同一个张量；适配器包着的层没有 weight，那就看配置。"""
+    head, table = model.lm_head, model.get_input_embeddings()
+    ends = [dict(module.named_parameters(recurse=False)).get("weight") for module in (head, table)]
+    if None in ends:
+        return bool(model.config.tie_weights)
+    return ends[0] is ends[1]
 
 
 class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):
@@ -315,6 +325,11 @@ class WorkbenchForCausalLM(WorkbenchPreTrainedModel, GenerationMixin):
         self.model = WorkbenchModel(config)
         self.lm_head = Linear(config.n_embed, config.vocab_size, bias=False)
         self.post_init()
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """PEFT 会拆开共享的头而不改配置：写出的配置照张量说。"""
+        self.config.tie_weights = is_tied(self)
+        super().save_pretrained(*args, **options)
 
     @can_return_tuple
     def forward(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from app.common.tell import Tell
 from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 
 from ..config import TrainConfig
-from ..saving.checkpoint import Tell
 
 
 @dataclass(frozen=True)

@@ -1,101 +1,105 @@
-"""优化器与参数分组：矩阵衰减，增益与偏置不衰减（GPT-3, arXiv:2005.14165 附录 B 的做法）。"""
+"""优化器：一种一个文件，文件名就是配置里的名字；它自己登记，自己建，自己说占多少内存。
+
+加一种：config.py 的 Optimizer 里添上名字，这个文件夹里添上同名的文件，其中一个类带 @register。
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import ClassVar, TypeVar, get_args
 
 import torch
 from torch import nn
 
-from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.layers.fused import parts_of
+from app.models.transformer import GPT2Model
 
-from ..config import OptimConfig
-from .muon import MuonAdamW
+from ..config import OptimConfig, Optimizer
 
-_ROUTER = ".router.weight"
-_Named = list[tuple[str, nn.Parameter]]
+Named = list[tuple[str, nn.Parameter]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+FLOAT32_BYTES = 4
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """两组：矩阵衰减，其余（叠起来的专家的偏置也是）不衰减。
+class OptimizerKind(ABC):
+    """一种优化器，连同它的设置。
 
-    共享的权重（绑定的词嵌入）由 named_parameters 去重，只出现一次。
+    Attributes:
+        keeps: 它为每个参数记着什么，英文，给 `gpt2 plan` 的表。
     """
-    return _by_decay(_trainable(model), weight_decay)
+
+    keeps: ClassVar[str]
+
+    def __init__(self, config: OptimConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build(self, model: GPT2Model) -> tuple[torch.optim.Optimizer, str]:
+        """(优化器, 一句话说明选了哪种实现)；各组的 lr 是学习率的峰值。"""
+
+    @abstractmethod
+    def state_bytes(self, shapes: Shapes) -> int:
+        """各参数的状态一共占的字节数；shapes 是会训练的参数。"""
+
+    def update_bytes(self, shapes: Shapes) -> int:
+        """更新时的临时张量。"""
+        return 0
+
+
+_KINDS: dict[str, type[OptimizerKind]] = {}
+
+K = TypeVar("K", bound=type[OptimizerKind])
+
+
+def register(name: Optimizer) -> Callable[[K], K]:
+    """登记成 optim.name=name。
+
+    Raises:
+        ValueError: 配置里没有这个名字，或它已经登记过。
+    """
+    if name not in get_args(Optimizer):
+        raise ValueError(
+            f"optimizer {name!r} is not one of {list(get_args(Optimizer))}: add it to "
+            "Optimizer in training/config.py"
+        )
+    if name in _KINDS:
+        raise ValueError(f"optimizer {name!r} is registered twice: by {_KINDS[name].__name__}")
+
+    def add(kind: K) -> K:
+        _KINDS[name] = kind
+        return kind
+
+    return add
+
+
+def optimizer_kind(config: OptimConfig) -> OptimizerKind:
+    """config 点名的那一种。"""
+    if config.name not in _KINDS:
+        import_module(f"{__package__}.{config.name}")
+    return _KINDS[config.name](config)
 
 
 def build_optimizer(model: GPT2Model, config: OptimConfig) -> tuple[torch.optim.Optimizer, str]:
-    """(优化器, 一句话说明选了哪种实现)；各组的 initial_lr 是学习率的峰值。
-
-    name="muon"：各块里的矩阵用 Muon，叠起来的专家各自正交化；词嵌入、位置嵌入、不共享的输出头是
-    查表，每步只动几行，正交化没有意义；路由器每行是一个专家的打分，正交化会逼着冷热不同的专家走一样
-    大的步。它们与增益、偏置一起仍用 AdamW。
-    """
-    devices = {p.device.type for p in model.parameters()}
-    fused = devices <= {"cpu", "cuda"}
-    why = "fused AdamW" if fused else f"AdamW, not fused on {', '.join(sorted(devices))}"
-    named = _trainable(model)
-    matrices = [
-        (n, p)
-        for n, p in named
-        if n.startswith("h.") and _is_matrix(n, p) and not n.endswith(_ROUTER)
-    ]
-    if config.name == "adamw" or not matrices:
-        matrices = []
-    taken = {name for name, _ in matrices}
-    adamw = torch.optim.AdamW(
-        _by_decay([(n, p) for n, p in named if n not in taken], config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused,
-    )
-    optimizer: torch.optim.Optimizer = adamw
-    if matrices:
-        group = _muon_group(matrices, model.config, config)
-        optimizer = MuonAdamW(group, adamw)
-        why = f"Muon for {len(matrices)} matrices (peak lr {group['lr']:g}), {why} for the rest"
-    for each in optimizer.param_groups:
-        each["initial_lr"] = each["lr"]
+    """(优化器, 一句话说明选了哪种实现)；各组的 initial_lr 是学习率的峰值。"""
+    optimizer, why = optimizer_kind(config).build(model)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     return optimizer, why
 
 
-def _trainable(model: nn.Module) -> _Named:
+def trainable(model: nn.Module) -> Named:
+    """共享的权重（绑定的词嵌入）由 named_parameters 去重，只出现一次。"""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _by_decay(named: _Named, weight_decay: float) -> list[dict[str, object]]:
-    groups = [
-        {
-            "params": [p for name, p in named if _is_matrix(name, p)],
-            "names": [name for name, p in named if _is_matrix(name, p)],
-            "weight_decay": weight_decay,
-        },
-        {
-            "params": [p for name, p in named if not _is_matrix(name, p)],
-            "names": [name for name, p in named if not _is_matrix(name, p)],
-            "weight_decay": 0.0,
-        },
-    ]
-    return [group for group in groups if group["params"]]
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """矩阵（叠起来的专家也是）；叠起来的专家的偏置不是。"""
+    return len(shape) >= 2 and not name.endswith(".bias")
 
 
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2 and not name.endswith(".bias")
-
-
-def _muon_group(named: _Named, shape: GPT2Config, config: OptimConfig) -> dict[str, Any]:
-    return {
-        "params": [p for _, p in named],
-        "names": [name for name, _ in named],
-        "parts": [_parts(name, p, shape) for name, p in named],
-        "lr": config.lr if config.muon_lr is None else config.muon_lr,
-        "weight_decay": config.weight_decay,
-    }
-
-
-def _parts(name: str, parameter: nn.Parameter, shape: GPT2Config) -> list[int]:
-    """融合的矩阵由哪几块叠成（各块的行数）；muon.py 说明为什么分开。E 个专家是 E 份。"""
-    rows, experts = parameter.shape[-2], len(parameter) if parameter.ndim == 3 else 1
-    return experts * list(parts_of(name, rows, shape).values())
+def nbytes(shapes: Shapes) -> int:
+    """训练时的参数总是 float32。"""
+    return FLOAT32_BYTES * sum(map(math.prod, shapes.values()))

@@ -14,7 +14,22 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.layers.fused import parts_of
+
+from .adamw import adamw_for
+from .build import (
+    FLOAT32_BYTES,
+    Named,
+    OptimizerKind,
+    Shapes,
+    is_matrix,
+    nbytes,
+    register,
+    trainable,
+)
 
 MOMENTUM = 0.95
 # 五次迭代的系数：在零处的斜率取到最大，不求收敛到 1（Jordan 2024）。
@@ -23,6 +38,63 @@ ITERATIONS = 5
 # 正交矩阵元素的均方根是 1/sqrt(max(A, B))；AdamW 更新的约是 0.2（Liu 2025, arXiv:2502.16982）。
 ADAMW_RMS = 0.2
 _TINY = 1e-7
+_ROUTER = ".router.weight"
+
+
+@register("muon")
+class Muon(OptimizerKind):
+    """各块里的矩阵用 Muon，叠起来的专家各自正交化，其余用 AdamW。
+
+    词嵌入、位置嵌入、不共享的输出头是查表，每步只动几行，正交化没有意义；路由器每行是一个专家的
+    打分，正交化会逼着冷热不同的专家走一样大的步。
+    """
+
+    keeps = "Muon's momentum for the matrices of the blocks, AdamW's moments for the rest"
+
+    def build(self, model: GPT2Model) -> tuple[torch.optim.Optimizer, str]:
+        named = trainable(model)
+        adamw, why = adamw_for([(n, p) for n, p in named if not _takes(n, p.shape)], self.config)
+        matrices = [(n, p) for n, p in named if _takes(n, p.shape)]
+        if not matrices:
+            return adamw, why
+        group = self._group(matrices, model.config)
+        why = f"Muon for {len(matrices)} matrices (peak lr {group['lr']:g}), {why} for the rest"
+        return MuonAdamW(group, adamw), why
+
+    def _group(self, named: Named, shape: GPT2Config) -> dict[str, Any]:
+        config = self.config
+        return {
+            "params": [p for _, p in named],
+            "names": [name for name, _ in named],
+            "parts": [_parts(name, p, shape) for name, p in named],
+            "lr": config.lr if config.muon_lr is None else config.muon_lr,
+            "weight_decay": config.weight_decay,
+        }
+
+    def state_bytes(self, shapes: Shapes) -> int:
+        """AdamW 两个矩，Muon 一个动量。"""
+        return 2 * nbytes(shapes) - nbytes(_taken(shapes))
+
+    def update_bytes(self, shapes: Shapes) -> int:
+        """正交化之前的更新，另加同形的矩阵（各块一个）叠成的一摞与迭代里的两份。"""
+        taken = _taken(shapes)
+        blocks = len({name.split(".")[1] for name in taken})
+        largest = max((math.prod(shape) for shape in taken.values()), default=0)
+        return nbytes(taken) + 3 * FLOAT32_BYTES * largest * blocks
+
+
+def _takes(name: str, shape: tuple[int, ...]) -> bool:
+    return name.startswith("h.") and is_matrix(name, shape) and not name.endswith(_ROUTER)
+
+
+def _taken(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if _takes(name, shape)}
+
+
+def _parts(name: str, parameter: nn.Parameter, shape: GPT2Config) -> list[int]:
+    """融合的矩阵由哪几块叠成（各块的行数），见本文件开头。E 个专家是 E 份。"""
+    rows, experts = parameter.shape[-2], len(parameter) if parameter.ndim == 3 else 1
+    return experts * list(parts_of(name, rows, shape).values())
 
 
 class MuonAdamW(torch.optim.Optimizer):

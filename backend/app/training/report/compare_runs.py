@@ -14,17 +14,16 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from app.common.tell import Tell
+from app.common.units import duration
 from app.models.transformer.settings.fields import Mark, marked
-from app.viz.chart import Chart, Line, figure, short
+from app.viz.chart import Chart, Line, figure, short, smooth
 from app.viz.html_page import page, table
-from app.viz.loss_plot import smooth
 
-from ..config import TrainConfig
-from ..saving.checkpoint import Tell
-from ..saving.resume import RUN_FILE, flat
+from ..config import TrainConfig, flat
+from ..saving.resume import RUN_FILE
 from .history import History
 from .metrics import METRICS
-from .progress import duration
 from .run_facts import Facts, read_facts
 
 # 不算作设置的差别：在哪里、怎样看着，不改变训练。
@@ -36,7 +35,7 @@ HEAD = (
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """Attributes:
     settings: 带点的名字 -> 值。
     tokens, seconds: (N,) 做完每步时的累计；秒只计训练的步，不计验证、样文与保存。
@@ -60,14 +59,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """设置全同、只有种子不同的几次。"""
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[TrainedRun, ...]
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> TrainedRun:
     """
     Raises:
         ValueError: 没有这个文件夹、没有指标或运行文件，或它们读不懂。
@@ -97,7 +96,7 @@ def load_run(folder: Path) -> Run:
     columns["loss"][at] = history.column("loss")
     columns["tokens"][at] = history.column("tokens")
     columns["seconds"][at] = np.cumsum(np.nan_to_num(seconds))
-    return Run(
+    return TrainedRun(
         name=str(folder),
         settings=settings,
         facts=read_facts(folder),
@@ -111,20 +110,20 @@ def load_run(folder: Path) -> Run:
     )
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[TrainedRun]) -> list[SeedGroup]:
     """最好的在前（按各组最好验证损失的平均）；没有验证的在后。"""
     names = differing(runs)
-    found: dict[tuple[object, ...], list[Run]] = {}
+    found: dict[tuple[object, ...], list[TrainedRun]] = {}
     for run in runs:
         found.setdefault(_identity(run), []).append(run)
-    groups = [Group(_label(members, names), tuple(members)) for members in found.values()]
+    groups = [SeedGroup(_label(members, names), tuple(members)) for members in found.values()]
     if len({group.label for group in groups}) < len(groups):
         # 设置全同而数据不同：只有文件夹的名字分得开。
-        groups = [Group(_label(group.runs, ()), group.runs) for group in groups]
+        groups = [SeedGroup(_label(group.runs, ()), group.runs) for group in groups]
     return sorted(groups, key=lambda group: _mean([best(run) for run in group.runs]))
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
+def differing(runs: Sequence[TrainedRun]) -> list[str]:
     """各次取值不同的设置。"""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     return [
@@ -134,24 +133,24 @@ def differing(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _identity(run: Run) -> tuple[object, ...]:
+def _identity(run: TrainedRun) -> tuple[object, ...]:
     shown = {name: repr(value) for name, value in run.settings.items() if name not in _ASIDE}
     return (*sorted(shown.items()), run.facts.data if run.facts else run.name)
 
 
-def _label(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _label(runs: Sequence[TrainedRun], names: Sequence[str]) -> str:
     if names:
         return ", ".join(f"{name}={runs[0].settings.get(name)}" for name in names)
     return ", ".join(Path(run.name).name for run in runs)
 
 
-def best(run: Run) -> float:
+def best(run: TrainedRun) -> float:
     """最好的验证损失；第 0 步的不算。没有则 NaN。"""
     val = run.val[run.evals > 0]
     return float(val.min()) if len(val) else math.nan
 
 
-def final(run: Run) -> float:
+def final(run: TrainedRun) -> float:
     """最后一步的验证损失；那一步没有验证过则 NaN。"""
     return float(run.val[-1]) if len(run.val) and run.evals[-1] == run.steps else math.nan
 
@@ -170,7 +169,7 @@ def with_spread(values: Sequence[float]) -> str:
     return f"{fmean(known):.4f} ± {stdev(known):.4f}"
 
 
-def row(group: Group) -> tuple[str, ...]:
+def row(group: SeedGroup) -> tuple[str, ...]:
     """HEAD 的一行；种子之间的词元、时间取平均。"""
     runs = group.runs
     tokens = fmean(float(run.tokens[-1]) for run in runs)
@@ -189,12 +188,12 @@ def row(group: Group) -> tuple[str, ...]:
     )
 
 
-def settings_rows(groups: Sequence[Group], names: Sequence[str]) -> list[tuple[str, ...]]:
+def settings_rows(groups: Sequence[SeedGroup], names: Sequence[str]) -> list[tuple[str, ...]]:
     """只有不同的设置：(名字, 每组的值...)。"""
     return [(name, *(str(group.runs[0].settings.get(name)) for group in groups)) for name in names]
 
 
-def check_same_data(runs: Sequence[Run], tell: Tell) -> None:
+def check_same_data(runs: Sequence[TrainedRun], tell: Tell) -> None:
     """数据不同，损失就不可比；只提醒，图照画。"""
     unknown = [run.name for run in runs if run.facts is None]
     if unknown:
@@ -209,7 +208,7 @@ def check_same_data(runs: Sequence[Run], tell: Tell) -> None:
         tell(f"warning: not finished: {', '.join(unfinished)}")
 
 
-def compare_charts(groups: Sequence[Group]) -> list[Chart]:
+def compare_charts(groups: Sequence[SeedGroup]) -> list[Chart]:
     """横轴是词元、是时间的两张；种子同色，图例一次。"""
     kinds = (("tokens", "training tokens"), ("seconds", "seconds of training"))
     return [
@@ -218,7 +217,7 @@ def compare_charts(groups: Sequence[Group]) -> list[Chart]:
     ]
 
 
-def _lines(groups: Sequence[Group], axis: str) -> list[Line]:
+def _lines(groups: Sequence[SeedGroup], axis: str) -> list[Line]:
     lines = []
     for color, group in enumerate(groups):
         for run in group.runs:
@@ -237,7 +236,7 @@ def _lines(groups: Sequence[Group], axis: str) -> list[Line]:
     return lines
 
 
-def compare_page(groups: Sequence[Group], notes: Sequence[str]) -> bytes:
+def compare_page(groups: Sequence[SeedGroup], notes: Sequence[str]) -> bytes:
     """对照的网页。"""
     names = differing([run for group in groups for run in group.runs])
     body = [

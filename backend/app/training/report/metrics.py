@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from ..saving.checkpoint import Tell
+from app.common.files import write_atomic
+from app.common.tell import Tell
 
 METRICS = "metrics.jsonl"
 
@@ -55,9 +56,7 @@ class Metrics:
         self._tell, self._failed = tell, False
         self._sinks: list[Sink] = []
         kept = [row for row in read_metrics(path) if _before(row, resume_step)]
-        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, sink: Sink) -> None:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from types import TracebackType
-from typing import Any
 
-_REFRESH_SECONDS, _LINE_SECONDS = 0.25, 10.0
+from app.common.progress import Display
+from app.common.units import duration
 
 
 class Progress:
-    """一个训练的显示。
-
-    输出失败（管道或终端已关）之后就不再显示：显示不该毁掉训练。
-    """
+    """一个训练的显示，在标准输出。"""
 
     def __init__(self, steps: int, start: int, tokens_per_step: int) -> None:
-        self._steps, self._start, self._tokens = steps, start, tokens_per_step
-        self._next = 0.0
+        self._steps, self._tokens = steps, tokens_per_step
         self._seconds_per_step: float | None = None
         self._val = float("nan")
-        self._bar: Any = None
-        self._quiet = False
+        self._display = Display("step", steps, start)
 
     def __enter__(self) -> Progress:
-        if sys.stdout.isatty():
-            self._bar = _bar(self._steps, self._start)
-            self._bar.start()
+        self._display.__enter__()
         return self
 
     def __exit__(
@@ -36,65 +27,26 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._display.__exit__(kind, error, trace)
 
     def tell(self, text: str) -> None:
-        if self._quiet:
-            return
-        try:
-            if self._bar is not None:
-                self._bar.console.print(text, markup=False, highlight=False)
-            else:
-                print(text, flush=True)
-        except OSError:
-            self._quiet = True
+        self._display.tell(text)
 
     def step(self, step: int, loss: float, lr: float, seconds: float) -> None:
         """完成了第 step 步，用了 seconds 秒（不含验证与保存）。"""
         mean = self._seconds_per_step
-        self._seconds_per_step = seconds if mean is None else 0.95 * mean + 0.05 * seconds
-        now = time.perf_counter()
-        if now >= self._next:
-            self._next = now + (_REFRESH_SECONDS if self._bar is not None else _LINE_SECONDS)
-            self._show(step, loss, lr, self._seconds_per_step)
+        mean = seconds if mean is None else 0.95 * mean + 0.05 * seconds
+        self._seconds_per_step = mean
+        self._display.show(step, lambda: self._facts(step, loss, lr, mean))
 
-    def _show(self, step: int, loss: float, lr: float, mean: float) -> None:
+    def _facts(self, step: int, loss: float, lr: float, mean: float) -> str:
         speed, left = self._tokens / mean, (self._steps - step) * mean
         val = "" if self._val != self._val else f"  val {self._val:.4f}"
-        facts = f"loss {loss:.4f}{val}  lr {lr:.2e}  {speed:,.0f} tokens/s"
-        if self._bar is None:
-            self.tell(f"step {step}/{self._steps}  {facts}  {duration(left)} left")
-        elif not self._quiet:
-            try:
-                self._bar.update(0, completed=step, facts=facts, left=duration(left), refresh=True)
-            except OSError:
-                self._quiet = True
+        return (
+            f"{step}/{self._steps}  loss {loss:.4f}{val}  lr {lr:.2e}  {speed:,.0f} tokens/s  "
+            f"{duration(left)} left"
+        )
 
     def evaluated(self, step: int, loss: float, note: str) -> None:
         self._val = loss
         self.tell(f"step {step}/{self._steps}  val {loss:.4f}{note}")
-
-
-def _bar(steps: int, start: int) -> Any:
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    bar = Progress(
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}  {task.fields[facts]}  {task.fields[left]} left"),
-        auto_refresh=False,
-        transient=True,
-    )
-    bar.add_task("", total=steps, completed=start, facts="", left="?")
-    return bar
-
-
-def duration(seconds: float) -> str:
-    """给人读的时间：42s、3m05s、2h07m。"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -10,18 +10,21 @@ from app.common.files import write_atomic
 
 FACTS = "facts.json"
 
+# 将要怎样跑：(项目, 值, 理由)。
+Decisions = list[tuple[str, str, str]]
+
 
 @dataclass(frozen=True)
 class Facts:
     """Attributes:
-    plan: (项目, 值, 理由)。
+    decisions: 将要怎样跑。
     notes: 开训之前说过的提醒。
     data: 训练集与验证集的指纹；没有验证集的为空。
     expected_loss: 随机初始化时应有的损失。
     unigram: 数据的一元熵；停在这里的模型没有用上文。None = 没有算。
     """
 
-    plan: list[tuple[str, str, str]]
+    decisions: Decisions
     notes: list[str]
     data: tuple[str, str]
     parameters: int
@@ -31,7 +34,10 @@ class Facts:
 
 
 def write_facts(run: Path, facts: Facts) -> None:
-    write_atomic(run / FACTS, (json.dumps(asdict(facts), indent=1) + "\n").encode())
+    data = asdict(facts)
+    # 文件里一向叫 plan。
+    data = {"plan": data.pop("decisions"), **data}
+    write_atomic(run / FACTS, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def read_facts(run: Path) -> Facts | None:
@@ -46,7 +52,7 @@ def read_facts(run: Path) -> Facts | None:
     try:
         data = json.loads(path.read_bytes())
         return Facts(
-            plan=[(str(a), str(b), str(c)) for a, b, c in data["plan"]],
+            decisions=[(str(a), str(b), str(c)) for a, b, c in data["plan"]],
             notes=[str(note) for note in data["notes"]],
             data=(str(data["data"][0]), str(data["data"][1])),
             parameters=int(data["parameters"]),

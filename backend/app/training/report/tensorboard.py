@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from ..saving.checkpoint import Tell
+from app.common.tell import Tell
+
 from .metrics import METRICS, read_metrics
 
 EVENTS = "tensorboard"

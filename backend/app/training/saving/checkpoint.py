@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.common.files import sha256_file, sync_folder, write_atomic
+from app.common.files import sha256_file, sync_folder, write_atomic, written_beside
+from app.common.tell import Tell
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 BEST = "best.json"
 MODEL_FILES = ("config.json", "model.safetensors")
-
-Tell = Callable[[str], object]
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = (".tmp-", ".trash-")
@@ -67,23 +66,15 @@ def write_checkpoint(run: Path, step: int, fill: Callable[[Path], object]) -> Pa
         写好的文件夹。返回之后，断电也不会失去它。
     Raises:
         FileExistsError: 这一步已有一个完好的检查点。
-        OSError: 写不下去；已有的检查点不受影响，半成品已删去或留待 sweep。
+        OSError: 写不下去；已有的检查点不受影响，半成品已删去或留待 clear_leftovers。
     """
     target = step_folder(run, step)
     if os.path.lexists(target):
         _set_aside(target)
     temporary = run / f".tmp-{target.name}-{os.getpid()}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with written_beside(target, temporary):
         fill(temporary)
         _write_manifest(temporary, step)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(run)
     return target
 
 
@@ -212,7 +203,7 @@ def prune(run: Path, keep_last: int) -> None:
             shutil.rmtree(trash)
 
 
-def sweep(run: Path) -> list[Path]:
+def clear_leftovers(run: Path) -> list[Path]:
     """删去被杀的进程留下的半成品；只可在持有运行锁时调用。"""
     found = [entry for entry in run.iterdir() if entry.name.startswith(_TEMPORARY)]
     for entry in found:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from app.common.tell import Tell
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.fields import Mark, marked
 from app.quantization.model import check_float
 
-from .checkpoint import Tell, resolve_checkpoint
-from .resume import flat
+from ..config import flat
+from .checkpoint import resolve_checkpoint
 
 
 def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: Tell) -> None:

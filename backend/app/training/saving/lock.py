@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from .checkpoint import Tell
+from app.common.tell import Tell
 
 LOCK = "trainer.lock"
 

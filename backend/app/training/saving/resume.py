@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from app.common.tell import Tell
 from app.models.transformer.settings.fields import Mark, marked
 
-from ..config import TrainConfig
-from .checkpoint import CheckpointError, Tell, find_latest, list_steps, step_of, verify_checkpoint
+from ..config import TrainConfig, flat
+from .checkpoint import CheckpointError, find_latest, list_steps, step_of, verify_checkpoint
 from .lock import LOCK
 
 RUN_FILE = "run.yaml"
@@ -123,12 +124,3 @@ def check_same_machine(state: Mapping[str, Any], now: Mapping[str, Any], tell: T
                 f"note: {name} was {state.get(name)!r}, now {value!r}: "
                 "results may differ in the last bits"
             )
-
-
-def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """嵌套的设置 -> (带点的名字, 值)。"""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

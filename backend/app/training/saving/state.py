@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from app.models.transformer import GPT2Model
+from app.models.transformer.weights.safetensors_file import write_tensors_file
 
 from ..config import TrainConfig
 from .checkpoint import SCHEMA_VERSION, CheckpointError
@@ -114,10 +114,7 @@ def fill_checkpoint(
         OSError: 写不下。
     """
     model.save_pretrained(folder)
-    try:
-        save_file(optimizer_tensors(model, optimizer), folder / OPTIM)
-    except SafetensorError as error:
-        raise OSError(f"{folder / OPTIM} cannot be written: {error}") from error
+    write_tensors_file(optimizer_tensors(model, optimizer), folder / OPTIM)
     state = {
         "schema_version": SCHEMA_VERSION,
         **facts,

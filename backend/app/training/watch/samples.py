@@ -20,7 +20,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     Raises:
         ValueError: 分词器不认识提示里的字符；开训之前就该知道。
     """
-    return list(tokenizer.encode(prompt or "\n")) or [tokenizer.document_separator]
+    return tokenizer.encode_prompt(prompt or "\n")
 
 
 def sample_text(
@@ -33,7 +33,7 @@ def sample_text(
         options = Options(
             max_new_tokens=config.sample_tokens,
             sampling=_SAMPLING,
-            stop_ids=(tokenizer.document_separator,),
+            stop_ids=tuple(tokenizer.stop_ids),
             overflow="slide",
         )
         done = complete(model, [prompt], options, tokenizer=tokenizer, seeds=[config.seed])

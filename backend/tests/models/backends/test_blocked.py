@@ -228,7 +228,7 @@ def test_no_square_tensor_is_ever_made(pattern: Pattern) -> None:
 
 PEAK = """
 import sys, torch
-from app.models.transformer.pattern_text import parse
+from app.models.transformer.visibility.pattern_text import parse
 from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.visibility.positions import Positions
 from app.models.transformer.backends.attend import attend

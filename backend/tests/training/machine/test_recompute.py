@@ -10,7 +10,9 @@ from torch import Tensor
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.planning.footprint import footprint
+from app.training.config import OptimConfig
 from app.training.machine.recompute import checkpoint_blocks
+from app.training.optim.build import optimizer_kind
 from tests.models.helpers import tiny_config, tokens
 
 CPU = torch.device("cpu")
@@ -56,7 +58,7 @@ def activations(config: GPT2Config, every: int) -> int:
         config,
         rows=2,
         passes=1,
-        muon=False,
+        optimizer=optimizer_kind(OptimConfig()),
         device=CPU,
         dtype=torch.float32,
         recompute=range(0, config.n_layer if every else 0, every or 1),

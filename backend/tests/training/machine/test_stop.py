@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from app.training import run as run_module
 from app.training import trainer as trainer_module
@@ -31,7 +32,7 @@ BUSY = {
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "reading the batch": (trainer_module.Sampler, "batch", 3),
     "forward and backward": (trainer_module, "accumulate", 4),
-    "clipping": (trainer_module.nn.utils, "clip_grads_with_norm_", 3),
+    "clipping": (torch.nn.utils, "clip_grads_with_norm_", 3),
     "metrics": (trainer_module.Metrics, "write", 9),
     "first validation": (trainer_module.Validation, "loss", 1),
     "validation": (trainer_module.Validation, "loss", 3),

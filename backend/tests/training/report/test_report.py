@@ -18,8 +18,9 @@ from app.models.transformer import GPT2Model
 from app.training.report import run_page as report_module
 from app.training.report.history import History
 from app.training.report.metrics import METRICS, Metrics
+from app.training.report.run_charts import speeds
 from app.training.report.run_facts import FACTS, read_facts
-from app.training.report.run_page import REPORT, Reporter, speeds, write_report
+from app.training.report.run_page import REPORT, Reporter, write_report
 from app.training.step import accumulate
 from app.training.watch.gradient_norms import gradient_norms
 

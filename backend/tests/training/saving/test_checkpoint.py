@@ -48,7 +48,7 @@ SAVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from app.training.checkpoint import write_checkpoint, list_steps, prune
+from app.training.saving.checkpoint import write_checkpoint, list_steps, prune
 run = Path(sys.argv[1])
 data = bytes(range(256)) * 4096 * 4
 step = max([step for step, _ in list_steps(run)], default=0)
@@ -88,7 +88,7 @@ def test_kill_while_saving(tmp_path: Path, kills: int) -> None:
         acknowledged = max([acknowledged, *(int(line) for line in rest[:-1])])
         found = newest(tmp_path)
         assert found is not None and found >= acknowledged
-    ck.sweep(tmp_path)
+    ck.clear_leftovers(tmp_path)
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
 
 
@@ -111,7 +111,7 @@ def test_stop_between_system_calls(tmp_path: Path) -> None:
             assert newest(run) == 3 and len(ck.list_steps(run)) == 1
             break
         died += 1
-        ck.sweep(run)
+        ck.clear_leftovers(run)
         assert all(ck.step_of(entry) for entry in run.iterdir())
     # 三个数据文件、清单、两次文件夹、一次改名、两次清理改名。
     assert died == 9
@@ -351,5 +351,5 @@ def test_resolve(tmp_path: Path) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import app.training.checkpoint, sys; sys.exit('torch' in sys.modules)"
+    code = "import app.training.saving.checkpoint, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=BACKEND).returncode == 0

@@ -13,10 +13,10 @@ import pytest
 from app.training import run as run_module
 from app.training import trainer as trainer_module
 from app.training.report.metrics import METRICS, Metrics
+from app.training.report.run_charts import PLOT
 from app.training.report.run_page import REPORT
 from app.training.report.tensorboard import EVENTS
 from app.training.saving.checkpoint import list_steps, read_best, step_folder
-from app.viz.loss_plot import PLOT
 
 from ..child import answer, run_child
 from ..conftest import Make, rows, same_weights, train
@@ -43,7 +43,7 @@ def tmpfs(tmp_path: Path) -> tuple[Path, list[str]]:
 FILL = """
 import random, shutil
 from app.training import trainer as trainer_module
-from app.training.checkpoint import find_latest, step_of
+from app.training.saving.checkpoint import find_latest, step_of
 run, filler = Path(config.out), folder / "filler"
 def newest():
     found, skipped = find_latest(run)

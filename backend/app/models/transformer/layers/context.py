@@ -6,7 +6,7 @@ B 批、T 词元数、H 查询头数、G 键值头数、S 键数、D 头宽、E 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -75,10 +75,10 @@ class Context:
 
     positions: Positions
     plan: MaskPlan
+    note: Note
     layer: int = 0
     rotary: Rotary | None = None
     step: KeyValues | None = None
-    note: Note = field(default_factory=Note)
 
 
 def build_contexts(
@@ -116,7 +116,7 @@ def build_contexts(
     }
     rotary = rotation(config, where, dtype)
     return [
-        Context(where, plans[pattern], layer, rotary, step, note)
+        Context(where, plans[pattern], note, layer, rotary, step)
         for layer, (pattern, note) in enumerate(zip(patterns, notes, strict=True))
     ]
 

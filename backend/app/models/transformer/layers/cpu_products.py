@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.float64)
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """x (..., I)、weight (O, I) -> (..., O)；None = 这里 F.linear 就最快。"""
     if _few_rows(x, weight):
-        y = _few_row_product(x.reshape(-1, x.shape[-1]), weight)
+        y = few_row_product(x.reshape(-1, x.shape[-1]), weight)
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
     if _large(x, weight):
         large: Tensor = _Large.apply(x, weight, bias)
@@ -37,7 +37,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (R, I) 与 weight (O, I) -> (R, O)，不求梯度：行数远少于 O，AVX2 上也是 oneDNN 快。"""
     if _few_rows(x, weight):
-        return _few_row_product(x, weight)
+        return few_row_product(x, weight)
     return _onednn(x, weight, None) if _large(x, weight, "AVX2") else F.linear(x, weight)
 
 
@@ -100,7 +100,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _few_row_product(x: Tensor, weight: Tensor) -> Tensor:
+def few_row_product(x: Tensor, weight: Tensor) -> Tensor:
     """(R, I) 与 (O, I) -> (R, O)，末维连续：不连续会让后面的 SDPA 落到慢的数学路径上。"""
     if x.shape[0] == 1:
         return _one_row(x, weight)

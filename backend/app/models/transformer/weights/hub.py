@@ -10,7 +10,12 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 MODEL_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+# adapter_config.json 只为认出适配器而取。
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.json", "tokenizer_config.json",
+    "added_tokens.json", "special_tokens_map.json", "generation_config.json", "*.model",
+    "adapter_config.json",
+)  # fmt: skip
 
 
 def find_folder(source: str | Path, files: tuple[str, ...] = MODEL_FILES) -> Path:

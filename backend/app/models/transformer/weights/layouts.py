@@ -20,6 +20,8 @@ from .safetensors_file import TensorSource
 HEAD = "lm_head.weight"
 _VOCAB = ("embed.wte.weight", HEAD)
 _LAYER = re.compile(r"h\.(\d+)\.(.*)")
+# DDP 与 torch.compile 给每个名字套上的。
+_WRAPPED = re.compile(r"(?:module\.|_orig_mod\.)*")
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ _BLOCK = {
 _GPT2 = {"embed.wte": "wte", "embed.wpe": "wpe", **_BLOCK, "ln_f": "ln_f"}
 
 GPT2 = Layout(("transformer.", ""), _rows(_GPT2, conv1d=True))
-# nanoGPT 用 nn.Linear，不转置；torch.compile 过的模型名字前多一段。
-NANOGPT = Layout(("transformer.", "_orig_mod.transformer."), _rows(_GPT2))
+# nanoGPT 用 nn.Linear，不转置。
+NANOGPT = Layout(("transformer.", ""), _rows(_GPT2))
 OPENAI_GPT = Layout(
     ("transformer.", ""),
     _rows({"embed.wte": "tokens_embed", "embed.wpe": "positions_embed", **_BLOCK}, conv1d=True),
@@ -159,7 +161,7 @@ def read_tensors(
     Raises:
         ValueError: 缺、多、形状不符，或说是共享的头其实不同。
     """
-    prefix = _prefix(layout, source)
+    prefix = find_prefix(layout, source)
     wanted: dict[str, tuple[int, ...]] = {}
     for ours, shape in expected.items():
         names, row = _full(layout, prefix, ours, shape)
@@ -214,15 +216,27 @@ def _full(layout: Layout, prefix: str, ours: str, shape: tuple[int, ...]) -> tup
 
 
 def _head(prefix: str) -> str:
-    """输出头在主干之外，只跟着编译留下的那一段前缀。"""
-    return ("_orig_mod." if prefix.startswith("_orig_mod.") else "") + HEAD
+    """输出头在主干之外，只跟着外面套着的那一段。"""
+    return _wrappers(prefix) + HEAD
 
 
-def _prefix(layout: Layout, source: TensorSource) -> str:
+def _wrappers(name: str) -> str:
+    found = _WRAPPED.match(name)
+    return found[0] if found else ""
+
+
+def find_prefix(layout: Layout, source: TensorSource) -> str:
+    """主干的名字之前有什么，连同 DDP 与 torch.compile 套上的。
+
+    Raises:
+        ValueError: 没有词嵌入。
+    """
     (name,), _ = layout.place("embed.wte.weight")
+    starts = {_wrappers(found) for found in source.shapes}
     for prefix in layout.prefixes:
-        if prefix + name in source.shapes:
-            return prefix
+        for start in sorted(starts):
+            if start + prefix + name in source.shapes:
+                return start + prefix
     looked = ", ".join(repr(prefix + name) for prefix in layout.prefixes)
     raise ValueError(
         f"{source.where}: no token embedding there (looked for {looked}); the file has "

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import GPT2Config
-from .safetensors_file import SafetensorsFiles, TensorSource, header_limit
+from .safetensors_file import (
+    SafetensorsFiles,
+    TensorSource,
+    header_limit,
+    write_tensors_file,
+)
 
 M = TypeVar("M", bound=nn.Module)
 # 由配置造出模型的东西：模型的类自己。这里不认得是哪个类。
@@ -31,41 +36,39 @@ class Savable(Protocol):
 
 
 def save_model(model: Savable, folder: Path) -> None:
-    write_weights(model, folder)
-    write_beside(folder / CONFIG_FILE, model.config.to_json())
+    save_with(model, folder, {CONFIG_FILE: model.config.to_json()})
 
 
-def write_weights(model: Savable, folder: Path) -> None:
-    """state_dict 写成 folder 里的 model.safetensors；没有文件夹就建。
+def save_with(model: Savable, folder: Path, texts: Mapping[str, str]) -> None:
+    """先写权重，再按次序写 texts（文件名 -> 内容）。
 
     Raises:
         ValueError: folder 是一个文件，或模型在 meta 设备上。
-        OSError: 写不下。
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give a folder to save the model in")
     folder.mkdir(parents=True, exist_ok=True)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError("the model is on the meta device and has no weights to save")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    try:
-        save_file(state, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        # 盘满时它抛的不是 OSError：谁也不会去接，而这正是要接的。
-        raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from error
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    _replace(folder / WEIGHTS_FILE, lambda path: write_tensors_file(state, path))
+    for name, text in texts.items():
+        _replace(folder / name, _writing(text))
 
 
-def write_beside(path: Path, text: str) -> None:
-    """先写在旁边再改名。"""
+def _writing(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """写在旁边再改名：写到一半断了，旧文件还在。"""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_own(build: Build, config: GPT2Config, folder: Path) -> Iterable[tuple[str, Tensor]]:

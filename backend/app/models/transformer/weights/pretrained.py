@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import SCHEMA_VERSION, GPT2Config
 from ..settings.fields import Mark, differing, marked
 from ..settings.json_file import read_json
+from .adapters import check_no_adapter
 from .families import OWN_TYPE, extra_vocab, read_config
 from .formats import find_loader
 from .hub import find_folder
@@ -29,7 +30,8 @@ from .own_folder import (
     expected_shapes,
     read_own,
 )
-from .safetensors_file import SafetensorsFiles, header_limit
+from .recognise import recognise
+from .safetensors_file import SafetensorsFiles, TensorSource, header_limit
 
 INDEX_FILE = "model.safetensors.index.json"
 LAYOUTS = {"gpt2": GPT2, "openai-gpt": OPENAI_GPT, "opt": OPT, "mixtral": MIXTRAL, OWN_TYPE: OWN}
@@ -44,7 +46,8 @@ def load_pretrained(
 ) -> M:
     """见 GPT2Model.from_pretrained。"""
     folder = find_folder(source)
-    raw = read_json(folder / CONFIG_FILE)
+    check_no_adapter(folder)
+    raw = recognise(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if isinstance(raw, dict) and "model_type" in raw:
         config, tensors = read_foreign(build, raw, folder)
     else:
@@ -62,9 +65,14 @@ def load_pretrained(
 
 
 def read_foreign(
-    build: Build, raw: dict[str, Any], folder: Path
+    build: Build,
+    raw: dict[str, Any],
+    folder: Path,
+    open_source: Callable[[Path, int], TensorSource] | None = None,
 ) -> tuple[GPT2Config, Iterable[tuple[str, Tensor]]]:
     """Hugging Face 的文件夹：译好的配置，与逐个读出的张量。
+
+    open_source(folder, 预期至多多少个张量) 另给权重；None = 文件夹里的 safetensors。
 
     Raises:
         ValueError: 配置没有对应物，没有 safetensors，或权重不合配置。
@@ -76,8 +84,16 @@ def read_foreign(
     expected = expected_shapes(build, config)
     # 旧文件每层多存两个掩码，OPT 把 q、k、v 分开，专家各自存放。
     most = 3 * len(expected) * max(1, config.moe_num_experts)
-    source = SafetensorsFiles(_shards(folder), header_limit(most))
+    source = (open_source or open_shards)(folder, most)
     return config, read_tensors(LAYOUTS[raw["model_type"]], config, expected, source, extra)
+
+
+def open_shards(folder: Path, most: int) -> TensorSource:
+    """
+    Raises:
+        ValueError: 没有 safetensors，索引不对，或头不对。
+    """
+    return SafetensorsFiles(_shards(folder), header_limit(most))
 
 
 def agree(config: GPT2Config, wanted: Mapping[str, Any], where: str) -> GPT2Config:
@@ -111,17 +127,29 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        return _listed(index, folder)
+        return listed(index, ".safetensors")
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt") for p in folder.glob(pattern))
     if pickled:
         raise ValueError(
             f"{folder} has no {WEIGHTS_FILE}, only {pickled[0]}, a pickle that could run code: "
             f"if you trust it, `gpt2 import {folder} --allow-pickle --out NEW` reads it"
         )
+    others = sorted(p.name for pattern in ("*.safetensors", "*.gguf") for p in folder.glob(pattern))
+    if others:
+        raise ValueError(
+            f"{folder} has no {WEIGHTS_FILE} but {others[0]}: a single safetensors file is read "
+            f"with `gpt2 import {folder / others[0]} --out NEW`"
+        )
     raise ValueError(f"{folder} has no {WEIGHTS_FILE}: it is not a saved model")
 
 
-def _listed(index: Path, folder: Path) -> list[Path]:
+def listed(index: Path, suffix: str) -> list[Path]:
+    """索引点名的分片，都在同一个文件夹里。
+
+    Raises:
+        ValueError: 索引读不懂，点名的不是旁边的文件，或缺了。
+    """
+    folder, kind = index.parent, suffix.removeprefix(".")
     raw = read_json(index)
     files = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(files, dict) or not files:
@@ -130,8 +158,8 @@ def _listed(index: Path, folder: Path) -> list[Path]:
     for name in names:
         # 只许同一文件夹里的普通文件名：../ 与绝对路径都不是。
         plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
-        if not plain or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {str(name)[:60]!r} is not a safetensors file beside it")
+        if not plain or not name.endswith(suffix):
+            raise ValueError(f"{index}: {str(name)[:60]!r} is not a {kind} file beside it")
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, which {index.name} lists")
     return [folder / name for name in names]

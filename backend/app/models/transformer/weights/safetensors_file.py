@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,25 @@ DTYPES = {
 # 一个条目约 110 字节；XL 有 580 个张量、头约 60 KB。解析后的字典比文本大十倍，所以要有上限。
 _BYTES_PER_TENSOR = 256
 _MIN_HEADER_LIMIT = 1 << 20
+
+
+def write_tensors_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """写一个 safetensors 文件，权限照 umask：库总写成只有主人可读，容器与别的用户就打不开。
+
+    Raises:
+        OSError: 写不下。
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # 盘满时它抛的不是 OSError：谁也不会去接，而这正是要接的。
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)
 
 
 class TensorSource(Protocol):

@@ -1,4 +1,4 @@
-"""量化前后相差多少：KL、最可能的词元变了几次、困惑度与它的噪声、每秒词元数。
+"""两个模型在同一些窗口上相差多少：KL、最可能的词元变了几次、困惑度与它的噪声。
 
 W 窗口数、T 词元数、V 词表。
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +20,9 @@ class Quality:
     """同一些窗口上的两个模型。
 
     Attributes:
-        kl: 每个位置的 KL(浮点 ‖ 量化)，nat，平均。
+        kl: 每个位置的 KL(before ‖ after)，nat，平均。
         flips: 最可能的词元变了的位置，占几分之几。
-        nats: (浮点, 量化) 每词元的 nat。
+        nats: (before, after) 每词元的 nat。
         noise: 两者之差的标准误，以窗口为整群；只有一个窗口时 None。
     """
 
@@ -62,35 +61,3 @@ def compare_quality(before: GPT2Model, after: GPT2Model, windows: Tensor) -> Qua
     noise = statistics.stdev(changes) / math.sqrt(count) if count > 1 else None
     sums = [math.fsum(each) / total for each in zip(*nats, strict=True)]
     return Quality(total, max(kl / total, 0.0), flips / total, (sums[0], sums[1]), noise)
-
-
-@torch.inference_mode()
-def decode_speed(models: tuple[GPT2Model, ...], rounds: int) -> list[float]:
-    """各模型每秒续写多少个词元，一行，贪心；轮流测，取中位数，第一轮只热身。"""
-    context = models[0].config.context_size
-    prompt = min(16, max(1, context // 2))
-    new = max(1, min(64, context - prompt))
-    times: list[list[float]] = [[] for _ in models]
-    for number in range(rounds + 1):
-        for model, each in zip(models, times, strict=True):
-            seconds = _decode(model, prompt, new)
-            if number:
-                each.append(seconds)
-    return [new / statistics.median(each) for each in times]
-
-
-def _decode(model: GPT2Model, prompt: int, new: int) -> float:
-    ids = torch.arange(prompt, device=model.device)[None] % model.config.vocab_size
-    cache = model.new_cache(1, prompt + new)
-    ids = _next(model, ids, cache)
-    start = time.perf_counter()
-    for _ in range(new):
-        ids = _next(model, ids, cache)
-    # 问它的值：GPU 上这才等到算完。
-    int(ids)
-    return time.perf_counter() - start
-
-
-def _next(model: GPT2Model, ids: Tensor, cache: object) -> Tensor:
-    out = model(ids, cache=cache, use_cache=True, logits_to_keep=1)
-    return out["logits"][:, -1].argmax(-1, keepdim=True)

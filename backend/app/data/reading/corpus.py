@@ -9,7 +9,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import PurePosixPath
 
-from app.data.sources import Sources
+from app.data.reading.sources import Reading, Sources
 
 _EXCLUDED_FOLDERS = {
     "site-packages",
@@ -36,7 +36,7 @@ def stdlib_sources() -> Sources:
     """标准库源码，每个文件一篇文档，按路径排序。"""
     return Sources(
         [sysconfig.get_paths()["stdlib"]],
-        suffixes=(".py",),
+        Reading(suffixes=(".py",)),
         exclude=stdlib_excluded,
         description=f"Python {sysconfig.get_python_version()} standard library source",
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.evaluation.perplexity import TokenSource
+from .perplexity import TokenSource
 
 # 一个窗口至多多长：够长使后面的词元都有上文，又使 logits 一次放得下。
 LONGEST = 256

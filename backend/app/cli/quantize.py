@@ -261,7 +261,7 @@ def _show_speed(before: GPT2Model, after: QuantizedModel) -> bool:
 
 def _flat(model: QuantizedModel) -> list[Codes]:
     """叠着的专家拆成一个一个。"""
-    every = []
+    every: list[Codes] = []
     for codes in model.codes.values():
         stacked = len(codes.shape) == 3
         every.extend(codes[e] for e in range(codes.shape[0])) if stacked else every.append(codes)

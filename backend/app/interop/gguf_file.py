@@ -18,11 +18,11 @@ from app.data import byte_level
 from app.data.tokenizers import BPETokenizer, Tokenizer
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import WPE, Weights, with_biases
-from app.interop.gguf_blocks import BLOCK, block_type, blocks
 from app.interop.job import Job
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.norm import EPS
 from app.models.transformer.weights.layouts import HEAD
+from app.quantization.gguf_blocks import BLOCK, block_type, blocks
 from app.quantization.model import QuantizedModel, dequantize
 
 if TYPE_CHECKING:

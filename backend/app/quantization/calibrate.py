@@ -133,7 +133,7 @@ def _listening(block: nn.Module) -> Iterator[_Heard]:
                 heard.moments[path] = moments
                 hook = leaf.register_forward_pre_hook(_adding(moments))
             elif isinstance(leaf, Experts):
-                heard.routed[path] = calls = []
+                calls = heard.routed.setdefault(path, [])
                 hook = leaf.register_forward_pre_hook(_keeping(calls))
             else:
                 continue

@@ -6,12 +6,10 @@ O 输出数、I 输入宽、G = I / group、E 专家数（专家的矩阵叠成 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Bits = Literal[16, 8, 4]
 # int8 对称，-128 不用；4 位对称时 8 是零点。
 MAX_INT8, ZERO_INT4, MAX_INT4 = 127, 8, 15
 
@@ -26,7 +24,7 @@ class Scheme:
         asymmetric: 4 位的组另存一个最小值。
     """
 
-    bits: Bits
+    bits: int
     group: int = 0
     asymmetric: bool = False
 
@@ -93,7 +91,7 @@ class Codes:
         group: 4 位时几列共用一个尺度。
     """
 
-    bits: Bits
+    bits: int
     codes: Tensor
     scale: Tensor | None = None
     minimum: Tensor | None = None

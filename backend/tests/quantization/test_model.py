@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from app.generation.config import Options
+from app.generation.config import Options, SamplingConfig
 from app.generation.generate import complete
 from app.generation.lean_step import why_not_lean
 from app.models.transformer import GPT2Model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from app.quantization.codes import Codes, unpack
+from .codes import Codes, unpack
 
 if TYPE_CHECKING:
     import numpy as np

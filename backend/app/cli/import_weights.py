@@ -65,7 +65,7 @@ def run(args: Args) -> None:
     import torch
 
     from app.common.files import check_free
-    from app.interop.importing import import_model, write_model
+    from app.interop.reading.importing import import_model, write_model
 
     check_free(args.out)
     asked = {name: getattr(args, name) for name in ("norm", "activation", "n_head")}

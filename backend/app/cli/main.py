@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 from app.cli.shared.command_line import Usage, parse_options
-from app.common.console import tolerant_output
+from app.common.console import forget_reader, tolerant_output
 
 COMMANDS = {
     "prepare": "turn text files, folders, json, csv or ready tokens into token shards",
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # 读的一方（如 head）已经走了：换掉标准输出，免得解释器退出时再报一次。
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_reader()
         # 续写除了输出没有别的事，读够了就是做完了；别的命令没有做完，照 shell 的惯例报 SIGPIPE。
         return 0 if name == "generate" else 128 + 13
     except (ValueError, OSError, ImportError, MemoryError) as error:

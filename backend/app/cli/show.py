@@ -174,6 +174,8 @@ def _show_patterns(args: PatternArgs) -> None:
 
     from app.models.transformer.visibility.coverage import as_text, coverage
 
+    # 先写文件：读标准输出的一方走了，要的图也已经在。
+    write_picture(pattern_figure(patterns, args.tokens), args.out)
     for pattern in patterns:
         print(f"{pattern}, {args.tokens} tokens: ", end="")
         print(describe_coverage(coverage(pattern, args.tokens)))
@@ -181,7 +183,6 @@ def _show_patterns(args: PatternArgs) -> None:
             to_stderr(f"note: {pattern} equals causal up to {pattern.solid} tokens: raise --tokens")
         if args.tokens <= _TEXT_TOKENS:
             print(as_text(pattern, args.tokens))
-    write_picture(pattern_figure(patterns, args.tokens), args.out)
     print(f"picture  {args.out}")
 
 
@@ -296,8 +297,8 @@ def _show_routing(args: RoutingArgs) -> None:
     figure = routing_figure(
         routing, [token_label(one) for one in raw], config.moe_num_experts, title
     )
-    _print_routing(routing, [token_label(one, 40) for one in raw], config.moe_num_experts)
     write_picture(figure, args.out)
+    _print_routing(routing, [token_label(one, 40) for one in raw], config.moe_num_experts)
     print(f"picture  {args.out}")
 
 

@@ -82,7 +82,7 @@ def run(args: Args) -> int:
     write_atomic(path, compare_page(groups, notes))
     show_comparison(groups, notes)
     print(f"drawn in {path}\nagain, or with others:\n  gpt2 compare {_quoted(outcome.done)}")
-    return 0
+    return 1 if outcome.failed else 0
 
 
 def _quoted(folders: Sequence[Path]) -> str:

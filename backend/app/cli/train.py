@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
 from app.cli.shared.tables import print_table
+from app.common.console import forget_reader, say
 
 if TYPE_CHECKING:
     from app.training.run import Result
@@ -42,10 +43,16 @@ def run(args: Args) -> int:
     from app.training.run import train
 
     preset = None if args.file is None else args.file.config
+    for line in [] if args.file is None else args.file.lines(args.train):
+        say(line)
     result = train(args.train, print_table, preset=preset)
-    for line in summary(result):
-        print(line)
-    return 0
+    try:
+        for line in summary(result):
+            say(line)
+    except BrokenPipeError:
+        # 训练已经做完、存好，只是没有人看了。
+        forget_reader()
+    return 1 if result.unwritten else 0
 
 
 def summary(result: Result) -> list[str]:
@@ -58,6 +65,8 @@ def summary(result: Result) -> list[str]:
         resume = f"gpt2 train --config {_quote(result.run_file)} --resume auto"
         lines.append(f"stopped by {result.stopped} at step {result.step}; saved. Go on with:")
         lines.append(f"  {resume}")
+    elif result.early is not None:
+        lines.append(f"{result.early}; saved, in {duration(result.seconds)}")
     else:
         lines.append(f"finished {result.step} steps in {duration(result.seconds)}")
     if result.best is not None:
@@ -68,6 +77,8 @@ def summary(result: Result) -> list[str]:
         lines.append(f"loss plot   {result.plot}")
     lines.append(f"report      {result.report}")
     lines.append(f"checkpoint  {result.checkpoint}")
+    if result.unwritten:
+        lines.append(f"trained and saved, but not written whole: {', '.join(result.unwritten)}")
     which = run_folder / "best" if result.best is not None else run_folder
     lines.append(f'write with it:\n  gpt2 generate {_quote(which)} --prompt "..."')
     return lines

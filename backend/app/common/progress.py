@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TextIO
 
+from .console import printable
 from .units import duration
 
 _REFRESH_SECONDS, _LINE_SECONDS = 0.25, 10.0
@@ -71,10 +72,11 @@ class Display:
     def tell(self, text: str) -> None:
         """一行话，在活动的条之上。"""
         bar = self._bar
+        words = printable(text, self._stream)
         if bar is not None:
-            self._try(lambda: bar.console.print(text, markup=False, highlight=False))
+            self._try(lambda: bar.console.print(words, markup=False, highlight=False))
         else:
-            self._try(lambda: print(text, file=self._stream, flush=True))
+            self._try(lambda: print(words, file=self._stream, flush=True))
 
     def show(self, done: int, text: Callable[[], str]) -> None:
         """走到 done；到了该显示的时候才显示 text()。"""

@@ -1,4 +1,6 @@
-"""取样器：一个批次是 (seed, step) 的纯函数，续训只需要一个整数。
+"""取样器：一个批次是 (seed, 读过的窗口数) 的纯函数，续训只需要一个整数。
+
+批大小不变时，读过的窗口数就是 step·B；中途换过批大小的训练由 `moved` 接着读，不重不漏。
 
 一轮里每个窗口恰好一次，次序由带密钥的伪随机置换给出：a·b 上的 Feistel 网络加循环行走
 （Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"），内存 O(1)，第十亿步与
@@ -32,11 +34,16 @@ class Sampler:
 
     每轮 n_windows 个窗口；词元数不是整倍数时，多出的词元随每轮的起点轮换。
 
+    Args:
+        origin: 第 0 步若也用此刻的批大小，它之前读过的窗口数；换过批大小之后可以是负的。
+
     Raises:
         ValueError: 数据不足 context + 1 个词元，或参数不是正数。
     """
 
-    def __init__(self, n_tokens: int, context: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, n_tokens: int, context: int, batch_size: int, seed: int, origin: int = 0
+    ) -> None:
         if context < 1 or batch_size < 1:
             raise ValueError(f"context={context} and batch_size={batch_size} must be at least 1")
         if n_tokens < context + 1:
@@ -45,6 +52,7 @@ class Sampler:
                 f"{context + 1}: use more text or a context of at most {max(n_tokens - 1, 1)}"
             )
         self.n_tokens, self.context, self.batch_size = n_tokens, context, batch_size
+        self._seed, self._origin = seed, origin
         # 留出不到两个窗口的余量给每轮的随机起点；只有一个窗口时全部余量都给它。
         self.n_windows = max(1, (n_tokens - context) // context)
         self._slack = n_tokens - 1 - self.n_windows * context
@@ -53,15 +61,30 @@ class Sampler:
         self._b = -(-self.n_windows // self._a)
         self._key = _mix(np.array([seed & _MASK], dtype=np.uint64))
 
+    def moved(self, step: int, windows: int) -> Sampler:
+        """同样的次序，但做完 step 步时已读过 windows 个窗口：从那里接着读。"""
+        if windows < 0:
+            raise ValueError(f"windows={windows} must not be negative")
+        origin = windows - step * self.batch_size
+        return Sampler(self.n_tokens, self.context, self.batch_size, self._seed, origin)
+
+    def windows(self, step: int) -> int:
+        """做完 step 步时读过的窗口数。"""
+        return self._origin + step * self.batch_size
+
     def epoch(self, step: int) -> float:
         """到 step 为止读过数据的遍数。"""
-        return step * self.batch_size / self.n_windows
+        return self.windows(step) / self.n_windows
 
     def offsets(self, step: int) -> np.ndarray:
         """第 step 批各行窗口的起点：(B,) int64。"""
-        if step < 0:
-            raise ValueError(f"step={step} must not be negative")
-        first = step * self.batch_size
+        first = self.windows(step)
+        if step < 0 or first < 0:
+            raise ValueError(
+                f"step={step} must not be negative"
+                if step < 0
+                else f"step={step} comes before the place where this sampler goes on"
+            )
         samples = np.arange(first, first + self.batch_size, dtype=np.uint64)
         epochs, places = np.divmod(samples, np.uint64(self.n_windows))
         moved = self._hash(epochs, _OFFSET_TAG) % np.uint64(self._slack + 1)

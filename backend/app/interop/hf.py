@@ -14,10 +14,8 @@ import torch
 from app.common.files import write_folder
 from app.data.tokenizers import Tokenizer
 from app.interop import tokens
-from app.interop.compare import Comparison, Exported, compare
+from app.interop.compare import Comparison, compare
 from app.interop.equivalent import Weights, as_post, widened, with_biases
-from app.interop.job import Job
-from app.interop.targets import family_name
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.families import FAMILIES, VOCAB_KEY, write_config
 from app.models.transformer.weights.layouts import write_tensors
@@ -81,35 +79,6 @@ def write_hf(
 
     write_folder(folder, fill)
     return weights
-
-
-def export_hf(job: Job) -> Exported:
-    """现成的模型里认得这种配置的那一种；一种也没有就连代码一起写。"""
-    family = family_name(job.model.config)
-    if family is not None:
-        return _export(job, family)
-    from app.interop.own_code import write_own_code
-
-    written = write_own_code(Weights.of(job.model), job.tokenizer, job.folder, job.dtype)
-    checked = compare_hf(job.model, job.folder, own_code=True)
-    return Exported(job.folder, "own code", written.notes, checked)
-
-
-def export_opt(job: Job) -> Exported:
-    return _export(job, "opt")
-
-
-def export_openai_gpt(job: Job) -> Exported:
-    return _export(job, "openai-gpt")
-
-
-def export_mixtral(job: Job) -> Exported:
-    return _export(job, "mixtral")
-
-
-def _export(job: Job, family: str) -> Exported:
-    written = write_hf(Weights.of(job.model), family, job.tokenizer, job.folder, job.dtype)
-    return Exported(job.folder, family, written.notes, compare_hf(job.model, job.folder))
 
 
 def compare_hf(model: GPT2Model, folder: Path, own_code: bool = False) -> Comparison | str:

@@ -94,7 +94,7 @@ def _onnx(config: GPT2Config) -> str | None:
     return None
 
 
-_HF = "app.interop.hf"
+_HF = "app.interop.hf_targets"
 TARGETS: dict[str, Row] = {
     # 没有现成的模型认得的，写成自带代码的一种，所以什么都去得了。
     "hf": Row(lambda config: None, f"{_HF}:export_hf"),

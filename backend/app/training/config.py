@@ -151,6 +151,11 @@ class TrainConfig:
         Doc("validation batches, evenly spread over the split; 0 = the whole split"),
         Mark.SILENT,
     ] = 20
+    patience: Annotated[
+        int,
+        Doc("end after this many validations in a row without a better loss; 0 = train all steps"),
+        Mark.SILENT,
+    ] = 0
     sample_every: Annotated[
         int, Doc("steps between samples; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
     ] = 500
@@ -180,6 +185,7 @@ class TrainConfig:
         for name in (
             "eval_every",
             "eval_batches",
+            "patience",
             "sample_every",
             "sample_tokens",
             "save_every",
@@ -191,6 +197,11 @@ class TrainConfig:
             raise ValueError(
                 f"micro_batch={self.micro_batch} must be between 1 and "
                 f"batch_size={self.batch_size}, or None for the whole batch"
+            )
+        if self.patience and not self.eval_every:
+            raise ValueError(
+                f"patience={self.patience} counts validations but eval_every=0 makes none before "
+                "the end: use eval_every above 0, or patience=0"
             )
         self._check_schedule()
         for name in ("out", "resume", "device", "init_from"):

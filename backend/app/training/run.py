@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import yaml
 
+from app.common.console import say
 from app.common.files import write_atomic
 from app.common.tell import Tell
 from app.data.shards import TokenDataset
@@ -28,15 +29,23 @@ from .report.progress import Progress
 from .report.run_charts import PLOT, plot_losses
 from .report.run_facts import Decisions, Facts, write_facts
 from .report.run_page import REPORT, Reporter
-from .report.tensorboard import open_tensorboard, require_tensorboard
+from .report.tensorboard import EVENTS, open_tensorboard, require_tensorboard
 from .saving.checkpoint import clear_leftovers, step_folder
+from .saving.home import leave_origin
 from .saving.initial import initialize_from
 from .saving.lock import run_lock
-from .saving.resume import RUN_FILE, check_compatible, check_out, check_same_machine, find_start
+from .saving.resume import (
+    RUN_FILE,
+    check_compatible,
+    check_out,
+    check_same_machine,
+    find_start,
+    resume_lines,
+)
 from .saving.state import read_state, restore, versions
 from .trainer import Trainer
 from .watch.guidance import small_step
-from .watch.samples import encode_prompt
+from .watch.samples import usable_prompt
 from .watch.validation import Validation
 
 
@@ -50,9 +59,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Result:
-    """训练怎样结束。stopped 是使它停下的信号名；checkpoint 是最后保存的状态。"""
+    """训练怎样结束。stopped 是使它停下的信号名；checkpoint 是最后保存的状态。
+
+    Attributes:
+        early: 损失不再好转、提前结束的那一句话；没有则 None。
+        unwritten: 要写而没写成的东西，一样一句；训练本身照常做完了。
+    """
 
     stopped: str | None
+    early: str | None
+    unwritten: tuple[str, ...]
     step: int
     best: tuple[int, float] | None
     skipped: int
@@ -70,7 +86,7 @@ _SAY_BYTES = 2e9
 def train(
     config: TrainConfig,
     show: Callable[[Decisions], object],
-    tell: Tell = print,
+    tell: Tell = say,
     preset: TrainConfig | None = None,
 ) -> Result:
     """按 config 训练到底，或到收到停止信号为止。
@@ -94,17 +110,19 @@ def train(
     if config.tensorboard:
         require_tensorboard()
     data = open_data(config, note)
+    config = usable_prompt(config, preset, data.train.tokenizer(), note)
     check_out(config)
     runtime = choose_runtime(config)
     run = Path(config.out)
     run.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, run_lock(run, note):
-        clear_leftovers(run)
+        clear_leftovers(run, note)
         with memory_error(config, 0):
             trainer = _assemble(config, runtime, data, note)
         if warning := small_step(config, trainer.model.num_parameters(), preset):
             note(warning)
         write_atomic(run / RUN_FILE, _as_yaml(config))
+        leave_origin(run, config, data.train.fingerprint)
         decisions = describe(trainer, _compile(trainer, stop, note))
         write_facts(run, _facts(trainer, data, decisions, notes))
         show(decisions)
@@ -114,7 +132,7 @@ def train(
 def open_data(config: TrainConfig, tell: Tell) -> Data:
     """
     Raises:
-        ValueError: 没有数据集，数据损坏，或词表大于模型的。
+        ValueError: 没有数据集，数据损坏，词表大于模型的，或两部分不是同一个分词器写的。
     """
     folder, verify = Path(config.data.folder), config.data.verify
     size = sum(path.stat().st_size for path in folder.glob("*/tokens-*.bin"))
@@ -131,9 +149,22 @@ def open_data(config: TrainConfig, tell: Tell) -> Data:
             "or more"
         )
     if not (folder / "val").is_dir():
+        if config.patience:
+            raise ValueError(
+                f"patience={config.patience} watches the validation loss but {folder} has no "
+                "validation part: prepare one, or leave --patience out"
+            )
         tell(f"note: {folder} has no validation part: no validation loss will be measured")
         return Data(train, None)
-    return Data(train, TokenDataset.open(folder / "val", verify))
+    val = TokenDataset.open(folder / "val", verify)
+    written, used = (part.meta["tokenizer"]["fingerprint"] for part in (val, train))
+    if written != used:
+        raise ValueError(
+            f"{folder / 'val'} was written with the tokenizer {written[:12]} but "
+            f"{folder / 'train'} with {used[:12]}: their losses have nothing to do "
+            "with each other; prepare both parts together into a new folder"
+        )
+    return Data(train, val)
 
 
 def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> Trainer:
@@ -153,17 +184,19 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
     tokenizer = data.train.tokenizer()
     if start is None and config.init_from is not None:
         initialize_from(config.init_from, model, tokenizer, tell)
-    encode_prompt(tokenizer, config.sample_prompt)
     validation = None
     if data.val is not None:
         windows = config.eval_batches * config.batch_size
         validation = Validation(data.val, config.model.context_size, windows, config.rows_at_once)
     trainer = Trainer(config, runtime, model, data.train, validation, tokenizer)
     if start is not None and state is not None:
+        # 先于复原：重量最好的那个要借用模型，之后权重与随机数都会复原。
+        trainer.restore_best(tell)
         restore(start, model, trainer.optimizer, state)
         trainer.restore_counters(state, own=start.parent.resolve() == Path(config.out).resolve())
-        trainer.restore_best(tell)
         tell(f"resuming from {start} at step {trainer.step}")
+        for line in resume_lines(state, config, trainer.sampler):
+            tell(line)
     return trainer
 
 
@@ -186,16 +219,21 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
     progress = Progress(config.steps, trainer.step, config.tokens_per_step)
     metrics = Metrics(run / METRICS, trainer.step, progress.tell)
     metrics.add(Reporter(run))
-    if config.tensorboard and (events := open_tensorboard(run, trainer.step, progress.tell)):
-        metrics.add(events)
+    if config.tensorboard:
+        if events := open_tensorboard(run, trainer.step, progress.tell):
+            metrics.add(events)
+        else:
+            metrics.failed.append(EVENTS)
     try:
         with memory_error(config, config.rows_at_once), progress, metrics:
             trainer.run(metrics, progress, stop)
     finally:
         # 中途失败时，曲线正是要看的东西。
-        plot = _plot(run, progress.tell)
+        plot = _plot(run, progress.tell, metrics.failed)
     return Result(
         stopped=stop.requested,
+        early=trainer.patience.said if trainer.patience.over else None,
+        unwritten=tuple(metrics.failed),
         step=trainer.step,
         best=trainer.best,
         skipped=trainer.skipped,
@@ -207,12 +245,13 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
     )
 
 
-def _plot(run: Path, tell: Tell) -> Path | None:
+def _plot(run: Path, tell: Tell, failed: list[str]) -> Path | None:
     """画不出（盘满、matplotlib 坏了）只警告：训练已经做完，也不该盖住它自己的错误。"""
     try:
         return plot_losses(run)
     except Exception as error:
         tell(f"warning: cannot draw {PLOT}: {type(error).__name__}: {error}")
+        failed.append(PLOT)
         return None
 
 
@@ -235,7 +274,7 @@ def describe(trainer: Trainer, compiled: str) -> Decisions:
     passed = f"{config.passes} passes of {config.rows_at_once} sequences"
     if config.passes == 1:
         passed = "one pass"
-    total = config.steps * config.tokens_per_step
+    total = trainer.tokens + (config.steps - trainer.step) * config.tokens_per_step
     epochs = trainer.sampler.epoch(config.steps)
     return [
         ("device", str(runtime.device), runtime.device_why),

@@ -138,7 +138,7 @@ def check(config: TrainConfig) -> None:
 
     from .machine.runtime import choose_runtime
     from .run import open_data
-    from .watch.samples import encode_prompt
+    from .watch.samples import check_prompt
 
     # 内容由训练自己核对，每次只读一遍。
     sizes = dataclasses.replace(config.data, verify="size")
@@ -147,7 +147,7 @@ def check(config: TrainConfig) -> None:
     Sampler(data.train.n_tokens, context, config.batch_size, config.seed)
     runtime = choose_runtime(config)
     explain_backends(config.model, device=runtime.device, dtype=runtime.dtype, training=True)
-    encode_prompt(data.train.tokenizer(), config.sample_prompt)
+    check_prompt(config, data.train.tokenizer())
     check_out(config)
     path = Path(config.out) / RUN_FILE
     if not path.is_file():

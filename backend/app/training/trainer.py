@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .report.progress import Progress
 from .saving.checkpoint import (
     BEST,
     CheckpointError,
+    best_measured,
     mark_best,
     prune,
     read_best,
@@ -39,7 +40,8 @@ from .saving.checkpoint import (
     verify_checkpoint,
     write_checkpoint,
 )
-from .saving.state import fill_checkpoint
+from .saving.resume import windows_read
+from .saving.state import fill_checkpoint, load_weights
 from .step import (
     Sums,
     accumulate,
@@ -52,6 +54,7 @@ from .step import (
 )
 from .watch.expert_load import balance_row, update_selection_bias
 from .watch.gradient_norms import gradient_norms
+from .watch.patience import Patience
 from .watch.plateau import PlateauWatch, unigram_entropy
 from .watch.samples import sample_text
 from .watch.spike import SpikeWatch
@@ -95,6 +98,8 @@ class Trainer:
         self.plateau = PlateauWatch(unigram_entropy(data), config)
         self.step = self.tokens = self.skipped = 0
         self.best: tuple[int, float] | None = None
+        measured = None if validation is None else validation.measured
+        self.patience = Patience(config.patience, measured)
         self.last_sample: str | None = None
         self.saved: int | None = None
         self._bad_in_a_row = 0
@@ -113,6 +118,8 @@ class Trainer:
         while self.step < last and not stop.requested:
             if _due(self.step, every.eval_every):
                 self._validate()
+                if self.patience.over:
+                    break
             if self.step and _due(self.step, every.sample_every):
                 self._sample()
             if stop.requested:
@@ -122,7 +129,8 @@ class Trainer:
                 self._save()
         if not stop.requested:
             self._save(must=True)
-            self._validate()
+            if not self.patience.over:
+                self._validate()
             self._sample()
         self._save(must=True)
 
@@ -228,16 +236,28 @@ class Trainer:
             return
         memory = peak_memory(self.runtime.device)
         self.metrics.write({"kind": "memory", "step": self.step, **memory})
-        self.metrics.write({"kind": "eval", "step": self.step, "loss": loss, "tokens": self.tokens})
+        row = {"kind": "eval", "step": self.step, "loss": loss, "tokens": self.tokens}
+        self.metrics.write(row | {"measured": self.validation.measured})
         better = self.step > 0 and (self.best is None or loss < self.best[1])
         self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
         if better:
             self._save()
-            if self.saved == self.step and self._tidy(
-                "record the best checkpoint", lambda: mark_best(self.run_folder, self.step, loss)
-            ):
+            if self.saved == self.step and self._mark_best(self.step, loss):
                 self.best = (self.step, loss)
                 self._prune()
+        # 记数在存盘之后：检查点是验证之前的状态，续训会再验证一遍、再记一次。
+        if self.step > 0:
+            self.patience.note(self.step, loss)
+            if self.patience.over:
+                self.progress.tell(self.patience.said)
+
+    def _mark_best(self, step: int, loss: float) -> bool:
+        assert self.validation is not None
+        measured = self.validation.measured
+        return self._tidy(
+            "record the best checkpoint",
+            lambda: mark_best(self.run_folder, step, loss, measured),
+        )
 
     def _sample(self) -> None:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
@@ -288,9 +308,11 @@ class Trainer:
         facts = {
             "step": self.step,
             "tokens": self.tokens,
+            "windows": self.sampler.windows(self.step),
             "skipped": self.skipped,
             "bad_in_a_row": self._bad_in_a_row,
             "spikes": self.spikes.state(),
+            "patience": self.patience.state(),
             "data": self.data.fingerprint,
             "device": str(self.runtime.device),
             "precision": str(self.runtime.dtype),
@@ -301,15 +323,22 @@ class Trainer:
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:
         """接上计数；own 说明检查点就在本训练的文件夹里。"""
         self.step, self.tokens = state["step"], state["tokens"]
+        self.sampler = self.sampler.moved(self.step, windows_read(state))
         self.skipped, self._bad_in_a_row = state["skipped"], state["bad_in_a_row"]
         # 早先的检查点没有尖峰的历史。
         self.spikes.load(state.get("spikes", {}))
+        self.patience.load(state.get("patience", {}))
         self.saved = self.step if own else None
 
     def restore_best(self, tell: Tell) -> None:
-        """最好的检查点若已不在或损坏，就当没有，由下一次验证重立。"""
+        """最好的检查点若已不在或损坏，就当没有，由下一次验证重立。
+
+        它的损失若是在别的窗口上量的（换了 eval_batches、批大小或验证集），就重量一遍：
+        不同的尺子量出的两个数不能比。会动模型的权重。
+        """
         try:
             best = read_best(self.run_folder)
+            measured = best_measured(self.run_folder)
             if best is not None:
                 verify_checkpoint(self._folder(best[0]))
         except CheckpointError as error:
@@ -317,12 +346,25 @@ class Trainer:
             tell(f"warning: the record of the best checkpoint is dropped: {error}")
             return
         self.best = best
+        if best is None or self.validation is None or measured == self.validation.measured:
+            return
+        load_weights(self._folder(best[0]), self.model)
+        loss = self.validation.loss(self.model, self.runtime)
+        assert loss is not None
+        mark_best(self.run_folder, best[0], loss, self.validation.measured)
+        self.best = (best[0], loss)
+        tell(
+            f"best checkpoint (step {best[0]}) measured again on the validation windows of now: "
+            f"{loss:.4f} (was {best[1]:.4f} {_on(measured)}, now {_on(self.validation.measured)})"
+        )
 
     def compile(self, tell: Tell) -> str:
-        """按配置编译各块；返回一句说明。试跑用第 0 批，不留痕迹。"""
+        """按配置编译各块；返回一句说明。试跑用下一批，不留痕迹。"""
 
         def probe() -> None:
-            inputs, targets = self.sampler.batch(self.data, 0, slice(0, self.config.rows_at_once))
+            inputs, targets = self.sampler.batch(
+                self.data, self.step, slice(0, self.config.rows_at_once)
+            )
             self.model.train()
             accumulate(self.model, inputs, targets, self.config.rows_at_once, self.runtime)
 
@@ -335,6 +377,15 @@ class Trainer:
 
     def _folder(self, step: int) -> Path:
         return step_folder(self.run_folder, step)
+
+
+def _on(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return "on unknown windows"
+    return (
+        f"on {measured['windows']} windows of {measured['context']} tokens of data "
+        f"{measured['data'][:12]}"
+    )
 
 
 def _due(step: int, every: int) -> bool:

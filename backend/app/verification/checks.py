@@ -192,11 +192,8 @@ def check_rows_cached(subject: Subject) -> Result:
     lengths = [max(1, length // 2), max(1, length // 4), 1]
     steps = min(6, length - lengths[0])
     if steps < 1:
-        size = subject.config.context_size
-        return True, Said(
-            f"not applicable: context_size={size} has no room to go on",
-            f"不适用：context_size={size} 放不下续写",
-        )
+        size = f"context_size={subject.config.context_size}"
+        return True, Said(f"not applicable: {size} is too short", f"不适用：{size} 放不下续写")
     rows = [subject.ids(1, n + steps, i)[0] for i, n in enumerate(lengths)]
     wanted = [logits(subject.model, row[None])[0] for row in rows]
     cache = subject.model.new_cache(len(rows))
@@ -398,7 +395,5 @@ def _left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _right(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
-    mask = torch.stack([F.pad(torch.ones_like(row), (0, width - len(row))) for row in rows])
-    return ids, mask
+    ids, mask = _left([row.flip(0) for row in rows])
+    return ids.flip(1), mask.flip(1)

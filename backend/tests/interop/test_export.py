@@ -15,7 +15,7 @@ from app.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_b
 from app.generation.sampling import SamplingConfig
 from app.interop.equivalent import Weights, as_post, widened, with_biases
 from app.interop.export import export
-from app.interop.importing import import_model
+from app.interop.reading.importing import import_model
 from app.interop.targets import TARGETS, check_target, family_name, reason_against
 from app.models.transformer import GPT2Model
 from tests.generation.helpers import new_tokens

@@ -20,7 +20,7 @@ from app.generation.sampling import SamplingConfig
 from app.interop.equivalent import Weights
 from app.interop.export import export
 from app.interop.hf import write_hf
-from app.interop.importing import import_model, write_model
+from app.interop.reading.importing import import_model, write_model
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Model
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from app.data.tokenizers import train_bpe
 from app.interop.equivalent import Weights
-from app.interop.foreign_tokenizer import read_hub_tokenizer
 from app.interop.hf import write_hf
-from app.interop.importing import import_model
-from app.interop.pickles import load_pickle
+from app.interop.reading.foreign_tokenizer import read_hub_tokenizer
+from app.interop.reading.importing import import_model
+from app.interop.reading.pickles import load_pickle
 from app.interop.tokens import tokenizer_files
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.weights.families import GPT2, OPT, read_config, write_config

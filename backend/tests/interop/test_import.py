@@ -15,7 +15,7 @@ import torch
 from app.data.tokenizers import CharTokenizer
 from app.interop.equivalent import Weights
 from app.interop.hf import write_hf
-from app.interop.importing import import_model, write_model
+from app.interop.reading.importing import import_model, write_model
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.families import FAMILIES, read_config, write_config
 from app.models.transformer.weights.layouts import GPT2, NANOGPT, write_tensors

@@ -19,7 +19,7 @@ from app.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_b
 from app.interop.equivalent import Weights
 from app.interop.export import export
 from app.interop.hf import write_hf
-from app.interop.importing import import_model, write_model
+from app.interop.reading.importing import import_model, write_model
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.layouts import GPT2, NANOGPT, write_tensors
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.data.tokenizers import Tokenizer, gpt2_tokenizer
-from app.interop.foreign_tokenizer import read_hub_tokenizer
+from app.interop.reading.foreign_tokenizer import read_hub_tokenizer
 from app.interop.tokens import tokenizer_files
 
 # 什么都有：各种文字、空白、数字与缩写，切分规则的每一支都碰得到。

@@ -149,7 +149,7 @@ def test_a_missing_final_validation_is_made_up_for(make: Make) -> None:
 
 
 def test_errors_come_before_the_first_run(make: Make, tmp_path: Path) -> None:
-    base = make(out=str(tmp_path / "sweep"))
+    base = make(out=str(tmp_path / "sweep"), sample_tokens=4)
     for switches, message in (
         (["model.context_size=8,100000"], "100000"),
         (["model.vocab_size=32,2"], r"vocabulary of \d+ but model.vocab_size=2"),

@@ -252,8 +252,37 @@ def test_dead_owner_is_replaced(tmp_path: Path) -> None:
     with run_lock(tmp_path, told.append):
         pass
     assert len(told) == 1 and f"process {process.pid} on" in told[0]
-    (tmp_path / LOCK).write_text('{"pid": 1, "host": "another-machine"}')
-    with pytest.raises(RunLocked, match="another-machine.*delete"), run_lock(tmp_path):
+
+
+@pytest.mark.parametrize(
+    ("text", "owner"),
+    [
+        ('{"pid": 1, "host": "another-machine"}', "process 1 on another-machine"),
+        ('{"pid": 1', "process unknown on an unknown host"),
+        ("{}", "process unknown on an unknown host"),
+        ("[1]", "process unknown on an unknown host"),
+    ],
+)
+def test_what_the_lock_file_says_blocks_nobody(make: Make, text: str, owner: str) -> None:
+    """死掉的容器留下别的主机名：内核的锁得到了，就接着训。"""
+    config, told = make(save_every=2), []
+    train(config)
+    (Path(config.out) / LOCK).write_text(text)
+    assert train(config.replace(resume="auto", steps=7), told).step == 7
+    assert f"took over the lock of {owner}, which has ended without releasing it" in told
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import fcntl
+
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="cannot be locked .*No locks available"), run_lock(tmp_path):
         pass
 
 

@@ -15,6 +15,7 @@ from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage, parse_options
 from app.training.config import TrainConfig
+from app.training.saving.home import at_home, home_lines
 
 _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
@@ -22,10 +23,24 @@ _LIMIT = 1 << 20
 
 @dataclass(frozen=True)
 class RunFile:
-    """一个运行文件说的；names_vocabulary：它写明了词表大小。"""
+    """一个运行文件说的。
+
+    Attributes:
+        config: 训练文件夹里的，out 与 data.folder 是此刻真正的地方；别处的照原话。
+        names_vocabulary: 它写明了词表大小。
+        path, written: 哪个文件，与里面的原话；模型的 config.json 没有。
+    """
 
     config: TrainConfig
     names_vocabulary: bool
+    path: Path | None = None
+    written: TrainConfig | None = None
+
+    def lines(self, config: TrainConfig) -> list[str]:
+        """按选项盖过之后的 config 训练会在哪里：与文件里写的不同就说。"""
+        if self.path is None or self.written is None:
+            return []
+        return home_lines(self.path, self.written, config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +176,7 @@ def load_config(name: str) -> RunFile:
         config = TrainConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return RunFile(config, "vocab_size" in (data.get("model") or {}))
+    return RunFile(at_home(path, config), "vocab_size" in (data.get("model") or {}), path, config)
 
 
 def load_model_config(name: str) -> RunFile:

@@ -88,7 +88,7 @@ def load_run(folder: Path) -> TrainedRun:
         raise ValueError(f"{folder} has no finished training step yet: nothing to compare")
     # 从别处的检查点分出来的训练没有开头的行：那一段的时间不知道。
     whole = bool(step[0] == 1 and np.isfinite(seconds).all())
-    evals, val = history.evals()
+    evals, val = history.like_evals()
     known = (evals == 0) | np.isin(evals, step)
     size = int(step[-1]) + 1
     columns = {name: np.full(size, np.nan) for name in ("loss", "tokens", "seconds")}

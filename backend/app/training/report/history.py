@@ -61,17 +61,27 @@ class History:
         return [row for row in self.others if row.get("kind") == kind]
 
     def evals(self) -> tuple[np.ndarray, np.ndarray]:
-        """(步, 验证损失)，只有有限的。"""
-        rows = [r for r in self.of("eval") if not math.isnan(_number(r.get("loss")))]
-        return (
-            np.array([r["step"] for r in rows], dtype=float),
-            np.array([r["loss"] for r in rows], dtype=float),
-        )
+        """(步, 验证损失)，只有有限的；画曲线用，其中可能有不同的尺子量的。"""
+        return _losses(self.of("eval"))
+
+    def like_evals(self) -> tuple[np.ndarray, np.ndarray]:
+        """evals 里与最近一次在同样的数据与窗口上量的：只有它们之间能比出最好的。"""
+        rows = self.of("eval")
+        newest = rows[-1].get("measured") if rows else None
+        return _losses([row for row in rows if row.get("measured") == newest])
 
     @property
     def last_step(self) -> int:
         steps = self._columns["step"]
         return int(steps[-1]) if steps else 0
+
+
+def _losses(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [r for r in rows if not math.isnan(_number(r.get("loss")))]
+    return (
+        np.array([r["step"] for r in rows], dtype=float),
+        np.array([r["loss"] for r in rows], dtype=float),
+    )
 
 
 def _number(value: Any) -> float:

@@ -53,7 +53,9 @@ class Metrics:
     """
 
     def __init__(self, path: Path, resume_step: int, tell: Tell) -> None:
-        self._tell, self._failed = tell, False
+        self._tell = tell
+        # 写坏过的去处：里面少了东西。
+        self.failed: list[str] = []
         self._sinks: list[Sink] = []
         kept = [row for row in read_metrics(path) if _before(row, resume_step)]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
@@ -86,6 +88,7 @@ class Metrics:
                 action(sink)
             except Exception as error:
                 self._sinks.remove(sink)
+                self.failed.append(sink.name)
                 reason = f"{type(error).__name__}: {error}"
                 self._tell(f"warning: cannot write {sink.name}: {reason}; training goes on")
 
@@ -97,9 +100,9 @@ class Metrics:
         try:
             action()
         except OSError as error:
-            if not self._failed:
+            if METRICS not in self.failed:
                 self._tell(f"warning: cannot write {METRICS}: {error}; training goes on")
-            self._failed = True
+                self.failed.append(METRICS)
 
     def __enter__(self) -> Metrics:
         return self

@@ -119,7 +119,7 @@ def _status(history: History, steps: int | None) -> str:
         speed = speeds(history)[1]
         if len(speed):
             parts.append(f"{float(np.median(speed)):,.0f} tokens/s")
-    at, losses = history.evals()
+    at, losses = history.like_evals()
     if len(losses):
         best = int(losses.argmin())
         parts.append(f"best validation loss {losses[best]:.4f} at step {at[best]:.0f}")
@@ -144,10 +144,17 @@ def _events(history: History, notes: list[str]) -> list[str]:
 def _event(row: dict[str, Any]) -> str:
     if row.get("kind") == "skipped":
         return f"no update: {row.get('where')}; rows {row.get('rows')}"
+    if row.get("kind") == "spike":
+        said = f"A spike: the {row.get('where')}. The weights were updated all the same"
+        return f"{said}; the windows read start at tokens {_listed(row.get('rows'))}."
     if row.get("kind") == "hint":
         return str(row.get("text"))
     facts = ", ".join(f"{key} {value}" for key, value in row.items() if key not in ("kind", "step"))
     return f"{row.get('kind')}: {facts}"
+
+
+def _listed(rows: Any) -> str:
+    return ", ".join(map(str, rows)) if isinstance(rows, list) else "unknown"
 
 
 def _samples(rows: list[dict[str, Any]]) -> list[str]:

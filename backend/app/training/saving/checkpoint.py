@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.common.console import say
 from app.common.files import sha256_file, sync_folder, write_atomic, written_beside
 from app.common.tell import Tell
 
@@ -25,7 +26,16 @@ BEST = "best.json"
 MODEL_FILES = ("config.json", "model.safetensors")
 
 _STEP = re.compile(r"step-(\d{8,})")
-_TEMPORARY = (".tmp-", ".trash-")
+# 只认自己起的名字：别的程序的 .tmp-… 不是我们的，不删。
+_TEMPORARY = re.compile(r"\.(tmp|trash)-(step-\d+|metrics\.jsonl)-\d+")
+# 文件管理器、编辑器与网络盘随手留下的：不是谁的心血，可以随检查点一起删。
+_CLUTTER = {
+    ".ds_store", ".directory", ".fseventsd", ".gitkeep", ".ipynb_checkpoints", ".localized",
+    ".spotlight-v100", ".trashes", "$recycle.bin", "__macosx", "desktop.ini", "ehthumbs.db",
+    "thumbs.db",
+}  # fmt: skip
+_CLUTTER_STARTS = ("._", ".#", ".fuse_hidden", ".goutputstream", ".nfs", ".~lock")
+_CLUTTER_ENDS = ("~", ".swo", ".swp")
 _MANIFEST_LIMIT = 1 << 20
 
 
@@ -46,16 +56,24 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int | None:
-    """名字不是 step-NNNNNNNN 的（副本、临时文件夹）一律不算检查点。"""
+    """名字不恰是我们写的 step-NNNNNNNN 的（副本、临时文件夹）一律不算检查点。"""
     match = _STEP.fullmatch(folder.name)
-    return int(match[1]) if match else None
+    if match is None or folder.name != step_folder(folder.parent, int(match[1])).name:
+        return None
+    return int(match[1])
+
+
+def is_clutter(name: str) -> bool:
+    """是不是文件管理器、编辑器或网络盘留下的（.DS_Store、._x、.nfs…、Thumbs.db、x~）。"""
+    name = name.lower()
+    return name in _CLUTTER or name.startswith(_CLUTTER_STARTS) or name.endswith(_CLUTTER_ENDS)
 
 
 def list_steps(run: Path) -> list[tuple[int, Path]]:
-    """按步数升序；只看名字，不核对内容。"""
+    """按步数升序；只看名字与它是不是文件夹，不核对内容。"""
     if not run.is_dir():
         return []
-    found = [(step_of(entry), entry) for entry in run.iterdir()]
+    found = [(step_of(entry), entry) for entry in run.iterdir() if entry.is_dir()]
     return sorted((step, entry) for step, entry in found if step is not None)
 
 
@@ -105,22 +123,34 @@ def _set_aside(target: Path) -> None:
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """按清单核对每个文件的大小与 sha256，返回清单。
 
+    清单之外多出来的东西从不加载，也不算损坏：为一个 .DS_Store 丢掉几十步才是损失。
+
     Raises:
-        CheckpointError: 缺文件、多文件、坏字节、符号链接、版本不识，或根本不是检查点。
+        CheckpointError: 缺文件、坏字节、符号链接、版本不识，或根本不是检查点。
     """
     if folder.is_symlink():
         raise CheckpointError(f"{folder} is a symbolic link: give the real folder")
     manifest = _read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
-    for entry in folder.iterdir():
-        if entry.is_symlink():
-            raise CheckpointError(f"{entry} is a symbolic link: a checkpoint holds plain files")
-        # 点开头的文件（.DS_Store 之类）从不被加载，不算混入。
-        if entry.name not in files and entry.name != MANIFEST and entry.name[0] != ".":
-            raise CheckpointError(f"{entry} is not listed in {MANIFEST}: remove it")
     for name, facts in files.items():
         _verify_file(folder / name, facts)
     return manifest
+
+
+def extra_files(folder: Path) -> list[str]:
+    """不属于这个检查点的名字，按字母排。
+
+    Raises:
+        CheckpointError: 清单读不懂。
+    """
+    known = {*_read_manifest(folder)["files"], MANIFEST}
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+
+
+def tell_extra(folder: Path, tell: Tell) -> None:
+    """检查点里混有别的文件就说一句：它们不读，也不妨碍。"""
+    if extra := extra_files(folder):
+        tell(f"note: {folder} also holds {', '.join(extra)}: not part of the checkpoint, not read")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -150,6 +180,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _verify_file(path: Path, facts: Mapping[str, Any]) -> None:
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link: a checkpoint holds plain files")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     if (size := path.stat().st_size) != facts["bytes"]:
@@ -171,9 +203,10 @@ def find_latest(run: Path) -> tuple[Path | None, list[Skipped]]:
     return None, skipped
 
 
-def mark_best(run: Path, step: int, loss: float) -> None:
-    """记下验证损失最低的检查点（只记名字，不复制）。"""
-    write_atomic(run / BEST, (json.dumps({"step": step, "loss": loss}) + "\n").encode())
+def mark_best(run: Path, step: int, loss: float, measured: Mapping[str, Any] | None = None) -> None:
+    """记下验证损失最低的检查点（只记名字，不复制），连同这个数是在什么上量的。"""
+    data = {"step": step, "loss": loss} | ({"measured": dict(measured)} if measured else {})
+    write_atomic(run / BEST, (json.dumps(data) + "\n").encode())
 
 
 def read_best(run: Path) -> tuple[int, float] | None:
@@ -182,35 +215,64 @@ def read_best(run: Path) -> tuple[int, float] | None:
     Raises:
         CheckpointError: 记录读不懂。
     """
+    found = _best(run)
+    return None if found is None else found[:2]
+
+
+def best_measured(run: Path) -> dict[str, Any] | None:
+    """最好的那个数是在什么上量的；没有记录，或记录早于这一项，则 None。
+
+    Raises:
+        CheckpointError: 记录读不懂。
+    """
+    found = _best(run)
+    return None if found is None else found[2]
+
+
+def _best(run: Path) -> tuple[int, float, dict[str, Any] | None] | None:
     path = run / BEST
     if not path.is_file():
         return None
     try:
         data = json.loads(path.read_bytes())
-        return int(data["step"]), float(data["loss"])
-    except (ValueError, KeyError, TypeError) as error:
+        measured = data.get("measured")
+        return int(data["step"]), float(data["loss"]), None if measured is None else dict(measured)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it") from None
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """只留最新 keep_last 个和最好的那个；先改名再删，删到一半也不会被当成检查点。"""
+    """只留最新 keep_last 个和最好的那个；先改名再删，删到一半也不会被当成检查点。
+
+    用户自己放进去的文件不能随着检查点消失：有这样文件的检查点留着。
+    """
     best = read_best(run)
     keep = {step for step, _ in list_steps(run)[-keep_last:]} | ({best[0]} if best else set())
     for step, folder in list_steps(run):
-        if step not in keep and not folder.is_symlink():
+        if step not in keep and not folder.is_symlink() and not _holds_others_work(folder):
             trash = run / f".trash-{folder.name}-{os.getpid()}"
             os.replace(folder, trash)
             shutil.rmtree(trash)
 
 
-def clear_leftovers(run: Path) -> list[Path]:
-    """删去被杀的进程留下的半成品；只可在持有运行锁时调用。"""
-    found = [entry for entry in run.iterdir() if entry.name.startswith(_TEMPORARY)]
+def _holds_others_work(folder: Path) -> bool:
+    try:
+        return not all(is_clutter(name) for name in extra_files(folder))
+    except CheckpointError:
+        return False
+
+
+def clear_leftovers(run: Path, tell: Tell = say) -> list[Path]:
+    """删去被杀的进程留下的半成品；只可在持有运行锁时调用。删不掉的（网络盘占着）说一声。"""
+    found = [entry for entry in run.iterdir() if _TEMPORARY.fullmatch(entry.name)]
     for entry in found:
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        try:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        except OSError as error:
+            tell(f"warning: cannot delete the leftover {entry}: {error}; training goes on")
     return found
 
 
@@ -224,11 +286,12 @@ def resolve_checkpoint(path: str | Path, tell: Tell = print) -> Path:
     """
     path = Path(path)
     if path.name == "best" and not path.exists() and path.parent.is_dir():
-        return _resolve_best(path.parent)
+        return _resolve_best(path.parent, tell)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist: give a run, checkpoint or model folder")
     if step_of(path) is not None or (path / MANIFEST).exists():
         verify_checkpoint(path)
+        tell_extra(path, tell)
         return path
     if all((path / name).is_file() for name in MODEL_FILES):
         return path
@@ -241,15 +304,17 @@ def resolve_checkpoint(path: str | Path, tell: Tell = print) -> Path:
             f"{path} cannot be loaded: {why} and no {' + '.join(MODEL_FILES)}; "
             "give a run folder, a step-NNNNNNNN folder or a saved model"
         )
+    tell_extra(folder, tell)
     return folder
 
 
-def _resolve_best(run: Path) -> Path:
+def _resolve_best(run: Path, tell: Tell) -> Path:
     best = read_best(run)
     if best is None:
         raise CheckpointError(f"{run} has no best checkpoint yet: give {run} for its newest one")
     folder = step_folder(run, best[0])
     verify_checkpoint(folder)
+    tell_extra(folder, tell)
     return folder
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -17,6 +18,8 @@ from typing import IO
 from app.common.tell import Tell
 
 LOCK = "trainer.lock"
+# 别人占着时 flock 与 Windows 的 locking 给出的错误；其余的是这个文件系统不能上锁。
+_HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK}
 
 
 class RunLocked(ValueError):
@@ -27,23 +30,20 @@ class RunLocked(ValueError):
 def run_lock(run: Path, tell: Tell = print) -> Iterator[None]:
     """持有 run 的锁。
 
+    得到了内核的锁，文件里写着谁都不再要紧：容器每次换主机名，死掉的那个不该挡住续训。
+
     Raises:
         RunLocked: 锁被占，信息里有占用者的 pid 与主机名。
+        OSError: 这个文件系统不能上锁。
     """
-    path, host = run / LOCK, socket.gethostname()
+    path = run / LOCK
     with path.open("a+", encoding="utf-8") as file:
         owner = _owner(path)
         if not _try_lock(file):
             raise RunLocked(f"{run} is being trained by {_name(owner)}: stop it or use another out")
         if owner is not None:
-            # 别的主机上的进程，本机的内核未必看得见它的锁。
-            if owner.get("host") != host:
-                raise RunLocked(
-                    f"{path} was left by {_name(owner)}: if that process is gone, "
-                    f"delete {path} and start again"
-                )
             tell(f"took over the lock of {_name(owner)}, which has ended without releasing it")
-        _write(file, json.dumps({"pid": os.getpid(), "host": host}))
+        _write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         try:
             yield
         finally:
@@ -58,12 +58,14 @@ def _owner(path: Path) -> dict[str, object] | None:
         owner = json.loads(text)
     except ValueError:
         owner = None
-    # 写到一半被杀会留下残文：当作本机的死进程。
-    return owner if isinstance(owner, dict) else {"pid": "unknown", "host": socket.gethostname()}
+    # 写到一半被杀会留下残文。
+    return owner if isinstance(owner, dict) else {}
 
 
 def _name(owner: dict[str, object] | None) -> str:
-    return f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    if owner is None:
+        return "another process"
+    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown host')}"
 
 
 def _write(file: IO[str], text: str) -> None:
@@ -85,6 +87,10 @@ def _try_lock(file: IO[str]) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise OSError(
+            f"{file.name} cannot be locked ({error}): put the run on a file system with locks"
+        ) from error
     return True

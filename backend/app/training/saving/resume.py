@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from app.common.tell import Tell
+from app.data.sampler import Sampler
 from app.models.transformer.settings.fields import Mark, marked
 
 from ..config import TrainConfig, flat
-from .checkpoint import CheckpointError, find_latest, list_steps, step_of, verify_checkpoint
+from ..optim.schedule import learning_rate
+from .checkpoint import (
+    CheckpointError,
+    find_latest,
+    is_clutter,
+    list_steps,
+    step_of,
+    tell_extra,
+    verify_checkpoint,
+)
 from .lock import LOCK
 
 RUN_FILE = "run.yaml"
@@ -29,7 +39,9 @@ def check_out(config: TrainConfig) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"out={config.out} is a file: give a folder")
     # 只剩锁文件：上一次在写下任何成果之前就失败了，照新文件夹看待。
-    if not run.is_dir() or not {path.name for path in run.iterdir()} - {LOCK}:
+    if not run.is_dir() or all(
+        path.name == LOCK or is_clutter(path.name) for path in run.iterdir()
+    ):
         return
     if config.resume == "none":
         raise ValueError(
@@ -65,6 +77,8 @@ def _newest(run: Path, tell: Tell) -> Path | None:
         )
     if folder is None:
         tell(f"nothing to resume in {run}: starting from the beginning")
+    else:
+        tell_extra(folder, tell)
     return folder
 
 
@@ -77,6 +91,7 @@ def _named(path: Path, run: Path, tell: Tell) -> Path:
     if folder is None:
         raise CheckpointError(f"resume={path} holds no valid checkpoint")
     verify_checkpoint(folder)
+    tell_extra(folder, tell)
     if folder.parent.resolve() == run.resolve():
         newest = list_steps(run)[-1][1]
         if newest.name != folder.name:
@@ -124,3 +139,44 @@ def check_same_machine(state: Mapping[str, Any], now: Mapping[str, Any], tell: T
                 f"note: {name} was {state.get(name)!r}, now {value!r}: "
                 "results may differ in the last bits"
             )
+
+
+def windows_read(state: Mapping[str, Any]) -> int:
+    """保存时读过的窗口数；早先的检查点没有这一项，那时第 step 步总从 step·B 读起。"""
+    known = state.get("windows")
+    return state["step"] * state["config"]["batch_size"] if known is None else known
+
+
+def resume_lines(state: Mapping[str, Any], config: TrainConfig, sampler: Sampler) -> list[str]:
+    """接着训之前要说清的：学习率在这一步从多少变到多少，数据从哪里读起。"""
+    step, lines = state["step"], []
+    kept = ("steps", "seed", "optim", "schedule")
+    old = TrainConfig.from_dict({k: v for k, v in state["config"].items() if k in kept})
+    for name, before, now in zip(
+        ("learning rate", "learning rate of muon"), _peaks(old), _peaks(config), strict=True
+    ):
+        rates = [
+            learning_rate(step, peak=peak, steps=of.steps, schedule=of.schedule)
+            for peak, of in ((before, old), (now, config))
+        ]
+        if rates[0] != rates[1] and (name == "learning rate" or config.optim.name == "muon"):
+            lines.append(
+                f"warning: the {name} of the next step (step {step + 1}) is {rates[1]:.3g}; with "
+                f"the settings of the checkpoint it was to be {rates[0]:.3g}"
+            )
+    done, within = divmod(sampler.windows(step), sampler.n_windows)
+    lines.append(
+        f"data goes on at window {within + 1:,} of {sampler.n_windows:,} in pass {done + 1} "
+        f"({sampler.windows(step):,} windows of {sampler.context} tokens were read)"
+    )
+    if old.seed != config.seed and within:
+        lines.append(
+            f"warning: seed {config.seed} draws the windows in another order than seed {old.seed}: "
+            f"of pass {done + 1} some are read again and some not at all"
+        )
+    return lines
+
+
+def _peaks(config: TrainConfig) -> tuple[float, float]:
+    optim = config.optim
+    return optim.lr, optim.lr if optim.muon_lr is None else optim.muon_lr

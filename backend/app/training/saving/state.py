@@ -146,10 +146,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def load_weights(folder: Path, model: GPT2Model) -> None:
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
 def restore(
     folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     """权重、优化器、随机数复原到保存的那一刻。"""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_weights(folder, model)
     load_optimizer_tensors(model, optimizer, load_file(folder / OPTIM))
     set_random_state(state["rng"])

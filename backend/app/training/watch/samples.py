@@ -11,16 +11,56 @@ from app.models.transformer import GPT2Model
 
 from ..config import TrainConfig
 from ..machine.runtime import Runtime
+from ..saving.checkpoint import Tell
 
 _SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """
+    """空的提示是一个换行；字符表里没有换行的（DNA、名单），就从文档的开头写起。
+
     Raises:
         ValueError: 分词器不认识提示里的字符；开训之前就该知道。
     """
-    return tokenizer.encode_prompt(prompt or "\n")
+    try:
+        return tokenizer.encode_prompt(prompt or "\n")
+    except ValueError as error:
+        if not prompt:
+            return tokenizer.encode_prompt("")
+        raise ValueError(
+            f"sample_prompt={prompt!r} cannot be encoded: {error}; use another --sample-prompt "
+            "(empty fits all data), or --sample-tokens 0 for no samples"
+        ) from None
+
+
+def check_prompt(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        ValueError: 要写样文，而分词器不认识提示里的字符。
+    """
+    if config.sample_tokens:
+        encode_prompt(tokenizer, config.sample_prompt)
+
+
+def usable_prompt(
+    config: TrainConfig, preset: TrainConfig | None, tokenizer: Tokenizer, tell: Tell
+) -> TrainConfig:
+    """运行文件自带的提示（不是用户此刻要的）写不进这份数据，就换成默认的，说一句。
+
+    Raises:
+        ValueError: 用户自己给的提示里有分词器不认识的字符。
+    """
+    try:
+        check_prompt(config, tokenizer)
+    except ValueError:
+        if preset is None or preset.sample_prompt != config.sample_prompt:
+            raise
+        tell(
+            f"note: sample_prompt={config.sample_prompt!r} of the run file cannot be encoded with "
+            "this data: samples begin with a line break or a new document instead"
+        )
+        return config.replace(sample_prompt="")
+    return config
 
 
 def sample_text(

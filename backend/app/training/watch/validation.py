@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,15 @@ class Validation:
         possible = (data.n_tokens - 1) // self._length
         count = min(windows, possible) if windows else possible
         self._starts = np.arange(count) * possible // count * self._length
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """在什么上量的：两次的这一项相同，损失才可以比。"""
+        return {
+            "data": self._data.fingerprint,
+            "windows": len(self._starts),
+            "context": self._length,
+        }
 
     def loss(
         self, model: GPT2Model, runtime: Runtime, stop: Callable[[], bool] = lambda: False

@@ -245,7 +245,6 @@ def _renamed(folder: Path) -> None:
     ("damage", "reason"),
     [
         (lambda f: (f / "optim.safetensors").unlink(), "optim.safetensors is missing"),
-        (lambda f: (f / "notes.txt").write_text("x"), "notes.txt is not listed"),
         (lambda f: (f / ck.MANIFEST).unlink(), "has no manifest.json"),
         (_future_version, "schema_version=99"),
         (_symlink_inside, "is a symbolic link"),
@@ -278,6 +277,73 @@ def test_odd_names_are_ignored(tmp_path: Path) -> None:
     assert ck.find_latest(tmp_path) == (ck.step_folder(tmp_path, 1), [])
     (ck.step_folder(tmp_path, 1) / ".DS_Store").write_text("x")
     assert newest(tmp_path) == 1
+
+
+LEFT_BEHIND = [
+    ".DS_Store", "._model.safetensors", "Thumbs.db", "desktop.ini", ".nfs000000000012",
+    "state.json~", ".state.json.swp", "notes.txt", "model (1).safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_extra_files_damage_nothing(tmp_path: Path, name: str) -> None:
+    """多出来的文件、文件夹与链接都不算损坏，只说一句；少了、变了的才算。"""
+    save(tmp_path, 1, 2)
+    folder, told = ck.step_folder(tmp_path, 2), []
+    (folder / name).write_text("x")
+    assert ck.find_latest(tmp_path) == (folder, [])
+    assert ck.resolve_checkpoint(tmp_path, told.append) == folder
+    assert told == [f"note: {folder} also holds {name}: not part of the checkpoint, not read"]
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        save(tmp_path, 2)
+    (folder / "state.json").unlink()
+    assert newest(tmp_path) == 1
+
+
+def test_extra_folders_and_links_damage_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    folder = ck.step_folder(tmp_path, 1)
+    (folder / "__MACOSX").mkdir()
+    (folder / ".#state.json").symlink_to("user@host.1234")
+    assert ck.extra_files(folder) == [".#state.json", "__MACOSX"] and newest(tmp_path) == 1
+
+
+def test_strays_in_the_run_folder_are_no_checkpoints(tmp_path: Path) -> None:
+    """名字像的文件、补了零的副本、断掉的链接：不读，不算数，也不碍着保存与清理。"""
+    save(tmp_path, 1)
+    (tmp_path / "step-00000009").write_text("a file")
+    shutil.copytree(ck.step_folder(tmp_path, 1), tmp_path / "step-000000001")
+    (tmp_path / "step-00000007").symlink_to(tmp_path / "gone")
+    (tmp_path / ".tmp-notes").write_text("not ours")
+    (tmp_path / ".DS_Store").write_text("x")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert ck.list_steps(tmp_path) == [(1, ck.step_folder(tmp_path, 1))]
+    save(tmp_path, 2)
+    ck.prune(tmp_path, 1)
+    assert ck.clear_leftovers(tmp_path) == [] and newest(tmp_path) == 2
+    after = {path.name for path in tmp_path.iterdir()}
+    assert after == before - {"step-00000001"} | {"step-00000002"}
+
+
+def test_pruning_spares_what_someone_put_there(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3, 4)
+    (ck.step_folder(tmp_path, 1) / "notes.txt").write_text("an evening's work")
+    (ck.step_folder(tmp_path, 2) / ".DS_Store").write_text("x")
+    ck.prune(tmp_path, 1)
+    assert [step for step, _ in ck.list_steps(tmp_path)] == [1, 4]
+
+
+def test_a_leftover_that_cannot_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """网络盘上还被占着的 .nfs… 删不掉：说一句，训练照常。"""
+
+    def busy(path: Path) -> None:
+        raise OSError(f"Device or resource busy: {path}")
+
+    (tmp_path / ".trash-step-00000001-7").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    told: list[str] = []
+    ck.clear_leftovers(tmp_path, told.append)
+    assert len(told) == 1 and "resource busy" in told[0] and "training goes on" in told[0]
 
 
 def test_read_only_run_folder(tmp_path: Path) -> None:
@@ -319,7 +385,10 @@ def test_prune_keeps_last_and_best(tmp_path: Path) -> None:
     ck.mark_best(tmp_path, 2, 1.5)
     ck.prune(tmp_path, 2)
     assert [step for step, _ in ck.list_steps(tmp_path)] == [2, 4, 5]
+    assert ck.read_best(tmp_path) == (2, 1.5) and ck.best_measured(tmp_path) is None
+    ck.mark_best(tmp_path, 2, 1.5, {"data": "d", "windows": 3, "context": 8})
     assert ck.read_best(tmp_path) == (2, 1.5)
+    assert ck.best_measured(tmp_path) == {"data": "d", "windows": 3, "context": 8}
     (tmp_path / ck.BEST).write_text("{")
     with pytest.raises(ck.CheckpointError, match="delete it"):
         ck.read_best(tmp_path)

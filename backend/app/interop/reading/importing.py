@@ -11,10 +11,10 @@ import torch
 
 from app.common.files import write_folder
 from app.data.tokenizers import Tokenizer, load_tokenizer
-from app.interop.file_kinds import file_kind
-from app.interop.foreign_tokenizer import foreign_tokenizer
-from app.interop.nanogpt import META_FILE, open_checkpoint, read_meta
-from app.interop.pickles import LoadedTensors, load_pickle, load_tensors
+from app.interop.reading.file_kinds import file_kind
+from app.interop.reading.foreign_tokenizer import foreign_tokenizer
+from app.interop.reading.nanogpt import META_FILE, open_checkpoint, read_meta
+from app.interop.reading.pickles import LoadedTensors, load_pickle, load_tensors
 from app.interop.tokens import without_separator
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.json_file import read_json

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from app.data.tokenizers import CharTokenizer
-from app.interop.pickles import LoadedTensors, Settings, load_plain, tensors_of
+from app.interop.reading.pickles import LoadedTensors, Settings, load_plain, tensors_of
 from app.models.transformer import GPT2Config
 from app.models.transformer.weights.layouts import GPT2, HEAD, NANOGPT, Layout, find_prefix
 

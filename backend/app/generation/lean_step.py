@@ -140,7 +140,7 @@ def _feed_forward(block: Block) -> Layer:
 
 
 def _mixture(moe: MoE) -> Layer:
-    """一行时逐个专家直接算：不排序、不数负载；几行时，以及专家被换成别的（量化）时，照 MoE 自己的。"""
+    """一行时逐个专家直接算：不排序、不数负载；几行时照 MoE 自己的，专家被换掉（量化）时也是。"""
     experts, router = moe.experts, moe.router
     if type(experts) is not Experts:
         return lambda x, ctx: moe(x[:, None], ctx)[:, 0]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from app.data.sources import Sources
 
 from app.cli.main import main
 from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.data.tokenizers import load_tokenizer
 from app.models.transformer import GPT2Model, create_gpt2_model
 from app.quantization.model import QuantizedModel

@@ -28,11 +28,11 @@ class Args:
         str | None,
         Doc("config.json of a model, or a run file (path, or name in recipes/); flags override it"),
     ] = None
+    model: Annotated[GPT2Config, Doc("shape of the model")] = field(default_factory=GPT2Config)
     quantized: Annotated[
         bool, Doc("instead: every kernel of quantized weights here, against its slow twin")
     ] = False
     device: Annotated[str, Doc("device of --quantized: cpu, cuda, cuda:1")] = "cpu"
-    model: Annotated[GPT2Config, Doc("shape of the model")] = field(default_factory=GPT2Config)
 
 
 def parse(argv: Sequence[str]) -> Args:

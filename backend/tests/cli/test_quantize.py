@@ -132,7 +132,13 @@ def test_the_folder_opens_like_any_other(int8, data, tmp_path, capsys):
     floats = GPT2Model.from_pretrained(int8)
     assert json.loads(facts.read_text())["model"]["parameters"] == floats.num_parameters()
     assert gpt2(capsys, "plan", "--config", int8 / "config.json")[0] == 0
-    assert gpt2(capsys, "verify", "--config", int8 / "config.json")[0] == 0
+    code, text, _ = gpt2(capsys, "verify", "--config", int8 / "config.json")
+    assert code == 0 and "kernel" not in text
+
+
+def test_verify_quantized_runs_the_kernels(capsys):
+    code, text, _ = gpt2(capsys, "verify", "--quantized")
+    assert code == 0 and all(f"{bits}-bit dequantize: ok" in text for bits in (16, 8, 4))
 
 
 ERRORS = {

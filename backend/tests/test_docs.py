@@ -71,6 +71,17 @@ def test_the_python_of_the_moe_guide_runs() -> None:
     assert names["load"].shape == (3, 8)  # type: ignore[attr-defined]
 
 
+def test_the_python_of_the_quantization_guide_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for kind, text in blocks(ROOT / "docs" / "quantization.md"):
+        if kind == "python":
+            exec(text, names)
+    assert 0 < names["difference"] < 0.05  # type: ignore[operator]
+
+
 @pytest.mark.slow
 def test_the_whole_attention_guide_runs() -> None:
     attention_guide(compiled=True)

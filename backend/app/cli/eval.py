@@ -156,6 +156,10 @@ def _number(value: float | None) -> str:
 
 
 def _dtype(model: GPT2Model) -> str:
+    from app.quantization.model import QuantizedModel
+
+    if isinstance(model, QuantizedModel):
+        return model.describe()
     return str(model.head_weight.dtype).removeprefix("torch.")
 
 

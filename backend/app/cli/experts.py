@@ -57,10 +57,12 @@ def run(args: Args) -> None:
     from app.common.progress import count_tokens
     from app.evaluation.evaluate import mean_nats
     from app.evaluation.reduce import averaged, pruned
+    from app.quantization.model import check_float
 
     _check(args)
     trained = load_trained(args.model, args.device)
     model, tokenizer, _ = trained
+    check_float(model, "averaging or pruning experts")
     if not model.config.moe_num_experts:
         raise ValueError(f"{args.model} has moe_num_experts=0: there are no experts in it")
     held = held_out(args, trained, "--data or --text")

@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "continue prompts with a trained model",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
     "import": "turn weights from Hugging Face or nanoGPT into a model folder",
+    "quantize": "store a model's matrices in 16, 8 or 4 bits: smaller, and faster to decode",
     "export": "write a trained model for transformers, llama.cpp, ONNX or CTranslate2",
     "plan": "what will run: parameters, memory, attention backends and why",
     "show": "draw attention maps, attention patterns and expert routing",

@@ -61,9 +61,11 @@ def run(args: Args) -> int:
     """
     from app.models.transformer import GPT2Model
     from app.models.transformer.experts.upcycle import upcycle
+    from app.quantization.model import check_float
 
     check_new(args.out)
     dense, tokenizer, folder = load_trained(args.model, "cpu")
+    check_float(dense, "upcycling")
     config = _target(args, dense.config)
     state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
     write_trained(

@@ -16,7 +16,8 @@ SUMMARY = "check a configuration: causality, cache, padding, packing, counts, sa
 EXAMPLES = """\
   gpt2 verify --model.n-layer 4 --model.norm keel
   gpt2 verify --config my-model/config.json
-  gpt2 verify --config runs/train/run.yaml --model.n-kv-head 2"""
+  gpt2 verify --config runs/train/run.yaml --model.n-kv-head 2
+  gpt2 verify --quantized"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Args:
         Doc("config.json of a model, or a run file (path, or name in recipes/); flags override it"),
     ] = None
     model: Annotated[GPT2Config, Doc("shape of the model")] = field(default_factory=GPT2Config)
+    quantized: Annotated[
+        bool, Doc("instead: every kernel of quantized weights here, against its slow twin")
+    ] = False
+    device: Annotated[str, Doc("device of --quantized: cpu, cuda, cuda:1")] = "cpu"
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -43,6 +48,11 @@ def parse(argv: Sequence[str]) -> Args:
 
 def run(args: Args) -> int:
     """退出码 0 全部通过，1 有一项不过。"""
+    if args.quantized:
+        from app.cli.shared.trained import pick_device
+        from app.quantization.verify_kernels import verify_kernels
+
+        return 0 if verify_kernels(print, pick_device(args.device).type) else 1
     from app.verification.verify import verify_config
 
     return 0 if verify_config(args.model, "english") else 1

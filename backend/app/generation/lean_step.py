@@ -20,7 +20,7 @@ from app.models.transformer.backends.attend import attend
 from app.models.transformer.block import Block, Residual
 from app.models.transformer.experts.dispatch import choose_dispatch
 from app.models.transformer.experts.grouped import GroupedLinear
-from app.models.transformer.experts.moe import MoE
+from app.models.transformer.experts.moe import Experts, MoE
 from app.models.transformer.layers.context import Context, build_contexts, make_notes
 from app.models.transformer.layers.cpu_products import few_row_product
 from app.models.transformer.layers.linear import Linear
@@ -140,8 +140,10 @@ def _feed_forward(block: Block) -> Layer:
 
 
 def _mixture(moe: MoE) -> Layer:
-    """一行时逐个专家直接算：不排序、不数负载；几行时照 MoE 自己的。"""
+    """一行时逐个专家直接算：不排序、不数负载；几行时照 MoE 自己的，专家被换掉（量化）时也是。"""
     experts, router = moe.experts, moe.router
+    if type(experts) is not Experts:
+        return lambda x, ctx: moe(x[:, None], ctx)[:, 0]
     widths = (moe.router.weight.shape[1], moe.experts.c_proj.weight.shape[1])
     up, activation, down = _expert(experts.c_fc), experts.activation, _expert(experts.c_proj)
     shared = None if moe.shared is None else _dense(moe.shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,12 @@ from app.interop.compare import Exported
 from app.interop.job import DType, Job, Quantize
 from app.interop.targets import TARGETS, Target, check_target
 from app.models.transformer import GPT2Model
+from app.quantization.model import QuantizedModel, dequantize
+
+_FLOATS = (
+    "the model is quantized and this format has no place for its codes: float copies of the "
+    "quantized values were written"
+)
 
 
 def export(
@@ -45,5 +52,8 @@ def export(
         )
     check_target(target, model.config)
     check_free(folder)
+    if isinstance(model, QuantizedModel) and not TARGETS[target].codes:
+        done = export(dequantize(model), tokenizer, target, folder, dtype=dtype)
+        return replace(done, notes=(_FLOATS, *done.notes))
     wanted = None if dtype is None else getattr(torch, dtype)
     return TARGETS[target].write(Job(model.eval().cpu(), tokenizer, folder, wanted, quantize))

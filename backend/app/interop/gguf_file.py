@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from app.interop.job import Job
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.norm import EPS
 from app.models.transformer.weights.layouts import HEAD
+from app.quantization.gguf_blocks import BLOCK, block_type, blocks
+from app.quantization.model import QuantizedModel, dequantize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +42,6 @@ _LAYER_NAMES = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-# Q8_0 一块 32 个数，块不跨行。
-_BLOCK = 32
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -55,16 +56,29 @@ def gguf_name(ours: str) -> str:
 def export_gguf(job: Job) -> Exported:
     """矩阵用 dtype（None = 模型的）或 Q8_0；恒为 float32 的那些不先降到 dtype。
 
+    量化的模型：它的码原样写成块，其余 float32。
+
     Raises:
-        ValueError: folder 已有东西，或精度写不成（float64）。
+        ValueError: folder 已有东西，精度写不成（float64），或已量化的还要换精度。
         ImportError: 没有装 gguf。
     """
     gguf = _library()
-    weights = with_biases(Weights.of(job.model))
+    model = job.model
+    codes = model.codes if isinstance(model, QuantizedModel) else {}
+    if isinstance(model, QuantizedModel):
+        if job.dtype is not None or job.quantize is not None:
+            raise ValueError(
+                f"dtype={job.dtype}, quantize={job.quantize!r} but the model is quantized already "
+                "and its codes are written as they are: leave them out, or export the float model"
+            )
+        model = dequantize(model)
+    weights = with_biases(Weights.of(model))
     dtype = job.dtype or weights.state[WPE].dtype
     if dtype not in _TYPES:
         raise ValueError(f"{dtype} does not exist in GGUF: use --dtype float32 or float16")
     kind = "Q8_0" if job.quantize == "q8_0" else _TYPES[dtype]
+    if codes:
+        kind = Counter(block_type(each) for each in codes.values()).most_common(1)[0][0]
     name = f"model-{kind.lower()}.gguf"
     notes = list(weights.notes)
 
@@ -73,16 +87,21 @@ def export_gguf(job: Job) -> Exported:
         _write_config(gguf, writer, weights.config, kind)
         notes.extend(_write_tokenizer(gguf, writer, job.tokenizer, weights.config.vocab_size))
         for ours, tensor in weights.state.items():
-            wanted = gguf.GGMLQuantizationType[_kind_of(ours, tensor, kind)]
-            data = gguf.quants.quantize(tensor.float().numpy(), wanted)
-            writer.add_tensor(gguf_name(ours), data, raw_dtype=wanted)
+            if ours in codes:
+                wanted, data = block_type(codes[ours]), blocks(codes[ours])
+            else:
+                wanted = "F32" if codes else _kind_of(ours, tensor, kind)
+                data = gguf.quants.quantize(
+                    tensor.float().numpy(), gguf.GGMLQuantizationType[wanted]
+                )
+            writer.add_tensor(gguf_name(ours), data, raw_dtype=gguf.GGMLQuantizationType[wanted])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
     write_folder(job.folder, fill)
-    checked = compare_gguf(job.model, job.folder / name)
+    checked = compare_gguf(model, job.folder / name)
     return Exported(job.folder / name, f"gguf {kind}", tuple(notes), checked)
 
 
@@ -99,7 +118,7 @@ def _library() -> Any:
 def _kind_of(ours: str, tensor: Tensor, kind: str) -> str:
     if tensor.dim() == 1 or ours == WPE:
         return "F32"
-    return "F16" if kind == "Q8_0" and tensor.shape[1] % _BLOCK else kind
+    return "F16" if kind == "Q8_0" and tensor.shape[1] % BLOCK else kind
 
 
 def _write_config(gguf: Any, writer: Any, config: GPT2Config, kind: str) -> None:

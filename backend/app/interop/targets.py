@@ -26,11 +26,13 @@ class Row:
         why_not: 这种配置去不了的原因；None = 去得了。
         writer: "模块:函数"，用到才导入；函数是 (Job) -> Exported。
         quantize: 它认得的 --quantize。
+        codes: 收得下量化的模型的码；否则写浮点的一份。
     """
 
     why_not: Callable[[GPT2Config], str | None]
     writer: str
     quantize: tuple[str, ...] = ()
+    codes: bool = False
 
     def write(self, job: Job) -> Exported:
         """
@@ -99,7 +101,7 @@ TARGETS: dict[str, Row] = {
     "opt": Row(_opt, f"{_HF}:export_opt"),
     "openai-gpt": Row(_openai_gpt, f"{_HF}:export_openai_gpt"),
     "mixtral": Row(_mixtral, f"{_HF}:export_mixtral"),
-    "gguf": Row(_gguf, "app.interop.gguf_file:export_gguf", quantize=("q8_0",)),
+    "gguf": Row(_gguf, "app.interop.gguf_file:export_gguf", quantize=("q8_0",), codes=True),
     "onnx": Row(_onnx, "app.interop.onnx_graph:export_onnx"),
 }
 if TYPE_CHECKING:

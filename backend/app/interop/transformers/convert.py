@@ -13,9 +13,11 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import app.models.transformer as core_package
 from app.models.transformer import GPT2Model
+from app.quantization.model import QuantizedModel
 
 from .configuration_workbench import WorkbenchConfig
 from .modeling_workbench import WorkbenchForCausalLM, WorkbenchModel, is_tied
+from .quantized import wrap_quantized
 
 AUTO_MAP = {
     "AutoConfig": "configuration_workbench.WorkbenchConfig",
@@ -34,11 +36,13 @@ def register() -> None:
 
 
 def wrap(model: GPT2Model, **options: Any) -> WorkbenchForCausalLM:
-    """GPT2Model -> transformers 的模型；参数是同一些张量。
+    """GPT2Model -> transformers 的模型；参数是同一些张量。量化的只能推理，见 quantized.py。
 
     Args:
         options: transformers 的配置项，如 eos_token_id、attn_implementation。
     """
+    if isinstance(model, QuantizedModel):
+        return wrap_quantized(model, **options)
     config = WorkbenchConfig(**model.config.to_dict(), **options)
     with torch.device("meta"):
         wrapped = WorkbenchForCausalLM(config)

@@ -23,6 +23,8 @@ from .visibility.pattern_fit import check_pattern
 from .visibility.pattern_text import canonical, parse
 
 SCHEMA_VERSION = 1
+# 字段相同，而旁边的权重是量化的：只认得 1 的旧程序因此说得出为什么读不了。
+QUANTIZED_VERSION = 2
 
 Norm = Literal["post", "pre", "deepnorm", "keel"]
 NormType = Literal["layernorm", "rmsnorm"]
@@ -251,10 +253,10 @@ class GPT2Config:
             raise ValueError(f"a model config is a mapping, got {type(data).__name__}")
         data = dict(data)
         version = data.pop("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
+        if version not in (SCHEMA_VERSION, QUANTIZED_VERSION):
             raise ValueError(
-                f"schema_version={version!r} but this version reads {SCHEMA_VERSION}: "
-                "update the package or save the model again with it"
+                f"schema_version={version!r} but this version reads {SCHEMA_VERSION} and "
+                f"{QUANTIZED_VERSION}: update the package or save the model again with it"
             )
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:

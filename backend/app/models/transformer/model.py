@@ -129,7 +129,7 @@ class GPT2Model(nn.Module):
             x, hidden = run_blocks(self.h, self.ln_f, x, contexts, return_hidden)
             out = _noted(config, contexts)
             if targets is not None:
-                out["loss"] = head_cross_entropy(x, self.head_weight, targets)
+                out["loss"] = self.head_loss(x, targets)
             if targets is None or logits_to_keep:
                 out["logits"] = self.head(x[:, -logits_to_keep:])
         if cache is not None and step is not None:
@@ -152,6 +152,10 @@ class GPT2Model(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)。"""
         return linear(x, self.head_weight)
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """(B, T, C) 与 (B, T) -> 平均交叉熵，不产生整张 logits。"""
+        return head_cross_entropy(x, self.head_weight, targets)
 
     @property
     def head_weight(self) -> Tensor:

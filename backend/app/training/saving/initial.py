@@ -6,6 +6,7 @@ from app.common.tell import Tell
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.fields import Mark, marked
+from app.quantization.model import check_float
 
 from ..config import flat
 from .checkpoint import resolve_checkpoint
@@ -19,6 +20,7 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
     """
     found = resolve_checkpoint(folder, tell)
     source = GPT2Model.from_pretrained(found)
+    check_float(source, f"init_from={found}")
     theirs = dict(flat(source.config.to_dict()))
     free = marked(GPT2Config, Mark.FREE)
     for name, ours in flat(model.config.to_dict()):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +36,15 @@ class Savable(Protocol):
 
 
 def save_model(model: Savable, folder: Path) -> None:
+    save_with(model, folder, {CONFIG_FILE: model.config.to_json()})
+
+
+def save_with(model: Savable, folder: Path, texts: Mapping[str, str]) -> None:
+    """先写权重，再按次序写 texts（文件名 -> 内容）。
+
+    Raises:
+        ValueError: folder 是一个文件，或模型在 meta 设备上。
+    """
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give a folder to save the model in")
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,8 +52,12 @@ def save_model(model: Savable, folder: Path) -> None:
         raise ValueError("the model is on the meta device and has no weights to save")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     _replace(folder / WEIGHTS_FILE, lambda path: write_tensors_file(state, path))
-    text = model.config.to_json()
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    for name, text in texts.items():
+        _replace(folder / name, _writing(text))
+
+
+def _writing(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..config import GPT2Config
+from ..config import SCHEMA_VERSION, GPT2Config
 from ..settings.fields import Mark, differing, marked
 from ..settings.json_file import read_json
 from .adapters import check_no_adapter
 from .families import OWN_TYPE, extra_vocab, read_config
+from .formats import find_loader
 from .hub import find_folder
 from .layouts import GPT2, MIXTRAL, OPENAI_GPT, OPT, OWN, read_tensors
 from .own_folder import (
@@ -54,6 +55,10 @@ def load_pretrained(
             config = GPT2Config.from_dict(raw)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+        version = raw.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            config = agree(config, wanted, str(source))
+            return cast(M, find_loader(version, folder)(config, folder, device, dtype))
         tensors = read_own(build, config, folder)
     config = agree(config, wanted, str(source))
     return assemble(build, config, tensors, device, dtype)

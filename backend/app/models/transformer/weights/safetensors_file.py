@@ -87,23 +87,35 @@ class SafetensorsFiles:
                 offset = start + entry["data_offsets"][0]
                 self._places[name] = path, offset, DTYPES[entry["dtype"]]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._places[name][2]
+
     def read(self, name: str) -> Tensor:
         """
         Raises:
             ValueError: 文件变短了，不是浮点数，或有 NaN、无穷。
         """
-        path, offset, dtype = self._places[name]
+        path, _, dtype = self._places[name]
         if not dtype.is_floating_point:
             raise ValueError(f"{path}: tensor {name!r} holds {dtype}, expected floating point")
+        tensor = self.read_raw(name)
+        check_finite(tensor, name, str(path))
+        return tensor
+
+    def read_raw(self, name: str) -> Tensor:
+        """任何类型，值不检查：量化的码。
+
+        Raises:
+            ValueError: 文件变短了。
+        """
+        path, offset, dtype = self._places[name]
         data = bytearray(math.prod(self.shapes[name]) * dtype.itemsize)
         with path.open("rb") as file:
             file.seek(offset)
             if file.readinto(data) != len(data):
                 raise ValueError(f"{path}: ends inside tensor {name!r}: the file was cut")
         # clone：bytearray 没有按缓存行对齐，留着它以后每次矩阵乘都慢。
-        tensor = torch.frombuffer(data, dtype=dtype).view(self.shapes[name]).clone()
-        check_finite(tensor, name, str(path))
-        return tensor
+        return torch.frombuffer(data, dtype=dtype).view(self.shapes[name]).clone()
 
 
 def check_finite(tensor: Tensor, name: str, where: str) -> None:

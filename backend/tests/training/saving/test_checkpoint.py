@@ -356,7 +356,7 @@ def test_read_only_run_folder(tmp_path: Path) -> None:
             tmp_path.chmod(0o555)
             if os.getuid() == 0:
                 for folder in (tmp_path, *tmp_path.parents):
-                    if folder.stat().st_uid == 0 and folder.name.startswith("pytest-"):
+                    if folder.stat().st_uid == 0 and folder.name.startswith(("pytest-", "popen-")):
                         folder.chmod(0o755)
                 os.setuid(65534)
             try:

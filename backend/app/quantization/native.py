@@ -155,7 +155,8 @@ def _key(compiler: str, target: str) -> str:
         [compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT
     )
     digest = hashlib.sha256(SOURCE.read_bytes())
-    for part in (HEADER.read_bytes(), compiler, version.stdout, repr((_COMMON, _FLAGS, TARGETS[target])), _cpu()):
+    flags = repr((_COMMON, _FLAGS, TARGETS[target]))
+    for part in (HEADER.read_bytes(), compiler, version.stdout, flags, _cpu()):
         digest.update(b"\0" + (part if isinstance(part, bytes) else part.encode()))
     return digest.hexdigest()[:32]
 

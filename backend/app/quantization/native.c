@@ -20,7 +20,7 @@
 #endif
 
 enum { FP16 = 0, INT8 = 1, INT4 = 2 };
-enum { MAX_GROUPS = 1024, LINE = 64, TILE_ROWS = 3, BLOCK_ROWS = 192, CHUNK_BYTES = 1 << 17 };
+enum { MAX_GROUPS = 1024, TILE_ROWS = 3, BLOCK_ROWS = 192, CHUNK_BYTES = 1 << 17 };
 
 typedef struct {
     int64_t kind, outs, width, group;
@@ -42,6 +42,8 @@ typedef struct {
 } Job;
 
 #define INLINE static inline __attribute__((always_inline))
+#define TILE(name)                                                                             \
+    INLINE void name(const Job *j, const int64_t *row, const int64_t *out, const int R, const int O)
 #define UNROLL _Pragma("GCC unroll 8")
 
 static float half_to_float(uint16_t h) {
@@ -60,243 +62,51 @@ static float half_to_float(uint16_t h) {
     return f;
 }
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE void put(const Job *j, int64_t row, int64_t out, float value) {
     j->y[row * j->w->outs + out] = j->bias ? value + j->bias[out] : value;
 }
 
 #ifdef VECTORS
-/* ---- AVX2 与 AVX-512：点积的几个原语，宽度由编译目标定 ---- */
-#ifdef __AVX512BW__
-enum { TILE_OUTS = 8, LANES = 32, FLANES = 16 };
-typedef __m512i Ints;
-typedef __m512 Floats;
-INLINE Ints zeros(void) { return _mm512_setzero_si512(); }
-INLINE Ints load_codes(const int8_t *p) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
-}
-INLINE Ints load_q(const int16_t *p) { return _mm512_loadu_si512(p); }
-INLINE Ints dot(Ints acc, Ints a, Ints b) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(acc, a, b);
-#else
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
-#endif
-}
-INLINE int32_t total(Ints v) { return _mm512_reduce_add_epi32(v); }
-INLINE Floats fzeros(void) { return _mm512_setzero_ps(); }
-INLINE Floats load_half(const uint16_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-}
-INLINE Floats load_x(const float *p) { return _mm512_loadu_ps(p); }
-INLINE Floats fma_of(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE float ftotal(Floats v) { return _mm512_reduce_add_ps(v); }
-#else
-enum { TILE_OUTS = 4, LANES = 16, FLANES = 8 };
-typedef __m256i Ints;
-typedef __m256 Floats;
-INLINE Ints zeros(void) { return _mm256_setzero_si256(); }
-INLINE Ints load_codes(const int8_t *p) {
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
-}
-INLINE Ints load_q(const int16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-INLINE Ints dot(Ints acc, Ints a, Ints b) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-}
-INLINE int32_t total(Ints v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
-INLINE Floats fzeros(void) { return _mm256_setzero_ps(); }
-INLINE Floats load_half(const uint16_t *p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-INLINE Floats load_x(const float *p) { return _mm256_loadu_ps(p); }
-INLINE Floats fma_of(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-#endif
-INLINE float ftotal8(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-#ifndef __AVX512BW__
-INLINE float ftotal(Floats v) { return ftotal8(v); }
-#endif
-
-INLINE void tile_int8(const Job *j, int64_t row, int64_t out, const int R, const int O) {
-    const int64_t width = j->w->width, main = width - width % LANES;
-    const int8_t *codes = (const int8_t *)j->w->codes + out * width;
-    const int16_t *q = j->q + row * j->padded;
-    Ints acc[TILE_ROWS][TILE_OUTS];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int o = 0; o < O; o++) acc[r][o] = zeros();
-    int8_t rest[TILE_OUTS * LANES];
-    if (main < width) {
-        memset(rest, 0, sizeof rest);
-        for (int o = 0; o < O; o++)
-            memcpy(rest + o * LANES, codes + o * width + main, (size_t)(width - main));
-    }
-    /* 第二段是不足一个向量的末尾，从补零的副本里读。 */
-    for (int part = 0; part < 2; part++) {
-        const int64_t n = part ? (width - main + LANES - 1) / LANES * LANES : main;
-        const int64_t stride = part ? LANES : width;
-        const int8_t *c = part ? rest : codes;
-        for (int64_t i = 0; i < n; i += LANES, q += LANES) {
-            Ints a[TILE_ROWS];
-            UNROLL for (int r = 0; r < R; r++) a[r] = load_q(q + r * j->padded);
-            UNROLL for (int o = 0; o < O; o++) {
-                Ints b = load_codes(c + o * stride + i);
-                UNROLL for (int r = 0; r < R; r++) acc[r][o] = dot(acc[r][o], a[r], b);
-            }
-        }
-    }
-    const float *scale = (const float *)j->w->scale + out;
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int o = 0; o < O; o++)
-            put(j, row + r, out + o, (float)total(acc[r][o]) * (j->q_scale[row + r] * scale[o]));
-}
-
-INLINE void tile_fp16(const Job *j, int64_t row, int64_t out, const int R, const int O) {
-    const int64_t width = j->w->width, main = width - width % FLANES;
-    const uint16_t *codes = (const uint16_t *)j->w->codes + out * width;
-    const float *x = j->x + row * width;
-    Floats acc[TILE_ROWS][TILE_OUTS];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int o = 0; o < O; o++) acc[r][o] = fzeros();
-    float tail[TILE_ROWS * FLANES];
-    uint16_t rest[TILE_OUTS * FLANES];
-    if (main < width) {
-        memset(tail, 0, sizeof tail);
-        memset(rest, 0, sizeof rest);
-        for (int r = 0; r < R; r++)
-            memcpy(tail + r * FLANES, x + r * width + main, (size_t)(width - main) * 4);
-        for (int o = 0; o < O; o++)
-            memcpy(rest + o * FLANES, codes + o * width + main, (size_t)(width - main) * 2);
-    }
-    for (int part = 0; part < 2; part++) {
-        const int64_t n = part ? (width - main + FLANES - 1) / FLANES * FLANES : main;
-        const int64_t stride = part ? FLANES : width;
-        const uint16_t *c = part ? rest : codes;
-        const float *from = part ? tail : x;
-        for (int64_t i = 0; i < n; i += FLANES) {
-            Floats a[TILE_ROWS];
-            UNROLL for (int r = 0; r < R; r++) a[r] = load_x(from + r * stride + i);
-            UNROLL for (int o = 0; o < O; o++) {
-                Floats b = load_half(c + o * stride + i);
-                UNROLL for (int r = 0; r < R; r++) acc[r][o] = fma_of(a[r], b, acc[r][o]);
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int o = 0; o < O; o++) put(j, row + r, out + o, ftotal(acc[r][o]));
-}
-
-/* 一组的尺度只管 32 列起，所以 int4 总用 256 位；32 列里偶数列在前、奇数列在后，与 q 的次序相同。 */
-INLINE __m256i dot4(__m256i acc, __m256i a, __m256i b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(acc, a, b);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-#endif
-}
-
-INLINE float dot_groups(const float *a, const float *b, int64_t n) {
-    __m256 acc = _mm256_setzero_ps();
-    float rest = 0;
-    int64_t g = 0;
-    for (; g + 8 <= n; g += 8)
-        acc = _mm256_fmadd_ps(_mm256_loadu_ps(a + g), _mm256_loadu_ps(b + g), acc);
-    for (; g < n; g++) rest += a[g] * b[g];
-    return ftotal8(acc) + rest;
-}
-
-enum { TILE_OUTS4 = 4, TILE_ROWS4 = 2 };
-
-INLINE void tile_int4(const Job *j, int64_t row, int64_t out, const int R, const int O) {
-    const Weight *w = j->w;
-    const int64_t bytes = w->width / 2, groups = j->groups, group = w->group;
-    const uint8_t *codes = (const uint8_t *)w->codes + out * bytes;
-    const int16_t *q = j->q + row * j->padded;
-    const __m256i low = _mm256_set1_epi16(15), middle = _mm256_set1_epi16(8);
-    float scale[TILE_OUTS4][MAX_GROUPS];
-    UNROLL for (int o = 0; o < O; o++) {
-        const uint16_t *half = (const uint16_t *)w->scale + (out + o) * groups;
-        int64_t g = 0;
-        for (; g + 8 <= groups; g += 8)
-            _mm256_storeu_ps(scale[o] + g,
-                             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + g))));
-        for (; g < groups; g++) scale[o][g] = half_to_float(half[g]);
-    }
-    __m256 acc[TILE_ROWS4][TILE_OUTS4];
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int o = 0; o < O; o++) acc[r][o] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; g++) {
-        UNROLL for (int o = 0; o < O; o++) {
-            __m256i sum[TILE_ROWS4];
-            UNROLL for (int r = 0; r < R; r++) sum[r] = _mm256_setzero_si256();
-            for (int64_t i = g * group; i < (g + 1) * group; i += 32) {
-                __m256i both = _mm256_cvtepu8_epi16(
-                    _mm_loadu_si128((const __m128i *)(codes + o * bytes + i / 2)));
-                __m256i even = _mm256_sub_epi16(_mm256_and_si256(both, low), middle);
-                __m256i odd = _mm256_sub_epi16(_mm256_srli_epi16(both, 4), middle);
-                UNROLL for (int r = 0; r < R; r++) {
-                    const __m256i *a = (const __m256i *)(q + r * j->padded + i);
-                    sum[r] = dot4(sum[r], _mm256_loadu_si256(a), even);
-                    sum[r] = dot4(sum[r], _mm256_loadu_si256(a + 1), odd);
-                }
-            }
-            __m256 s = _mm256_set1_ps(scale[o][g]);
-            UNROLL for (int r = 0; r < R; r++)
-                acc[r][o] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), s, acc[r][o]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int o = 0; o < O; o++) {
-            float value = ftotal8(acc[r][o]);
-            if (w->offset)
-                value += dot_groups(w->offset + (out + o) * groups,
-                                    j->q_sums + (row + r) * groups, groups);
-            put(j, row + r, out + o, value * j->q_scale[row + r]);
-        }
-}
-
+#include "native_x86.h"
 #else
 /* ---- 别的 CPU：同样的和，写成编译器自己会向量化的循环 ---- */
-enum { TILE_OUTS = 4, LANES = 16, TILE_OUTS4 = 4, TILE_ROWS4 = 2 };
+enum { TILE_OUTS = 4, LANES = 16, TILE_OUTS4 = 4 };
 
-INLINE void tile_int8(const Job *j, int64_t row, int64_t out, const int R, const int O) {
+TILE(tile_int8) {
     const int64_t width = j->w->width;
     for (int o = 0; o < O; o++)
         for (int r = 0; r < R; r++) {
-            const int8_t *c = (const int8_t *)j->w->codes + (out + o) * width;
-            const int16_t *q = j->q + (row + r) * j->padded;
+            const int8_t *c = (const int8_t *)j->w->codes + out[o] * width;
+            const int16_t *q = j->q + row[r] * j->padded;
             int32_t sum = 0;
             for (int64_t i = 0; i < width; i++) sum += (int16_t)c[i] * q[i];
-            float scale = ((const float *)j->w->scale)[out + o];
-            put(j, row + r, out + o, (float)sum * (j->q_scale[row + r] * scale));
+            float scale = ((const float *)j->w->scale)[out[o]];
+            put(j, row[r], out[o], (float)sum * (j->q_scale[row[r]] * scale));
         }
 }
 
-INLINE void tile_fp16(const Job *j, int64_t row, int64_t out, const int R, const int O) {
+TILE(tile_fp16) {
     const int64_t width = j->w->width;
     for (int o = 0; o < O; o++)
         for (int r = 0; r < R; r++) {
-            const uint16_t *c = (const uint16_t *)j->w->codes + (out + o) * width;
-            const float *x = j->x + (row + r) * width;
+            const uint16_t *c = (const uint16_t *)j->w->codes + out[o] * width;
+            const float *x = j->x + row[r] * width;
             float sum[8] = {0};
             for (int64_t i = 0; i < width; i++) sum[i & 7] += half_to_float(c[i]) * x[i];
-            put(j, row + r, out + o,
+            put(j, row[r], out[o],
                 ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7])));
         }
 }
 
-INLINE void tile_int4(const Job *j, int64_t row, int64_t out, const int R, const int O) {
+TILE(tile_int4) {
     const Weight *w = j->w;
     for (int o = 0; o < O; o++)
         for (int r = 0; r < R; r++) {
-            const uint8_t *c = (const uint8_t *)w->codes + (out + o) * (w->width / 2);
-            const int16_t *q = j->q + (row + r) * j->padded;
-            const uint16_t *scale = (const uint16_t *)w->scale + (out + o) * j->groups;
+            const uint8_t *c = (const uint8_t *)w->codes + out[o] * (w->width / 2);
+            const int16_t *q = j->q + row[r] * j->padded;
+            const uint16_t *scale = (const uint16_t *)w->scale + out[o] * j->groups;
             float value = 0, offset = 0;
             for (int64_t g = 0; g < j->groups; g++) {
                 int32_t sum = 0;
@@ -306,10 +116,10 @@ INLINE void tile_int4(const Job *j, int64_t row, int64_t out, const int R, const
                                + ((c[i / 2 + k] >> 4) - 8) * q[i + 16 + k];
                 value += (float)sum * half_to_float(scale[g]);
                 if (w->offset)
-                    offset += w->offset[(out + o) * j->groups + g]
-                              * j->q_sums[(row + r) * j->groups + g];
+                    offset += w->offset[out[o] * j->groups + g]
+                              * j->q_sums[row[r] * j->groups + g];
             }
-            put(j, row + r, out + o, (value + offset) * j->q_scale[row + r]);
+            put(j, row[r], out[o], (value + offset) * j->q_scale[row[r]]);
         }
 }
 #endif
@@ -335,7 +145,8 @@ static void quantize_row(Job *j, int64_t row) {
     if (!finite) {
         memset(q, 0, (size_t)j->padded * sizeof(int16_t));
     } else if (j->w->kind == INT8) {
-        for (int64_t i = 0; i < width; i++) q[i] = (int16_t)(int32_t)(x[i] * inverse + magic - magic);
+        for (int64_t i = 0; i < width; i++)
+            q[i] = (int16_t)(int32_t)(x[i] * inverse + magic - magic);
         memset(q + width, 0, (size_t)(j->padded - width) * sizeof(int16_t));
     } else {
         for (int64_t i = 0; i < width; i += 32)
@@ -352,28 +163,25 @@ static void quantize_row(Job *j, int64_t row) {
         }
 }
 
-/* 常用的几种行数各一份展开的代码；输出的零头逐个算。 */
-#define SWEEP(name, tile, ROWS, OUTS)                                                     \
-    static void name(const Job *j, int64_t rows, int64_t begin, int64_t end, int64_t chunk) { \
-        for (int64_t from = begin; from < end; from += chunk) {                           \
-            int64_t to = from + chunk < end ? from + chunk : end;                         \
-            int64_t even = from + (to - from) / OUTS * OUTS;                              \
-            for (int64_t r = 0; r < rows; r += ROWS) {                                    \
-                int64_t left = rows - r < ROWS ? rows - r : ROWS;                         \
-                if (left == ROWS)                                                         \
-                    for (int64_t o = from; o < even; o += OUTS) tile(j, r, o, ROWS, OUTS); \
-                else if (left == 2)                                                       \
-                    for (int64_t o = from; o < even; o += OUTS) tile(j, r, o, 2, OUTS);   \
-                else                                                                      \
-                    for (int64_t o = from; o < even; o += OUTS) tile(j, r, o, 1, OUTS);   \
-                for (int64_t k = 0; k < left; k++)                                        \
-                    for (int64_t o = even; o < to; o++) tile(j, r + k, o, 1, 1);          \
-            }                                                                             \
-        }                                                                                 \
+/* 三行一块或一行一块。不满一块时最后的行与输出重复算几遍：写的是同样的数。 */
+#define SWEEP(name, tile, OUTS)                                                                \
+    static void name(const Job *j, int64_t rows, int64_t begin, int64_t end, int64_t chunk) {  \
+        for (int64_t from = begin; from < end; from += chunk) {                                \
+            int64_t to = least(from + chunk, end);                                             \
+            for (int64_t r = 0; r < rows; r += TILE_ROWS) {                                    \
+                int64_t row[TILE_ROWS], out[OUTS];                                             \
+                for (int k = 0; k < TILE_ROWS; k++) row[k] = least(r + k, rows - 1);           \
+                for (int64_t at = from; at < to; at += OUTS) {                                 \
+                    for (int k = 0; k < OUTS; k++) out[k] = least(at + k, to - 1);             \
+                    if (r + 1 < rows) tile(j, row, out, TILE_ROWS, OUTS);                      \
+                    else tile(j, row, out, 1, OUTS);                                           \
+                }                                                                              \
+            }                                                                                  \
+        }                                                                                      \
     }
-SWEEP(sweep_fp16, tile_fp16, TILE_ROWS, TILE_OUTS)
-SWEEP(sweep_int8, tile_int8, TILE_ROWS, TILE_OUTS)
-SWEEP(sweep_int4, tile_int4, TILE_ROWS4, TILE_OUTS4)
+SWEEP(sweep_fp16, tile_fp16, TILE_OUTS)
+SWEEP(sweep_int8, tile_int8, TILE_OUTS)
+SWEEP(sweep_int4, tile_int4, TILE_OUTS4)
 
 /* 这个线程的那一段输出，边界取 8 的倍数：零头只在最后一个线程。 */
 static void work(const Job *j, int64_t rows, int thread, int threads) {
@@ -421,7 +229,8 @@ int gpt2_product(const Weight *w, const float *x, int64_t rows, const float *bia
         int64_t level = w->kind == INT8 ? INT32_MAX / (128 * w->width) : 32767;
         job.level = level < 32767 ? (int)level : 32767;
         int64_t sums = w->offset ? job.groups : 0;
-        scratch = malloc((size_t)block * (job.padded * sizeof(int16_t) + (1 + sums) * sizeof(float)));
+        size_t bytes = (size_t)job.padded * sizeof(int16_t) + (size_t)(1 + sums) * sizeof(float);
+        scratch = malloc((size_t)block * bytes);
         if (scratch == NULL) return 1;
         job.q_scale = (float *)scratch;
         job.q_sums = sums ? job.q_scale + block : NULL;

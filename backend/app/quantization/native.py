@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native.c")
+HEADER = Path(__file__).with_name("native_x86.h")
 # off = 不用；其余的是编译目标：本机的全部指令、只用 AVX2、不用向量指令（测试与排错用）。
 SWITCH = "GPT2_NATIVE"
 TARGETS = {
@@ -154,7 +155,8 @@ def _key(compiler: str, target: str) -> str:
         [compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT
     )
     digest = hashlib.sha256(SOURCE.read_bytes())
-    for part in (compiler, version.stdout, repr((_COMMON, _FLAGS, TARGETS[target])), _cpu()):
+    flags = repr((_COMMON, _FLAGS, TARGETS[target]))
+    for part in (HEADER.read_bytes(), compiler, version.stdout, flags, _cpu()):
         digest.update(b"\0" + (part if isinstance(part, bytes) else part.encode()))
     return digest.hexdigest()[:32]
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,35 +14,20 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import GPT2Model
-from app.models.transformer.config import QUANTIZED_VERSION, GPT2Config
+from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.json_file import read_json
 from app.models.transformer.weights.own_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     expected_shapes,
-    save_with,
 )
 from app.models.transformer.weights.safetensors_file import SafetensorsFiles, header_limit
 
 from .codes import Codes, Scheme
 from .model import QuantizedModel, matrices
-
-QUANTIZATION_FILE, VERSION = "quantization.json", 1
+from .stored import QUANTIZATION_FILE, VERSION
 
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-def save_quantized(model: QuantizedModel, folder: Path) -> None:
-    """每个文件先写在旁边再改名；config.json 最后，它说明旁边的是量化的。
-
-    Raises:
-        ValueError: folder 是一个文件。
-        OSError: 写不下。
-    """
-    config = model.config.to_dict() | {"schema_version": QUANTIZED_VERSION}
-    files = {QUANTIZATION_FILE: _facts(model), CONFIG_FILE: config}
-    texts = {name: json.dumps(data, indent=2) + "\n" for name, data in files.items()}
-    save_with(model, folder, texts)
 
 
 def load_quantized(
@@ -182,17 +166,3 @@ def _made(scheme: Scheme, parts: Mapping[str, Tensor]) -> Codes:
     return Codes(
         scheme.bits, parts["codes"], parts.get("scale"), parts.get("minimum"), scheme.group
     )
-
-
-def _facts(model: QuantizedModel) -> dict[str, Any]:
-    groups: dict[Scheme, list[str]] = {}
-    for name, scheme in model.schemes.items():
-        groups.setdefault(scheme, []).append(name)
-    return {
-        "version": VERSION,
-        "method": model.method,
-        "schemes": [
-            {"bits": s.bits, "group": s.group, "asymmetric": s.asymmetric, "matrices": names}
-            for s, names in groups.items()
-        ],
-    }

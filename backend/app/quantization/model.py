@@ -27,6 +27,7 @@ from app.models.transformer.weights.own_folder import expected_shapes
 from .codes import Codes, Scheme
 from .layers import QuantizedEmbedding, QuantizedGroupedLinear, QuantizedLinear
 from .matrix import QuantizedMatrix, QuantizedStack
+from .stored import save_quantized
 
 WTE, HEAD = "embed.wte.weight", "lm_head.weight"
 # 查表与输出头决定质量，也最大；它们另有位数。
@@ -129,8 +130,6 @@ class QuantizedModel(GPT2Model):
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        from .folder import save_quantized
-
         save_quantized(self, Path(folder))
 
     def train(self, mode: bool = True) -> Self:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.weights import formats
-from app.quantization.folder import QUANTIZATION_FILE
 from app.quantization.model import QuantizedModel, dequantize
+from app.quantization.stored import QUANTIZATION_FILE
 from tests.models.helpers import VARIANTS, tokens
 
 from .helpers import SCHEMES, float_model, quantized

@@ -59,8 +59,7 @@ def check_new(path: Path, option: str = "out") -> None:
         )
     if not path.absolute().parent.is_dir():
         raise ValueError(
-            f"{option}={path}: there is no folder {path.parent}: create it first, or give "
-            f"another --{option}"
+            f"{option}={path}: the folder {path.parent} does not exist: create it first"
         )
 
 

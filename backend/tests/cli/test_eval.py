@@ -280,7 +280,7 @@ def test_ctrl_c_before_anything_is_done(folder, text, capsys, monkeypatch):
         ("data=nowhere is not a prepared dataset", ["--data", "nowhere"]),
         ("task=nowhere is not a file", ["--task", "nowhere"]),
         ("already exists and is never overwritten", ["--text", "TEXT", "--json", "TEXT"]),
-        ("there is no folder", ["--text", "TEXT", "--json", "no/where/x.json"]),
+        ("the folder no/where does not exist", ["--text", "TEXT", "--json", "no/where/x.json"]),
         ("device='toaster'", ["--text", "TEXT", "--device", "toaster"]),
         ("line 1: neither 'text'", ["--task", "BAD"]),
     ],

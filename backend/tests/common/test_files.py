@@ -149,7 +149,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     for taken in (path, tmp_path / "dangling", tmp_path):
         with pytest.raises(ValueError, match=r"json=.* already exists .*give another --json"):
             check_new(taken, "json")
-    with pytest.raises(ValueError, match="there is no folder .*nowhere: create it first"):
+    with pytest.raises(ValueError, match="the folder .*nowhere does not exist: create it first"):
         check_new(tmp_path / "nowhere" / "x")
     for taken in (path, tmp_path / "dangling", tmp_path):
         with pytest.raises(ValueError, match="already exists: give another --out"):

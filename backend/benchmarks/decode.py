@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from app.generation.config import Options, SamplingConfig
 from app.generation.generate import complete
 from app.models.transformer import GPT2Model, create_gpt2_small
-from app.models.transformer.layers import linear
+from app.models.transformer.layers import cpu_products
 
 from .common import interleaved, read_bandwidth, table, write_result
 
@@ -81,12 +81,12 @@ def batch_jobs(
         return complete(ours, ids.tolist(), options)
 
     def without_few_row_products() -> object:
-        kept = linear._few_rows
-        linear._few_rows = lambda x, weight: False
+        kept = cpu_products._few_rows
+        cpu_products._few_rows = lambda x, weight: False
         try:
             return our_generate()
         finally:
-            linear._few_rows = kept
+            cpu_products._few_rows = kept
 
     return {
         "transformers generate": transformers_generate,

@@ -56,7 +56,7 @@ def attention_guide(compiled: bool) -> None:
     for kind, text in blocks(ROOT / "docs" / "attention.md"):
         if kind == "python" and (compiled or "torch.compile" not in text):
             exec(text, names)
-    assert names["options"]
+    assert names["tokens"]
 
 
 def test_the_python_of_the_attention_guide_runs() -> None:

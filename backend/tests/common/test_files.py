@@ -94,7 +94,7 @@ def test_a_run_and_its_data_follow_the_umask(
     short = "--steps 3 --batch-size 2 --schedule.warmup-steps 1 --save-every 1 --device cpu"
     words = f"train --data.folder set --out run {shape} {short} --model.norm pre"
     assert main(words.split()) == 0
-    assert main(["upcycle", "run", "--experts", "2", "--top-k", "1", "--out", "grown"]) == 0
+    assert main(["upcycle", "run", "--experts", "4", "--top-k", "2", "--out", "grown"]) == 0
     assert main(["eval", "run", "--json", "found.json"]) == 0
     names = check_modes(Path("run"), umask) | check_modes(Path("set"), umask)
     names |= check_modes(Path("grown"), umask) | check_modes(Path("found.json"), umask)

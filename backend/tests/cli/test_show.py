@@ -157,7 +157,7 @@ def test_a_long_text_is_cut_and_the_number_is_said(
         (["pattern", "causal", "--tokens", "9999"], "tokens=9999 must be from 1 to 2048"),
         (["pattern", "global(2) & local(2)"], "the query at position 3 sees no key"),
         (["pattern", "causal", "--out", "a.jpg"], "does not end in .png: use --out a.png"),
-        (["pattern", "causal", "--out", "no/a.png"], "there is no folder no"),
+        (["pattern", "causal", "--out", "no/a.png"], "the folder no does not exist"),
         (["attention", "--text", ""], "text='' is empty"),
         (["attention", "--text", "a", "--layer", "2"], "layer=2 is not in this model: layers go"),
         (["attention", "--text", "a", "--layer", "-1"], "layer=-1 is not in this model"),

@@ -238,7 +238,7 @@ def test_tidying_up_fails(
 def test_a_failing_plot_does_not_hide_the_error(
     make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(rows: Any, path: Path) -> None:
+    def broken(run: Path) -> None:
         raise OSError("No space left on device")
 
     def diverge(self: Any) -> None:

@@ -192,18 +192,9 @@ def test_help_answers_without_torch(command: str) -> None:
 
 
 READING = [
-    "config",
-    "model",
-    "block",
-    "attention",
-    "mlp",
-    "embeddings",
-    "visibility.positions",
-    "visibility.rule",
-    "backends.attend",
-    "layers.norm",
-    "layers.linear",
-]
+    "config", "model", "block", "attention", "mlp", "embeddings", "visibility.positions",
+    "visibility.rule", "backends.attend", "layers.norm", "layers.linear",
+]  # fmt: skip
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
 # 在此刻的用量之上只给 EXTRA 兆；照建议改小，直到放得下。每次另起一个进程。
 LIMITED = """
 import re, resource
+# 限额只给训练：画图的库先装进来，算在此刻的用量里。
+import matplotlib.backends.backend_agg, matplotlib.figure
 from app.cli import main as cli
 def used():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -85,8 +87,7 @@ def test_a_smaller_micro_batch_fits(make: Make, tmp_path: Path) -> None:
         assert f"{rows} sequences of 256 tokens at once" in said
         assert f"--micro-batch {rows // 2} (" in said
     code, said, losses = tries[-1]
-    # 1：训练做完了，只是剩下的内存不够画图。
-    assert code in (0, 1) and (said, len(losses)) == ("", 3)
+    assert (code, said, len(losses)) == (0, "", 3)
     assert losses == pytest.approx(whole, rel=1e-6)
 
 

@@ -62,7 +62,7 @@ class Choice:
 
 def _native_refuses(case: Case) -> str | None:
     found = load_native()
-    if found.library is None:
+    if found.handle is None:
         return found.reason
     if case.device != "cpu":
         return f"runs on a CPU, not on {case.device}"

@@ -49,9 +49,9 @@ class Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Native:
-    """装好的库；library 是 None 时 reason 说为什么没有，否则说是怎么来的。"""
+    """装好的库；handle 是 None 时 reason 说为什么没有，否则说是怎么来的。"""
 
-    library: ctypes.CDLL | None
+    handle: ctypes.CDLL | None
     reason: str
 
 
@@ -76,14 +76,14 @@ def _load(wanted: str) -> Native:
         return Native(None, "no C compiler (cc, gcc or clang) on PATH")
     try:
         path = build(compiler, wanted, cache_folder())
-        library = _open(path)
+        handle = _open(path)
     except (OSError, subprocess.SubprocessError) as error:
         return Native(None, f"{compiler}: {_short(error)}")
-    if not library.gpt2_supported():
+    if not handle.gpt2_supported():
         return Native(None, f"this CPU lacks the instructions of {SWITCH}={wanted}")
-    how = library.gpt2_instructions().decode()
-    threads = "OpenMP" if library.gpt2_threads() else "one thread: no OpenMP"
-    return Native(library, f"built with {Path(compiler).name}, {how}, {threads}")
+    how = handle.gpt2_instructions().decode()
+    threads = "OpenMP" if handle.gpt2_threads() else "one thread: no OpenMP"
+    return Native(handle, f"built with {Path(compiler).name}, {how}, {threads}")
 
 
 def find_compiler() -> str | None:
@@ -120,8 +120,8 @@ def build(compiler: str, target: str, folder: Path) -> Path:
     if path.exists():
         _check_private(path)
         return path
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
+    file, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(file)
     try:
         _compile(compiler, target, temporary)
         os.chmod(temporary, 0o700)
@@ -141,13 +141,13 @@ def _compile(compiler: str, target: str, out: str) -> None:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.gpt2_instructions.restype = ctypes.c_char_p
-    library.gpt2_product.argtypes = (
+    handle = ctypes.CDLL(str(path))
+    handle.gpt2_instructions.restype = ctypes.c_char_p
+    handle.gpt2_product.argtypes = (
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
     )  # fmt: skip
-    return library
+    return handle
 
 
 def _key(compiler: str, target: str) -> str:

@@ -41,8 +41,8 @@ def native(codes: Codes) -> Product:
     Raises:
         MemoryError: 取整后的 x 放不下。
     """
-    library = load_native().library
-    assert library is not None
+    handle = load_native().handle
+    assert handle is not None
     offset = None
     scale = codes.scale
     if codes.bits == 8:
@@ -53,7 +53,7 @@ def native(codes: Codes) -> Product:
     outs, width = codes.shape
     keep = (codes.codes, scale, offset)
     weight = Weight(_KINDS[codes.bits], outs, width, codes.group, *map(_pointer, keep))
-    address, call = ctypes.addressof(weight), library.gpt2_product
+    address, call = ctypes.addressof(weight), handle.gpt2_product
 
     # keep 与 weight 是默认参数：指针活着，它们就得活着。
     def product(

@@ -1,16 +1,9 @@
-"""prepare：正确、可续（真的 kill -9）、恒定内存、不碰别人的文件。"""
+"""prepare：正确、恒定内存、不碰别人的文件。"""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +11,14 @@ import numpy as np
 import pytest
 
 from app.data import prepare as prepare_module
-from app.data.hub_tokenizer import HubTokenizer
 from app.data.journal import JOURNAL_FILE, LOCK_FILE
-from app.data.prepare import Summary, TokenizerSpec, prepare
-from app.data.reading.sources import Reading, Sources
+from app.data.prepare import TokenizerSpec, prepare
+from app.data.reading.sources import Sources
 from app.data.shards import TokenDataset
-from app.data.tokenizers import CharTokenizer, Tokenizer
+
+from .helpers import documents_of, run, tree, write_corpus
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
-BACKEND = Path(__file__).parents[2]
-
-
-def run(source: Path, out: Path, kind: Any = "bytes", **options: Any) -> Summary:
-    spec = TokenizerSpec(kind, options.pop("vocab_size", None))
-    return prepare(Sources([source]), out, spec, say=lambda _: None, **options)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != LOCK_FILE
-    }
-
-
-def write_corpus(folder: Path, documents: int = 400) -> Path:
-    folder.mkdir()
-    words = random.Random(0)
-    lines = []
-    for i in range(documents):
-        size = words.randrange(30, 300)
-        text = " ".join(words.choice(["é", "data", "中文", "model\n", "a"]) for _ in range(size))
-        lines.append(json.dumps({"text": f"{i} {text}"}))
-    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "b.txt").write_text("plain text, no line end " * 500, encoding="utf-8")
-    return folder
-
-
-def documents_of(dataset: TokenDataset) -> list[str]:
-    tokenizer = dataset.tokenizer()
-    borders = [*dataset.document_starts.tolist(), dataset.n_tokens]
-    texts = []
-    for start, end in zip(borders, borders[1:], strict=False):
-        ids = dataset.read(start, end - start).tolist()
-        assert ids[-1] == tokenizer.document_separator
-        texts.append(tokenizer.decode(ids[:-1]))
-    return texts
 
 
 @pytest.mark.parametrize("kind", ["bytes", "chars", "bpe"])
@@ -247,213 +202,3 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.25 * peaks[0] + 1e6
-
-
-# 真的 kill -9：子进程在第 k 次同步、改名或删除之前杀死自己（k < 0：从不），
-# 或由父进程在随机的时刻杀死。
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from app.data import prepare, split
-from app.data.reading.sources import Reading, Sources
-
-source, out, kind, limit = sys.argv[1:5]
-prepare.CHECKPOINT_CHARS, prepare._BATCH_CHARS, split.UNIT_CHARS = 40_000, 10_000, 3_000
-count = 0
-
-def guarded(function):
-    def call(*args, **kwargs):
-        global count
-        if count == int(limit):
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        return function(*args, **kwargs)
-    return call
-
-os.fsync, os.replace, Path.unlink = map(guarded, (os.fsync, os.replace, Path.unlink))
-spec = prepare.TokenizerSpec(kind, 300 if kind == "bpe" else None)
-prepare.prepare(Sources([source]), Path(out), spec, shard_tokens=30_000)
-print("calls", count)
-"""
-
-
-def child(source: Path, out: Path, kind: str, limit: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(source), str(out), kind, str(limit)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=BACKEND,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, errors = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode, output
-
-
-def check_kills(tmp_path: Path, kind: str, choose: Callable[[int], list[int]]) -> None:
-    source = write_corpus(tmp_path / "in")
-    _, output = finish(child(source, tmp_path / "whole", kind, -1))
-    wanted, calls = tree(tmp_path / "whole"), int(output.split("calls")[1])
-    assert calls > 30
-    resumed = 0
-    for limit in choose(calls):
-        out = tmp_path / f"killed-{limit}"
-        assert finish(child(source, out, kind, limit))[0] == -signal.SIGKILL
-        code, output = finish(child(source, out, kind, -1))
-        assert code == 0
-        resumed += "resuming after" in output
-        assert tree(out) == wanted, f"killed before call {limit}"
-    assert resumed > 0
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_killed_at_some_points(tmp_path: Path) -> None:
-    points = random.Random(1)
-    check_kills(tmp_path, "bytes", lambda n: sorted({*points.sample(range(n), 8), n - 1, n - 4}))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_killed_at_every_point(kind: str, tmp_path: Path) -> None:
-    check_kills(tmp_path, kind, lambda n: list(range(n)))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """同一个文件夹一再被杀，直到做完；与没被杀过的逐字节相同。"""
-    source = write_corpus(tmp_path / "in", 20_000)
-    start = time.monotonic()
-    finish(child(source, tmp_path / "whole", "bytes", -1))
-    usual = time.monotonic() - start
-    moments, kills = random.Random(2), 0
-    while kills < 10:
-        process = child(source, tmp_path / "out", "bytes", -1)
-        time.sleep(moments.uniform(0.2, 1.0) * usual)
-        process.kill()
-        code, _ = finish(process)
-        kills += 1
-        if code == 0:
-            break
-    finish(child(source, tmp_path / "out", "bytes", -1))
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def say_all(
-    source: Sources, out: Path, spec: TokenizerSpec, **options: Any
-) -> tuple[Summary, list[str]]:
-    said: list[str] = []
-    return prepare(source, out, spec, say=said.append, **options), said
-
-
-def test_separator_text_becomes_the_border(tmp_path: Path) -> None:
-    """59 处 `<|endoftext|>`：不说就是普通文本，而且会提起；给了选项就是 60 篇。"""
-    path = tmp_path / "a.txt"
-    stories = [f"story {i}\n" for i in range(60)]
-    path.write_text("<|endoftext|>".join(stories), encoding="utf-8")
-    spec = TokenizerSpec("bytes")
-    _, said = say_all(Sources([path]), tmp_path / "raw", spec, val_fraction=0.0)
-    assert any(
-        "'<|endoftext|>' stands 59 times in the text and is taken as plain" in s for s in said
-    )
-    reading = Reading(document_separator="<|endoftext|>")
-    summary, said = say_all(Sources([path], reading), tmp_path / "split", spec, val_fraction=0.0)
-    assert documents_of(summary.sides["train"]) == stories
-    assert not any("stands" in line for line in said)
-
-
-def test_own_validation_text(tmp_path: Path) -> None:
-    """全部来源用于训练，val 就是给出的；同一篇在两边就警告。"""
-    for name, text in {"a": "train one", "b": "shared", "c": "held é"}.items():
-        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    train = Sources([tmp_path / "a.txt", tmp_path / "b.txt"])
-    spec = TokenizerSpec("chars")
-    held = Sources([tmp_path / "c.txt"])
-    summary, said = say_all(train, tmp_path / "o1", spec, val=held, val_fraction=0.0)
-    assert documents_of(summary.sides["train"]) == ["train one", "shared"]
-    assert documents_of(summary.sides["val"]) == ["held é"]
-    assert summary.sides["val"].meta["source"]["split"] == "given"
-    assert not any("warning" in line for line in said)
-    both = Sources([tmp_path / "c.txt", tmp_path / "b.txt"])
-    _, said = say_all(train, tmp_path / "o2", spec, val=both, val_fraction=0.0)
-    (warning,) = [line for line in said if "warning" in line]
-    assert "1 documents are in both" in warning and "b.txt" in warning
-    # 同样的文本，分界不同，就是另一条命令
-    with pytest.raises(ValueError, match="val_documents was 2 and is now 1"):
-        moved = Sources([tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "b.txt"])
-        say_all(moved, tmp_path / "o2", spec, val=held, val_fraction=0.0)
-
-
-def test_ready_tokenizer(tmp_path: Path) -> None:
-    source = write_corpus(tmp_path / "in", 20)
-    first = run(source, tmp_path / "first", "bpe", vocab_size=300)
-    tokenizer = first.sides["train"].tokenizer()
-    spec = TokenizerSpec.of(tokenizer)
-    (tmp_path / "b.txt").write_text("data 中文 model\n" * 30, encoding="utf-8")
-    summary, _ = say_all(Sources([tmp_path / "b.txt"]), tmp_path / "second", spec)
-    assert summary.sides["train"].tokenizer().fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(ValueError, match="vocab_size=300 .* one of 300 ids is given"):
-        TokenizerSpec("bpe", 300, given=tokenizer)
-    with pytest.raises(ValueError, match=r"fingerprint was '\w+' and is now None"):
-        run(tmp_path / "b.txt", tmp_path / "second", "bpe", vocab_size=300)
-
-
-@pytest.mark.parametrize("separator", [True, False])
-def test_ready_characters(separator: bool, tmp_path: Path) -> None:
-    tokenizer = CharTokenizer("\nba", separator=separator)
-    path = tmp_path / "a.txt"
-    path.write_text("ab\nba", encoding="utf-8")
-    spec = TokenizerSpec.of(tokenizer)
-    summary, _ = say_all(Sources([path]), tmp_path / "out", spec, val_fraction=0.0)
-    data = summary.sides["train"]
-    assert data.read(0, data.n_tokens).tolist() == [2, 1, 0, 1, 2] + [3] * separator
-    path.write_text("ab\nbé中", encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"a\.txt line 2: 2 characters .* tokenizer's 3: 'é' \(U\+00E9\), "
-    ):
-        say_all(Sources([path]), tmp_path / "other", spec, val_fraction=0.0)
-    assert not (tmp_path / "other").exists()
-
-
-def test_foreign_tokenizer_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """切成小段的文档与整篇编码相同：补空格与句首只在文档开头。"""
-    from app.data import split
-    from tests.data.test_hub_tokenizer import byte_level, metaspace
-
-    monkeypatch.setattr(split, "UNIT_CHARS", 50)
-    text = "the quick brown fox </s> jumps over the lazy dog " * 8
-    path = tmp_path / "a.txt"
-    path.write_text(text, encoding="utf-8")
-    for name, hub in (("space", byte_level(True)), ("llama", metaspace("first"))):
-        tokenizer: Tokenizer = HubTokenizer(hub.to_str(), hub.token_to_id("<eos>"))
-        spec = TokenizerSpec.of(tokenizer)
-        summary, said = say_all(Sources([path]), tmp_path / name, spec, val_fraction=0.0)
-        data = summary.sides["train"]
-        wanted = [*tokenizer.start_ids, *tokenizer.encode(text), tokenizer.document_separator]
-        assert data.read(0, data.n_tokens).tolist() == wanted
-        assert data.tokenizer().fingerprint() == tokenizer.fingerprint()
-
-
-@pytest.mark.parametrize(
-    ("reading", "message"),
-    [
-        (Reading(text_key="body"), r"--text-key body has nothing to read: .* \(1 \.txt\)"),
-        (Reading(suffixes=(".txt",)), r"--suffixes \.txt needs a folder"),
-        (Reading(document_separator="<end>"), "--document-separator '<end>' is nowhere in"),
-    ],
-)
-def test_an_option_that_nothing_uses_is_refused(
-    reading: Reading, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / "a.txt").write_text("text " * 20, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        say_all(Sources([tmp_path / "a.txt"], reading), tmp_path / "out", TokenizerSpec("bytes"))
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "b.json").write_text('["x"]', encoding="utf-8")
-    lines = Reading(document_per_line=True)
-    with pytest.raises(ValueError, match=r"--document-per-line splits plain text, .* \(1 \.json\)"):
-        say_all(Sources([tmp_path / "b.json"], lines), tmp_path / "out", TokenizerSpec("bytes"))

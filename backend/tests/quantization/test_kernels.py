@@ -63,7 +63,7 @@ def assert_rows_close(y: Tensor, exact: Tensor) -> None:
 
 
 def needs_native() -> None:
-    if load_native().library is None:
+    if load_native().handle is None:
         pytest.skip(f"the native file is absent: {load_native().reason}")
 
 
@@ -271,7 +271,7 @@ def test_avx2_saturation_never_reaches_a_user() -> None:
         [sys.executable, "-c", code], env=os.environ | avx2, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8-bit native, chosen: ok" in done.stdout or load_native().library is None
+    assert "8-bit native, chosen: ok" in done.stdout or load_native().handle is None
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         assert done.stdout.startswith("wrong on this machine"), done.stdout
 

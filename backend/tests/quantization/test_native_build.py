@@ -39,14 +39,14 @@ def fake(folder: Path, body: str) -> str:
 
 def test_built_once_and_found_again(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_native()
-    assert first.library is not None, first.reason
+    assert first.handle is not None, first.reason
     assert first.reason.startswith(f"built with {Path(compiler).name}, generic C")
     files = list(cache_folder().iterdir())
     assert [file.suffix for file in files] == [".so"]
     assert files[0].stat().st_mode & 0o077 == 0
 
     monkeypatch.setattr(native, "_compile", lambda *args: pytest.fail("compiled again"))
-    assert load_native().library is not None
+    assert load_native().handle is not None
 
 
 def test_another_target_is_another_file(compiler: str) -> None:
@@ -74,7 +74,7 @@ def test_no_compiler_says_so_and_torch_runs(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert load_native().library is None
+    assert load_native().handle is None
     choice = choose_kernel(Case(16, 64, 64))
     assert choice.reason.startswith("torch: ")
     assert "not native: no C compiler (cc, gcc or clang) on PATH" in choice.reason
@@ -106,7 +106,7 @@ def test_a_compiler_that_writes_rubbish(tmp_path: Path, monkeypatch: pytest.Monk
     body = '[ "$1" = --version ] && exit 0\nfor out; do :; done; echo rubbish > "$out"'
     monkeypatch.setenv("CC", fake(tmp_path, body))
     found = load_native()
-    assert found.library is None and "fake-cc" in found.reason
+    assert found.handle is None and "fake-cc" in found.reason
 
 
 def test_without_openmp_it_runs_on_one_thread(
@@ -115,7 +115,7 @@ def test_without_openmp_it_runs_on_one_thread(
     body = f'case "$*" in *-fopenmp*) echo "error: no OpenMP" >&2; exit 1;; esac\n{compiler} "$@"'
     monkeypatch.setenv("CC", fake(tmp_path, body))
     found = load_native()
-    assert found.library is not None, found.reason
+    assert found.handle is not None, found.reason
     assert found.reason.endswith("generic C, one thread: no OpenMP")
     assert choose_kernel(Case(8, 64, 64)).kernel.name == "native"
 
@@ -127,14 +127,14 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     found = load_native()
-    assert found.library is None and "file" in found.reason
+    assert found.handle is None and "file" in found.reason
 
 
 def test_a_cache_that_others_can_write_is_not_trusted(compiler: str) -> None:
     folder = cache_folder()
     folder.chmod(0o777)
     found = load_native()
-    assert found.library is None
+    assert found.handle is None
     assert f"{folder} can be written by others: chmod go-w {folder}" in found.reason
 
 

@@ -7,6 +7,8 @@ import torch
 
 from app.generation.lean_step import LeanStep, why_not_lean
 from app.models.transformer import GPT2Model, KVCache
+from app.models.transformer.attention import Attention
+from app.models.transformer.layers.cpu_products import FEW_ROWS
 
 from ..models.helpers import VARIANTS, tiny_model, tokens
 
@@ -68,6 +70,27 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was() -> None:
     assert cache.uniform == 4
 
 
+def test_more_rows_than_the_few_row_products_take() -> None:
+    follow(tiny_model(torch.float32, norm="pre"), FEW_ROWS + 6)
+
+
+def test_a_forward_that_was_changed_is_seen_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """有人改了 attention.py：续写照他改的算，并且说出来。"""
+    real = Attention.forward
+    monkeypatch.setattr(Attention, "forward", lambda self, x, ctx: 1.01 * real(self, x, ctx))
+    model = tiny_model(torch.float32)
+    slow, fast = filled(model, 2, 4)
+    step = LeanStep(model)
+    with pytest.warns(UserWarning, match="lean decoding step differs from the model's forward"):
+        step(tokens(2), fast)
+    fast.truncate(4)
+    for _ in range(3):
+        chosen = tokens(2)
+        with torch.inference_mode():
+            out = model(chosen[:, None], cache=slow, use_cache=True)
+        assert torch.equal(step(chosen, fast), out["logits"][:, -1])
+
+
 def test_why_not() -> None:
     model = tiny_model(torch.float32)
     assert why_not_lean(model) is None
@@ -78,5 +101,12 @@ def test_why_not() -> None:
     hook = model.h["0"].register_forward_hook(lambda *args: None)
     assert "h.0 has hooks" in str(why_not_lean(model))
     hook.remove()
+    model.h["2"].mlp.forward = lambda x: x
+    assert "h.2.mlp has a forward of its own" in str(why_not_lean(model))
+    del model.h["2"].mlp.forward
+    own = type("MyAttention", (Attention,), {})
+    model.h["1"].attn.__class__ = own
+    assert "h.1.attn is a MyAttention" in str(why_not_lean(model))
+    model.h["1"].attn.__class__ = Attention
     model.h["1"].compile()
     assert "h.1 has hooks or is compiled" in str(why_not_lean(model))

@@ -25,8 +25,8 @@ FLOORS = {
         "experts", "block", "weights", "model", "factory", "__init__",
     ),
     "app": (
-        "models", "common", "data", "viz", "generation evaluation verification quantization",
-        "training", "planning", "interop", "cli",
+        "models", "common", "data", "viz", "distributed",
+        "generation evaluation verification quantization", "training", "planning", "interop", "cli",
     ),
     "app.training": (
         "config", "optim", "saving machine", "step watch", "report", "trainer", "run", "sweep",

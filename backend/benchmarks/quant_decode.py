@@ -25,7 +25,7 @@ from app.interop.export import export
 from app.models.transformer import GPT2Model, create_gpt2_small
 from app.quantization.codes import Scheme
 from app.quantization.model import VOCABULARY, QuantizedModel, matrices
-from app.quantization.native import SWITCH
+from app.native.build import SWITCH
 from app.quantization.rtn import round_to_nearest
 
 from .common import interleaved, read_bandwidth, table, write_result

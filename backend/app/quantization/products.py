@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app.native.build import Weight, load_native
+
 from .codes import ZERO_INT4, Codes, unpack
-from .native import Weight, load_native
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 
 # 还原成浮点的临时一块，元素数：够大使乘法吃满，又只占整个矩阵的一小部分。
 BLOCK = 2**22
-_KINDS = {16: 0, 8: 1, 4: 2}
+_KINDS = {16: 1, 8: 2, 4: 3}
 _GUARD = 8
 
 
@@ -36,7 +37,7 @@ def dequantized(codes: Codes) -> Product:
 
 
 def native(codes: Codes) -> Product:
-    """native.c：直接读规范的码，不另存一份。
+    """原生文件：直接读规范的码，不另存一份。
 
     Raises:
         MemoryError: 取整后的 x 放不下。

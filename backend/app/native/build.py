@@ -1,4 +1,4 @@
-"""native.c 的编译与装载：有编译器就编一次、放进用户的缓存，没有就说出为什么没有。
+"""几个 C 文件的编译与装载：有编译器就编一次、放进用户的缓存，没有就说出为什么没有。
 
 编出的文件会被装进本进程，所以只认自己的：文件夹与文件都要属于本用户、别人写不了。名字里有
 源文件、编译器与 CPU 的散列：换了哪一个都另编一份。
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.c")
-HEADER = Path(__file__).with_name("native_x86.h")
+FOLDER = Path(__file__).parent
+SOURCES = ("product.c",)
+HEADERS = ("native.h", "product_x86.h", "product_generic.h")
 # off = 不用；其余的是编译目标：本机的全部指令、只用 AVX2、不用向量指令（测试与排错用）。
 SWITCH = "GPT2_NATIVE"
 TARGETS = {
@@ -39,7 +40,7 @@ _TIMEOUT = 120
 
 
 class Weight(ctypes.Structure):
-    """native.c 的 Weight。"""
+    """native.h 的 Weight。"""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "outs", "width", "group")),
@@ -132,8 +133,9 @@ def build(compiler: str, target: str, folder: Path) -> Path:
 
 
 def _compile(compiler: str, target: str, out: str) -> None:
+    sources = [str(FOLDER / name) for name in SOURCES]
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, *TARGETS[target], str(SOURCE), "-o", out]
+        command = [compiler, *_COMMON, *flags, *TARGETS[target], *sources, "-o", out, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
         if done.returncode == 0:
             return
@@ -154,9 +156,10 @@ def _key(compiler: str, target: str) -> str:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT
     )
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    files = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    digest = hashlib.sha256()
     flags = repr((_COMMON, _FLAGS, TARGETS[target]))
-    for part in (HEADER.read_bytes(), compiler, version.stdout, flags, _cpu()):
+    for part in (*files, compiler, version.stdout, flags, _cpu()):
         digest.update(b"\0" + (part if isinstance(part, bytes) else part.encode()))
     return digest.hexdigest()[:32]
 

@@ -23,9 +23,9 @@ from app.generation.config import Options, SamplingConfig
 from app.generation.generate import complete
 from app.interop.export import export
 from app.models.transformer import GPT2Model, create_gpt2_small
+from app.native.build import SWITCH
 from app.quantization.codes import Scheme
 from app.quantization.model import VOCABULARY, QuantizedModel, matrices
-from app.native.build import SWITCH
 from app.quantization.rtn import round_to_nearest
 
 from .common import interleaved, read_bandwidth, table, write_result

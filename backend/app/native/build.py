@@ -19,8 +19,8 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("product.c",)
-HEADERS = ("native.h", "product_x86.h", "product_generic.h")
+SOURCES = ("product.c", "step.c", "rows.c")
+HEADERS = ("native.h", "step.h", "product_x86.h", "product_generic.h")
 # off = 不用；其余的是编译目标：本机的全部指令、只用 AVX2、不用向量指令（测试与排错用）。
 SWITCH = "GPT2_NATIVE"
 TARGETS = {
@@ -28,8 +28,11 @@ TARGETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "generic": ("-DGPT2_GENERIC",),
 }
-# 并成乘加会让同一行的结果随展开的方式而变。
-_COMMON = ("-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off")
+# 并成乘加会让同一行的结果随展开的方式而变；后两项不改变数，没有它们 sqrt 与选择都不向量化。
+_COMMON = (
+    "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-Wno-psabi",
+)  # fmt: skip
 # -O3 编得慢一倍，跑得一样快；只有 gcc 认得第一组，只有带 OpenMP 的编译器认得前两组。
 _FLAGS = (
     ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fopenmp"),
@@ -37,15 +40,6 @@ _FLAGS = (
     ("-O3",),
 )
 _TIMEOUT = 120
-
-
-class Weight(ctypes.Structure):
-    """native.h 的 Weight。"""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("kind", "outs", "width", "group")),
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset")),
-    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +142,10 @@ def _open(path: Path) -> ctypes.CDLL:
     handle.gpt2_product.argtypes = (
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
+    )  # fmt: skip
+    handle.gpt2_step.argtypes = (
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int,
     )  # fmt: skip
     return handle
 

@@ -87,7 +87,7 @@ INLINE float exp_of(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const int32_t bits = ((int32_t)n + 127) << 23;
+    const uint32_t bits = ((uint32_t)(int32_t)n + 127u) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return p * power;
@@ -140,14 +140,17 @@ INLINE void weigh(const float *scores, const float *v, float *y, int64_t keys, i
 void gpt2_attend(const float *q, const float *k, const float *v, float *y, float *scores,
                  int64_t keys, int64_t D) {
     const float scale = 1.0f / sqrtf((float)D);
-    float top = -INFINITY, sum = 0;
+    float top = -INFINITY;
     for (int64_t j = 0; j < keys; j++) {
         scores[j] = dot(q, k + j * D, D) * scale;
         top = scores[j] > top ? scores[j] : top;
     }
     for (int64_t j = 0; j < keys; j++) scores[j] = exp_of(scores[j] - top);
-    for (int64_t j = 0; j < keys; j++) sum += scores[j];
-    int64_t d = 0;
+    Eight sums = {0};
+    int64_t j = 0, d = 0;
+    for (; j + 8 <= keys; j += 8) sums += at(scores + j);
+    float sum = total(sums);
+    for (; j < keys; j++) sum += scores[j];
     for (; d + 16 <= D; d += 16) weigh(scores, v + d, y + d, keys, D);
     for (; d < D; d++) {
         y[d] = 0;

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from app.native import build as native
-from app.quantization.kernels import Case, choose_kernel
 from app.native.build import build, cache_folder, find_compiler, load_native
+from app.quantization.kernels import Case, choose_kernel
 
 
 @pytest.fixture(autouse=True)

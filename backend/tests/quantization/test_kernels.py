@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.native.build import TARGETS, load_native
 from app.quantization import kernels
 from app.quantization.codes import Codes, pack
 from app.quantization.kernels import (
@@ -25,7 +26,6 @@ from app.quantization.kernels import (
     sample,
     why_not,
 )
-from app.native.build import TARGETS, load_native
 from app.quantization.verify_kernels import verify_kernels
 
 ROWS = (1, 2, 3, 4, 5, 8, 33, 64, 191, 200, 512)

@@ -157,8 +157,8 @@ def _key(compiler: str, target: str) -> str:
     files = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     digest = hashlib.sha256()
     flags = repr((_COMMON, _FLAGS, TARGETS[target]))
-    for part in (*files, compiler, version.stdout, flags, _cpu()):
-        digest.update(b"\0" + (part if isinstance(part, bytes) else part.encode()))
+    for part in (*files, version.stdout, compiler.encode(), flags.encode(), _cpu().encode()):
+        digest.update(b"\0" + part)
     return digest.hexdigest()[:32]
 
 

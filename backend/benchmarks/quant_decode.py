@@ -147,16 +147,16 @@ def experts(rounds: int) -> str:
 
 
 _MEMORY = """
-import resource, sys
+import sys
+from app.common.memory import resident_peak
 from app.generation.config import Options
 from app.generation.generate import complete
 from app.models.transformer import GPT2Config, GPT2Model
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 tiny = GPT2Config(vocab_size=64, context_size=64, n_layer=1, n_head=2, n_embed=64)
 complete(GPT2Model(tiny).eval(), [[1] * 16], Options(max_new_tokens=4))
-before = peak()
+before = resident_peak()
 complete(GPT2Model.from_pretrained(sys.argv[1]), [[1] * 16], Options(max_new_tokens=16))
-print(peak() - before)
+print(resident_peak() - before)
 """
 
 

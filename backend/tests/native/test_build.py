@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -167,3 +169,14 @@ def test_built_by_several_at_once(compiler: str) -> None:
     assert len(set(paths)) == 1
     assert list(folder.iterdir()) == [paths[0]]
     assert native._open(paths[0]).gpt2_supported() == 1
+
+
+@pytest.mark.parametrize("vnni", [(), ("-mavx512vnni",)])
+def test_avx512_compiles_where_it_cannot_run(compiler: str, vnni: tuple[str, ...]) -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("not an x86 compiler")
+    flags = (*native.TARGETS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", *vnni)
+    sources = [str(native.FOLDER / name) for name in native.SOURCES]
+    command = [compiler, *native._COMMON, "-Wall", "-Werror", *flags, "-fsyntax-only", *sources]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from app.models.transformer import GPT2Model, KVCache
 from app.models.transformer.block import Block, Residual
 from app.models.transformer.cache.store import Store
 from app.models.transformer.config import Activation
+from app.models.transformer.layers.linear import Linear
 from app.models.transformer.mlp import MLP
 from app.native.build import load_native
 from app.native.structs import (
@@ -37,6 +38,9 @@ MOST_ROWS = 32
 _ACTIVATIONS: dict[Activation, int] = {
     "gelu_tanh": 0, "gelu": 1, "relu": 2, "relu2": 3, "silu": 4,
 }  # fmt: skip
+_MATRICES = ("c_attn", "c_proj", "c_fc")
+_PLAIN = (nn.LayerNorm, nn.RMSNorm)
+_NORMS = ("ln_1", "ln_1_post", "ln_2", "ln_2_post", "ln_f")
 
 
 def why_not_native(model: GPT2Model) -> str | None:
@@ -54,6 +58,12 @@ def why_not_native(model: GPT2Model) -> str | None:
         return f"activation={config.activation!r}"
     if config.attention_backend not in ("auto", "sdpa"):
         return f"attention_backend={config.attention_backend!r}"
+    # 换掉的叶子（如 LoRA 包着的）自己的前向没有人读；它起初是零的话，头一步也比不出来。
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        known = type(module) is Linear or isinstance(module._modules.get("weight"), NativeSource)
+        if (leaf in _MATRICES and not known) or (leaf in _NORMS and type(module) not in _PLAIN):
+            return f"{name} is a {type(module).__name__}"
     for name, tensor in model.named_parameters():
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             return f"{name} is {tensor.dtype}, strides {tensor.stride()}"

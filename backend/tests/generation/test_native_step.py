@@ -14,6 +14,7 @@ from app.generation.lean_step import LeanStep
 from app.generation.native_step import MOST_ROWS, NativeStep, why_not_native
 from app.models.transformer import GPT2Model, KVCache
 from app.models.transformer.attention import Attention
+from app.models.transformer.layers.linear import Linear
 from app.native.build import TARGETS, load_native
 
 from ..models.helpers import tiny_model, tokens
@@ -191,3 +192,12 @@ def test_why_not_other_types_or_no_file(monkeypatch: pytest.MonkeyPatch, native:
     assert "is torch.float64" in str(why_not_native(tiny_model(torch.float64)))
     monkeypatch.setenv("GPT2_NATIVE", "off")
     assert why_not_native(tiny_model(torch.float32)) == "GPT2_NATIVE=off"
+
+
+def test_why_not_another_leaf(native: None) -> None:
+    model = tiny_model(torch.float32, norm="pre")
+    model.h["1"].mlp.c_fc.__class__ = type("Adapted", (Linear,), {})
+    assert why_not_native(model) == "h.1.mlp.c_fc is a Adapted"
+    model.h["1"].mlp.c_fc.__class__ = Linear
+    model.ln_f.__class__ = type("MyNorm", (torch.nn.LayerNorm,), {})
+    assert why_not_native(model) == "ln_f is a MyNorm"

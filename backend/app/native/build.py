@@ -129,7 +129,7 @@ def build(compiler: str, target: str, folder: Path) -> Path:
 def _compile(compiler: str, target: str, out: str) -> None:
     sources = [str(FOLDER / name) for name in SOURCES]
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, *TARGETS[target], *sources, "-o", out, "-lm"]
+        command = [compiler, *_COMMON, *flags, *TARGETS[target], *sources, "-lm", "-o", out]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
         if done.returncode == 0:
             return

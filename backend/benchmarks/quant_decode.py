@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,10 @@ from app.data.tokenizers import train_bpe
 from app.generation.config import Options, SamplingConfig
 from app.generation.generate import complete
 from app.interop.export import export
-from app.models.transformer import GPT2Model, create_gpt2_small
+from app.models.transformer import GPT2Config, GPT2Model, create_gpt2_small
+from app.native.build import SWITCH
 from app.quantization.codes import Scheme
 from app.quantization.model import VOCABULARY, QuantizedModel, matrices
-from app.quantization.native import SWITCH
 from app.quantization.rtn import round_to_nearest
 
 from .common import interleaved, read_bandwidth, table, write_result
@@ -72,11 +74,15 @@ def main() -> None:
         [[n, f"{s * 1e3:.0f}", f"{base / s:.2f}x"] for n, s in prefill.items()],
     )
     size = sum(p.numel() for p in model.parameters()) * 4
+    grown = {n: process_bytes(m) for n, m in variants.items() if "torch" not in n}
     body += "\n\n" + table(
-        ["weights", "MB", "of float32"],
-        [[n, f"{weight_bytes(m) / 1e6:.0f}", f"{weight_bytes(m) / size:.3f}x"]
-         for n, m in variants.items() if "torch" not in n],
+        ["weights", "MB", "of float32", "process, MB", "of float32"],
+        [[n, f"{weight_bytes(variants[n]) / 1e6:.0f}", f"{weight_bytes(variants[n]) / size:.3f}x",
+          f"{more / 1e6:.0f}", f"{more / grown['float32']:.3f}x"]
+         for n, more in grown.items()],
     )  # fmt: skip
+    body += "\n\nProcess: peak memory after 16 + 16 tokens, less the peak before loading."
+    body += "\n\nExperts, equal active weights, float32, batch 1:\n\n" + experts(args.rounds)
     body += (
         f"\n\nGPT-2 Small, {args.layers} layers, random weights; {args.prompt} prompt tokens + "
         f"{args.new} new ones a row, greedy, prefill included, medians of {args.rounds} "
@@ -110,6 +116,48 @@ def ours(model: GPT2Model) -> dict[str, GPT2Model]:
 
 def weight_bytes(model: GPT2Model) -> int:
     return sum(t.nbytes for t in model.state_dict().values())
+
+
+def process_bytes(model: GPT2Model) -> int:
+    """另一个进程里装载、续写，峰值内存多了多少；内存只增不减，所以每种权重一个进程。"""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        done = subprocess.run(
+            [sys.executable, "-c", _MEMORY, folder], capture_output=True, text=True, check=True
+        )
+    return int(done.stdout.split()[-1])
+
+
+def experts(rounds: int) -> str:
+    """稠密的与 8 个专家选 2 的，一个词元用到的权重一样多。"""
+    config = GPT2Config(n_layer=6, dropout=0.0, vocab_size=8192)
+    models = {
+        "dense": GPT2Model(config).eval(),
+        "8 experts, top-2": GPT2Model(config.replace(moe_num_experts=8, moe_top_k=2)).eval(),
+    }
+    ids = torch.randint(0, 8192, (1, 16)).tolist()
+    seconds = interleaved(
+        {n: lambda m=m: ours_decode(m, ids, 64) for n, m in models.items()}, rounds
+    )
+    return table(
+        ["model", "active, M", "tokens/s", "of dense"],
+        [[n, f"{models[n].active_parameters() / 1e6:.1f}", f"{64 / s:.1f}",
+          f"{seconds['dense'] / s:.2f}x"] for n, s in seconds.items()],
+    )  # fmt: skip
+
+
+_MEMORY = """
+import sys
+from app.common.memory import resident_peak
+from app.generation.config import Options
+from app.generation.generate import complete
+from app.models.transformer import GPT2Config, GPT2Model
+tiny = GPT2Config(vocab_size=64, context_size=64, n_layer=1, n_head=2, n_embed=64)
+complete(GPT2Model(tiny).eval(), [[1] * 16], Options(max_new_tokens=4))
+before = resident_peak()
+complete(GPT2Model.from_pretrained(sys.argv[1]), [[1] * 16], Options(max_new_tokens=16))
+print(resident_peak() - before)
+"""
 
 
 def ours_decode(model: GPT2Model, ids: list[list[int]], new: int) -> object:

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from app.models.transformer.layers.linear import linear
+from app.native.build import load_native
+from app.native.structs import Held, float_weight
 from app.quantization.codes import Codes
 from app.quantization.kernels import KERNELS, Case, sample, why_not
 
 from .common import hardware, interleaved, read_bandwidth, table, write_result
 
+Product = Callable[[Tensor], Tensor]
 WIDTH, LAYERS, VOCAB = 768, 12, 50257
 BLOCK = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH))
 SHAPES = BLOCK * LAYERS + ((VOCAB, WIDTH),)
@@ -29,7 +32,7 @@ def matrices(bits: int, head_bits: int) -> list[Codes]:
     return [sample(head_bits if outs == VOCAB else bits, outs, width) for outs, width in SHAPES]
 
 
-def job(products: list[Callable[[Tensor], Tensor]], rows: int) -> Callable[[], object]:
+def job(products: list[Product], rows: int) -> Callable[[], object]:
     inputs = {width: torch.randn(rows, width) for _, width in SHAPES}
 
     def run() -> None:
@@ -39,12 +42,30 @@ def job(products: list[Callable[[Tensor], Tensor]], rows: int) -> Callable[[], o
     return run
 
 
-def float_products() -> list[Callable[[Tensor], Tensor]]:
+def float_products() -> dict[str, list[Product]]:
+    """torch 的，与有原生的文件时它的（解码的一步用它，到 MOST_ROWS 行为止）。"""
     weights = [torch.randn(shape) for shape in SHAPES]
-    return [lambda x, w=w: linear(x, w) for w in weights]
+    found: dict[str, list[Product]] = {
+        "float32, torch": [lambda x, w=w: linear(x, w) for w in weights]
+    }
+    handle = load_native().handle
+    if handle is not None:
+        call = handle.gpt2_product
+
+        def native(held: Held, outs: int) -> Product:
+            def product(x: Tensor) -> Tensor:
+                y = x.new_empty(len(x), outs)
+                threads = torch.get_num_threads()
+                call(held.address, x.data_ptr(), len(x), None, y.data_ptr(), threads)
+                return y
+
+            return product
+
+        found["float32, native"] = [native(float_weight(w), len(w)) for w in weights]
+    return found
 
 
-def quantized_products() -> dict[str, tuple[list[Callable[[Tensor], Tensor]], int]]:
+def quantized_products() -> dict[str, tuple[list[Product], int]]:
     """{名字: (49 个乘法, 权重的字节数)}，每种格式能用的每个内核。"""
     found = {}
     for label, bits in FORMATS.items():
@@ -70,7 +91,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     bandwidth = read_bandwidth()
     size = sum(outs * width for outs, width in SHAPES) * 4
-    ways = {"float32": (float_products(), size)} | quantized_products()
+    ways = {name: (each, size) for name, each in float_products().items()} | quantized_products()
     times: dict[int, dict[str, float]] = {}
     for rows in args.rows:
         jobs = {name: job(products, rows) for name, (products, _) in ways.items()}

@@ -1,7 +1,8 @@
 """每行一个词元的前向，去掉逐层逐词元的杂务：没有模块调用、丢弃层、转置与检查。
 
-算子与 GPT2Model.forward 相同、次序相同，所以数值也相同（测试逐位比较）；省下的只是 Python。
-坐标、掩码计划与缓存仍是主干自己的，于是图样、环、int8 的键值、旋转都照旧。
+两条路：标准的稠密模型整步交给原生的文件（native_step.py），与前向只差舍入；其余的逐个算子
+地走，算子与 GPT2Model.forward 相同、次序相同，所以逐位相同，省下的只是 Python。
+坐标与缓存总是主干自己的，掩码计划也是，于是图样、环、int8 的键值、旋转都照旧。
 B 行、C 宽度、H 查询头数、G 键值头数、D 头宽。
 """
 
@@ -16,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.generation.native_step import NativeStep, why_not_native
 from app.models.transformer import GPT2Model, KVCache, Positions
 from app.models.transformer.attention import Attention
 from app.models.transformer.backends.attend import attend
 from app.models.transformer.block import Block, Residual
+from app.models.transformer.cache.cache_step import CacheStep
 from app.models.transformer.experts.dispatch import choose_dispatch
 from app.models.transformer.experts.grouped import GroupedLinear
 from app.models.transformer.experts.moe import Experts, MoE
@@ -34,8 +37,9 @@ Layer = Callable[[Tensor, Context], Tensor]
 
 # 这些类的前向，下面照着写了一遍；换成了别的类的模型照走它自己的前向。
 _KNOWN = (("", (Block,)), (".attn", (Attention,)), (".mlp", (MLP, MoE)))
-# 每个模型头一步两条路都走，比过才用；改了 attention.py 而没有改这里，也不会悄悄算错。
-_agrees: WeakKeyDictionary[GPT2Model, bool] = WeakKeyDictionary()
+# {模型: {走的路: 与前向相符}}：头一步另走一遍前向，比过才用；改了 attention.py 而没有改这里，
+# 或这台机器上编坏了，也不会悄悄算错。
+_agrees: WeakKeyDictionary[GPT2Model, dict[str, bool]] = WeakKeyDictionary()
 
 
 def why_not_lean(model: GPT2Model) -> str | None:
@@ -67,48 +71,64 @@ class LeanStep:
         self._layers = [_block(cast(Block, block)) for block in model.h.values()]
         self._final = None if model.ln_f is None else _norm(model.ln_f)
         self._notes = make_notes(model.config, loads=False)
+        self._native = NativeStep(model) if why_not_native(model) is None else None
 
     @torch.inference_mode()
     def __call__(self, chosen: Tensor, cache: KVCache) -> Tensor:
         """chosen (B,) 各行的下一个词元，步调一致的缓存 -> logits (B, V)。"""
-        if self._model not in _agrees:
-            return self._first(chosen, cache)
-        return self._step(chosen, cache) if _agrees[self._model] else self._plain(chosen, cache)
+        native = self._native
+        if native is not None and not native.takes(len(chosen), cache):
+            native = None
+        way = "lean" if native is None else "native"
+        known = _agrees.setdefault(self._model, {})
+        if way not in known:
+            known[way], logits = self._first(chosen, cache, native)
+            return logits
+        return self._step(chosen, cache, native) if known[way] else self._plain(chosen, cache)
 
-    def _first(self, chosen: Tensor, cache: KVCache) -> Tensor:
+    def _first(
+        self, chosen: Tensor, cache: KVCache, native: NativeStep | None
+    ) -> tuple[bool, Tensor]:
         start = cache.uniform
         assert start is not None
-        lean = self._step(chosen, cache)
+        fast = self._step(chosen, cache, native)
         cache.truncate(start)
         wanted = self._plain(chosen, cache)
-        _agrees[self._model] = torch.equal(lean, wanted)
-        if not _agrees[self._model]:
+        largest = float(wanted.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+        limit = 0.0 if native is None else native.tolerance * largest
+        agrees = torch.allclose(fast, wanted, rtol=0.0, atol=limit, equal_nan=True)
+        if not agrees:
             warnings.warn(
-                f"the lean decoding step differs from the model's forward by "
-                f"{float((lean - wanted).abs().max()):.1e}: decoding takes the forward; was a part "
-                "of it changed without generation/lean_step.py?",
-                stacklevel=2,
+                f"the {'lean' if native is None else 'native'} decoding step differs from the "
+                f"model's forward by {float((fast - wanted).abs().max()):.1e}: decoding takes the "
+                "forward; was a part of it changed without generation/lean_step.py and "
+                "native_step.py?",
+                stacklevel=3,
             )
-        return wanted
+        return agrees, wanted
 
     def _plain(self, chosen: Tensor, cache: KVCache) -> Tensor:
         out = self._model(chosen[:, None], cache=cache, use_cache=True, logits_to_keep=1)
         return out["logits"][:, -1]
 
-    def _step(self, chosen: Tensor, cache: KVCache) -> Tensor:
+    def _step(self, chosen: Tensor, cache: KVCache, native: NativeStep | None) -> Tensor:
         model, start = self._model, cache.uniform
         assert start is not None
         where = Positions.plain(start, 1, chosen.device)
         x = model.embed(chosen[:, None], where)[:, 0]
         step = cache.begin(where)
+        logits = self._layer_by_layer(x, where, step) if native is None else native(x, cache)
+        cache.commit(step)
+        return logits
+
+    def _layer_by_layer(self, x: Tensor, where: Positions, step: CacheStep) -> Tensor:
+        model = self._model
         contexts = build_contexts(
             model.config, model.patterns, where, step, self._notes, x.dtype, False
         )
         for layer, ctx in zip(self._layers, contexts, strict=True):
             x = layer(x, ctx)
-        logits = model.head(x if self._final is None else self._final(x))
-        cache.commit(step)
-        return logits
+        return model.head(x if self._final is None else self._final(x))
 
 
 def _block(block: Block) -> Layer:

@@ -14,8 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from app.native.build import load_native
+
 from .codes import Codes
-from .native import load_native
 from .products import Product, dequantized, guarded, native, packed_int4, widened
 
 
@@ -85,7 +86,7 @@ def _int4_refuses(case: Case) -> str | None:
     return _on_cpu(case)
 
 
-# native.c 里一行输出的尺度放在栈上；int8 的和要留在 int32 里，而取整的级数不该少于 255。
+# product.c 里一行输出的尺度放在栈上；int8 的和要留在 int32 里，而取整的级数不该少于 255。
 _MAX_GROUPS = 1024
 _MAX_WIDTH = 2**16
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.native.structs import Held
+
 from .codes import Codes
-from .kernels import prepare
-from .products import Product
+from .kernels import Case, choose_kernel, prepare
+from .products import Product, native, native_weight
 
 COMPUTED = torch.float32
 
@@ -99,6 +101,13 @@ class QuantizedMatrix(_Stored):
         """
         y = self._multiply(None, x.reshape(-1, x.shape[-1]), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def native_weight(self) -> Held | None:
+        """原生的文件直接读的形式（NativeSource）；选中的是别的内核时没有。"""
+        codes = self._codes()
+        return (
+            native_weight(codes) if choose_kernel(Case.of(codes)).kernel.prepare is native else None
+        )
 
     def rows(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., I) float32。"""

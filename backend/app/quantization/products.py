@@ -5,7 +5,6 @@ R 行数、O 输出数、I 输入宽、G 组数。x (R, I) float32、bias (O,) -
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Callable
 
@@ -13,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from app.native.build import load_native
+from app.native.structs import FP16, INT4, INT8, Held, hold, pointer
+
 from .codes import ZERO_INT4, Codes, unpack
-from .native import Weight, load_native
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
 
 # 还原成浮点的临时一块，元素数：够大使乘法吃满，又只占整个矩阵的一小部分。
 BLOCK = 2**22
-_KINDS = {16: 0, 8: 1, 4: 2}
+_KINDS = {16: FP16, 8: INT8, 4: INT4}
 _GUARD = 8
 
 
@@ -35,34 +36,33 @@ def dequantized(codes: Codes) -> Product:
     return product
 
 
-def native(codes: Codes) -> Product:
-    """native.c：直接读规范的码，不另存一份。
-
-    Raises:
-        MemoryError: 取整后的 x 放不下。
-    """
-    handle = load_native().handle
-    assert handle is not None
-    offset = None
-    scale = codes.scale
+def native_weight(codes: Codes) -> Held:
+    """规范的码，原生的文件直接读，不另存一份。"""
+    offset, scale = None, codes.scale
     if codes.bits == 8:
         assert scale is not None
         scale = scale.float().contiguous()
     elif codes.minimum is not None and scale is not None:
         offset = codes.minimum.float() + ZERO_INT4 * scale.float()
     outs, width = codes.shape
-    keep = (codes.codes, scale, offset)
-    weight = Weight(_KINDS[codes.bits], outs, width, codes.group, *map(_pointer, keep))
-    address, call = ctypes.addressof(weight), handle.gpt2_product
+    return hold(_KINDS[codes.bits], (outs, width), codes.group, codes.codes, scale, offset)
 
-    # keep 与 weight 是默认参数：指针活着，它们就得活着。
-    def product(
-        x: Tensor, bias: Tensor | None, *, keep: object = keep, weight: Weight = weight
-    ) -> Tensor:
+
+def native(codes: Codes) -> Product:
+    """原生的文件。
+
+    Raises:
+        MemoryError: 取整后的 x 放不下。
+    """
+    handle, held = load_native().handle, native_weight(codes)
+    assert handle is not None
+    (outs, width), call = codes.shape, handle.gpt2_product
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
         y = x.new_empty(x.shape[0], outs)
         failed = call(
-            address, x.data_ptr(), x.shape[0], _pointer(bias), y.data_ptr(),
+            held.address, x.data_ptr(), x.shape[0], pointer(bias), y.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
         if failed:
@@ -142,10 +142,3 @@ def _pieces(codes: Codes) -> list[Codes]:
 def _outputs(codes: Codes, which: slice) -> Codes:
     parts = {name: tensor[which] for name, tensor in codes.tensors().items()}
     return Codes(codes.bits, group=codes.group, **parts)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    if tensor is None:
-        return None
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""一步的捷径与 GPT2Model.forward 逐位相同；不能走时说出理由。"""
+"""逐个算子的一步与 GPT2Model.forward 逐位相同；不能走时说出理由。原生的一步见 test_native_step。"""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from app.models.transformer.attention import Attention
 from app.models.transformer.layers.cpu_products import FEW_ROWS
 
 from ..models.helpers import VARIANTS, tiny_model, tokens
+
+
+@pytest.fixture(autouse=True)
+def _by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPT2_NATIVE", "off")
 
 
 def filled(model: GPT2Model, rows: int, length: int, **options: object) -> list[KVCache]:

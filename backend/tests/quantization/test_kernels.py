@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.native.build import TARGETS, load_native
 from app.quantization import kernels
 from app.quantization.codes import Codes, pack
 from app.quantization.kernels import (
@@ -24,7 +25,6 @@ from app.quantization.kernels import (
     sample,
     why_not,
 )
-from app.quantization.native import TARGETS, load_native
 from app.quantization.verify_kernels import verify_kernels
 
 ROWS = (1, 2, 3, 4, 5, 8, 33, 64, 191, 200, 512)
@@ -68,7 +68,7 @@ def needs_native() -> None:
 
 @pytest.fixture(params=sorted(TARGETS))
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """native.c 的每个编译目标；这台机器没有的跳过。"""
+    """C 文件 的每个编译目标；这台机器没有的跳过。"""
     monkeypatch.setenv("GPT2_NATIVE", request.param)
     needs_native()
     return request.param

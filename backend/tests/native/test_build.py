@@ -1,17 +1,20 @@
-"""native.c 的编译、缓存与装载：没有编译器、坏的编译器、不可信的缓存。"""
+"""C 文件 的编译、缓存与装载：没有编译器、坏的编译器、不可信的缓存。"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from app.quantization import native
+from app.native import build as native
+from app.native.build import build, cache_folder, find_compiler, load_native
 from app.quantization.kernels import Case, choose_kernel
-from app.quantization.native import build, cache_folder, find_compiler, load_native
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +56,15 @@ def test_another_target_is_another_file(compiler: str) -> None:
     assert native._key(compiler, "generic") != native._key(compiler, "native")
 
 
+@pytest.mark.parametrize("name", (*native.SOURCES, *native.HEADERS))
 def test_another_source_is_another_file(
-    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = native._key(compiler, "generic")
-    changed = tmp_path / "native.c"
-    changed.write_text(native.SOURCE.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    monkeypatch.setattr(native, "SOURCE", changed)
+    shutil.copytree(native.FOLDER, tmp_path / "native")
+    changed = tmp_path / "native" / name
+    changed.write_text(changed.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "native")
     assert native._key(compiler, "generic") != before
 
 
@@ -164,3 +169,14 @@ def test_built_by_several_at_once(compiler: str) -> None:
     assert len(set(paths)) == 1
     assert list(folder.iterdir()) == [paths[0]]
     assert native._open(paths[0]).gpt2_supported() == 1
+
+
+@pytest.mark.parametrize("vnni", [(), ("-mavx512vnni",)])
+def test_avx512_compiles_where_it_cannot_run(compiler: str, vnni: tuple[str, ...]) -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("not an x86 compiler")
+    flags = (*native.TARGETS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", *vnni)
+    sources = [str(native.FOLDER / name) for name in native.SOURCES]
+    command = [compiler, *native._COMMON, "-Wall", "-Werror", *flags, "-fsyntax-only", *sources]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""native.c 的编译与装载：有编译器就编一次、放进用户的缓存，没有就说出为什么没有。
+"""几个 C 文件的编译与装载：有编译器就编一次、放进用户的缓存，没有就说出为什么没有。
 
 编出的文件会被装进本进程，所以只认自己的：文件夹与文件都要属于本用户、别人写不了。名字里有
 源文件、编译器与 CPU 的散列：换了哪一个都另编一份。
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.c")
-HEADER = Path(__file__).with_name("native_x86.h")
+FOLDER = Path(__file__).parent
+SOURCES = ("product.c", "step.c", "rows.c")
+HEADERS = ("native.h", "step.h", "product_x86.h", "product_generic.h")
 # off = 不用；其余的是编译目标：本机的全部指令、只用 AVX2、不用向量指令（测试与排错用）。
 SWITCH = "GPT2_NATIVE"
 TARGETS = {
@@ -27,8 +28,11 @@ TARGETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "generic": ("-DGPT2_GENERIC",),
 }
-# 并成乘加会让同一行的结果随展开的方式而变。
-_COMMON = ("-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off")
+# 并成乘加会让同一行的结果随展开的方式而变；后两项不改变数，没有它们 sqrt 与选择都不向量化。
+_COMMON = (
+    "-std=gnu11", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-Wno-psabi",
+)  # fmt: skip
 # -O3 编得慢一倍，跑得一样快；只有 gcc 认得第一组，只有带 OpenMP 的编译器认得前两组。
 _FLAGS = (
     ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fopenmp"),
@@ -36,15 +40,6 @@ _FLAGS = (
     ("-O3",),
 )
 _TIMEOUT = 120
-
-
-class Weight(ctypes.Structure):
-    """native.c 的 Weight。"""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("kind", "outs", "width", "group")),
-        *((name, ctypes.c_void_p) for name in ("codes", "scale", "offset")),
-    )
 
 
 @dataclass(frozen=True)
@@ -132,8 +127,9 @@ def build(compiler: str, target: str, folder: Path) -> Path:
 
 
 def _compile(compiler: str, target: str, out: str) -> None:
+    sources = [str(FOLDER / name) for name in SOURCES]
     for flags in _FLAGS:
-        command = [compiler, *_COMMON, *flags, *TARGETS[target], str(SOURCE), "-o", out]
+        command = [compiler, *_COMMON, *flags, *TARGETS[target], *sources, "-lm", "-o", out]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
         if done.returncode == 0:
             return
@@ -147,6 +143,10 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
     )  # fmt: skip
+    handle.gpt2_step.argtypes = (
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_int,
+    )  # fmt: skip
     return handle
 
 
@@ -154,10 +154,11 @@ def _key(compiler: str, target: str) -> str:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT
     )
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    files = [(FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    digest = hashlib.sha256()
     flags = repr((_COMMON, _FLAGS, TARGETS[target]))
-    for part in (HEADER.read_bytes(), compiler, version.stdout, flags, _cpu()):
-        digest.update(b"\0" + (part if isinstance(part, bytes) else part.encode()))
+    for part in (*files, version.stdout, compiler.encode(), flags.encode(), _cpu().encode()):
+        digest.update(b"\0" + part)
     return digest.hexdigest()[:32]
 
 

@@ -1,0 +1,164 @@
+"""解码的一步整个交给原生的文件：标准的稠密模型，浮点或量化的权重。
+
+省下的是逐层的 Python、算子的启动与线程的集合；孪生是 lean_step.py 里逐个算子的一步。
+行数到 MOST_ROWS 为止，一行的结果与同批的行、线程数无关，逐位相同。
+B 行、C 宽度、V 词表、S 键数。
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from app.models.transformer import GPT2Model, KVCache
+from app.models.transformer.block import Block, Residual
+from app.models.transformer.cache.store import Store
+from app.models.transformer.config import Activation
+from app.models.transformer.layers.linear import Linear
+from app.models.transformer.mlp import MLP
+from app.native.build import load_native
+from app.native.structs import (
+    INT4,
+    INT8,
+    Held,
+    Layer,
+    Matrix,
+    Model,
+    NativeSource,
+    Norm,
+    float_weight,
+    pointer,
+)
+
+# 再多，浮点的乘法是 torch 的快。
+MOST_ROWS = 32
+_ACTIVATIONS: dict[Activation, int] = {
+    "gelu_tanh": 0, "gelu": 1, "relu": 2, "relu2": 3, "silu": 4,
+}  # fmt: skip
+_MATRICES = ("c_attn", "c_proj", "c_fc")
+_PLAIN = (nn.LayerNorm, nn.RMSNorm)
+_NORMS = ("ln_1", "ln_1_post", "ln_2", "ln_2_post", "ln_f")
+
+
+def why_not_native(model: GPT2Model) -> str | None:
+    """这个模型的一步不能整个交出去的理由；None = 可以。"""
+    config, found = model.config, load_native()
+    if found.handle is None:
+        return found.reason
+    if config.position == "rope":
+        return "position='rope'"
+    if config.qk_norm:
+        return "qk_norm=True"
+    if config.moe_layers:
+        return f"layers {list(config.moe_layers)} have experts"
+    if config.activation not in _ACTIVATIONS:
+        return f"activation={config.activation!r}"
+    if config.attention_backend not in ("auto", "sdpa"):
+        return f"attention_backend={config.attention_backend!r}"
+    # 换掉的叶子（如 LoRA 包着的）自己的前向没有人读；它起初是零的话，头一步也比不出来。
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        known = type(module) is Linear or isinstance(module._modules.get("weight"), NativeSource)
+        if (leaf in _MATRICES and not known) or (leaf in _NORMS and type(module) not in _PLAIN):
+            return f"{name} is a {type(module).__name__}"
+    for name, tensor in model.named_parameters():
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            return f"{name} is {tensor.dtype}, strides {tensor.stride()}"
+    for name, module in model.named_modules():
+        if isinstance(module, NativeSource) and module.native_weight() is None:
+            return f"{name} is multiplied by another kernel"
+    return None
+
+
+class NativeStep:
+    """model 的一步；权重就是模型的，不复制。
+
+    Attributes:
+        tolerance: 与前向的 logits 至多差最大的 logit 的这么多倍。浮点约差 1e-6；8、4 位的激活取整
+            成 16 位，入口差一个舍入，几层之后就差到取整本身的误差，约 3e-4。
+    """
+
+    def __init__(self, model: GPT2Model) -> None:
+        config, self._kept = model.config, list[object]()
+        self._solid = min(pattern.solid for pattern in model.patterns)
+        self._shape = (config.vocab_size, config.head_dim)
+        self._layers = (Layer * config.n_layer)(
+            *(self._block(cast(Block, block)) for block in model.h.values())
+        )
+        head = model.embed.wte if model.lm_head is None else model.lm_head
+        self._model = Model(
+            config.n_layer, config.n_embed, config.n_head, config.kv_heads, config.head_dim,
+            config.mlp_hidden, _ACTIVATIONS[config.activation], self._norm(model.ln_f),
+            self._matrix(head.weight, None), self._layers,
+        )  # fmt: skip
+        codes = [held for held in self._kept if isinstance(held, Held)]
+        rounded = any(held.weight.kind in (INT8, INT4) for held in codes)
+        self.tolerance = 1e-2 if rounded else 1e-4
+        handle = load_native().handle
+        assert handle is not None
+        self._call = handle.gpt2_step
+
+    def takes(self, rows: int, cache: KVCache) -> bool:
+        """缓存里的键值按到达的次序、全都看得见，而且是 float32。"""
+        start = cache.uniform
+        if start is None or rows > MOST_ROWS or start >= self._solid:
+            return False
+        return all(
+            type(keys) is Store and keys.dtype == torch.float32 and start < k.shape[2] - 1
+            for (keys, _), k in zip(cache.stores, cache.keys, strict=True)
+        )
+
+    def __call__(self, x: Tensor, cache: KVCache) -> Tensor:
+        """嵌入 (B, C)，会被改写 -> logits (B, V)；键值写进缓存的下一槽。
+
+        Raises:
+            MemoryError: 中间结果放不下。
+        """
+        assert cache.uniform is not None and x.is_contiguous()
+        vocab, width = self._shape
+        for layer, k, v in zip(self._layers, cache.keys, cache.values, strict=True):
+            layer.keys, layer.values = pointer(k), pointer(v)
+            layer.row_stride, layer.head_stride = k.stride(0), k.stride(1)
+        logits = x.new_empty(len(x), vocab)
+        failed = self._call(
+            ctypes.byref(self._model), len(x), cache.uniform + 1, x.data_ptr(), logits.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for one step of {len(x)} rows")
+        return logits
+
+    def _block(self, block: Block) -> Layer:
+        first, second = block.residuals
+        mlp = cast(MLP, block.mlp)
+        return Layer(
+            *self._around(first, block.ln_1, block.ln_1_post),
+            *self._around(second, block.ln_2, block.ln_2_post),
+            *(
+                self._matrix(leaf.weight, leaf.bias)
+                for leaf in (block.attn.c_attn, block.attn.c_proj, mlp.c_fc, mlp.c_proj)
+            ),
+            first.alpha, second.alpha,
+        )  # fmt: skip
+
+    def _around(self, kind: Residual, norm: nn.Module, post: nn.Module | None) -> tuple[Norm, Norm]:
+        """(内侧, 外侧)，见 block.py。"""
+        outer = (norm if post is None else post) if kind.outer else None
+        return self._norm(norm if kind.inner else None), self._norm(outer)
+
+    def _norm(self, norm: nn.Module | None) -> Norm:
+        if norm is None:
+            return Norm(None, None, 0.0, 0)
+        centered = isinstance(norm, nn.LayerNorm)
+        gain, shift = cast(Tensor, norm.weight), getattr(norm, "bias", None)
+        self._kept += [gain, shift]
+        return Norm(pointer(gain), pointer(shift), cast(float, norm.eps), centered)
+
+    def _matrix(self, weight: Tensor | NativeSource, bias: Tensor | None) -> Matrix:
+        held = float_weight(weight) if isinstance(weight, Tensor) else weight.native_weight()
+        assert isinstance(held, Held)
+        self._kept += [held, bias]
+        return Matrix(held.address, pointer(bias))

@@ -102,3 +102,13 @@ def gathers_now(model: GPT2Model, now: bool) -> None:
     """下一次反向之后是归约到各 rank，还是先留着整份的梯度。"""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(now)
+
+
+def settle(model: GPT2Model) -> None:
+    """聚齐着的权重放回各自的几行：只前向（验证）之后，根的那一组还是聚齐的。
+
+    那时 named_parameters 给出的不是优化器认得的参数，按名字找状态会悄悄漏掉词嵌入的。
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch._dynamo  # DTensor 头一次用时才导入它，要一秒：在 fork 之前，子进程就不必各导一次。
 from torch import Tensor
 
-from app.distributed.comm import Ranks
+from app.distributed.comm import ALONE, Ranks
 from app.distributed.norm import clip, gathered_rows
 from app.distributed.replicate import (
     TreeSum,
@@ -16,12 +17,15 @@ from app.distributed.replicate import (
     total_norm,
     seed_rows,
     take_gradients,
+    tree_sum,
 )
+from app.distributed.shard import gathers_now, my_groups
+from app.distributed.shards import local
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 from app.training.config import OptimConfig
 from app.training.optim.build import build_optimizer
 
-BATCH, TOKENS = 8, 12
+BATCH, TOKENS, LEAVES = 12, 12, 4
 BASE = GPT2Config(vocab_size=97, context_size=16, n_layer=2, n_head=2, n_embed=24, norm="pre")
 KEEL = BASE.replace(
     norm="keel", n_head=4, n_embed=32, n_kv_head=2, activation="swiglu", position="rope",
@@ -55,28 +59,57 @@ def train_alone(
     config: GPT2Config,
     optim: OptimConfig,
     *,
-    steps: int = 3,
-    leaves: int = 8,
-    dtype: torch.dtype = torch.float32,
+    steps: int = 2,
+    leaves: int = LEAVES,
     prepare: Callable[[GPT2Model], object] = lambda model: None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """一个进程，固定的树：(权重, 各步的范数)。"""
     torch.manual_seed(3)
-    model = GPT2Model(config).to(dtype).train()
+    model = GPT2Model(config).train()
     prepare(model)
     optimizer, _ = build_optimizer(model, optim)
-    parameters, norms = list(model.parameters()), []
-    for step in range(steps):
-        x, y = batch(step)
-        tree = TreeSum()
-        size = leaf_group(leaves)
-        for group in range(0, leaves, size):
-            for leaf in range(group, group + size):
-                leaf_loss(model, x, y, leaf, leaves, step).backward()
-            tree.add(take_gradients(parameters))
-        give_gradients(parameters, tree.total())
-        norms.append(finish(model, optimizer, optim, Ranks()))
+    norms = [step_alone(model, optimizer, optim, step, leaves) for step in range(steps)]
     return {name: p.detach() for name, p in model.named_parameters()}, norms
+
+
+def step_alone(
+    model: GPT2Model,
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    step: int,
+    leaves: int = LEAVES,
+) -> float:
+    """一步；返回范数。"""
+    (x, y), parameters = batch(step), list(model.parameters())
+    tree, size = TreeSum(), leaf_group(leaves)
+    for group in range(0, leaves, size):
+        for leaf in range(group, group + size):
+            leaf_loss(model, x, y, leaf, leaves, step).backward()
+        tree.add(take_gradients(parameters))
+    give_gradients(parameters, tree.total())
+    return finish(model, optimizer, optim, Ranks())
+
+
+def step_shards(
+    model: GPT2Model,
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    step: int,
+    ranks: Ranks,
+    copies: Ranks = ALONE,
+    leaves: int = LEAVES,
+) -> float:
+    """同一步，切在 ranks 上，copies 份副本各做连着的一段；返回范数。"""
+    (x, y), parameters = batch(step), list(model.parameters())
+    tree, each = TreeSum(), leaves // copies.size
+    for group in my_groups(each, ranks):
+        for leaf in group:
+            gathers_now(model, leaf == group[-1])
+            leaf_loss(model, x, y, copies.rank * each + leaf, leaves, step).backward()
+        tree.add(take_gradients(parameters))
+    give_gradients(parameters, tree.total())
+    tree_sum([local(p.grad) for p in parameters if p.grad is not None], copies)
+    return finish(model, optimizer, optim, ranks)
 
 
 def finish(

@@ -20,6 +20,7 @@ from app.distributed.files import Stream, read_rows, write_alone
 from app.distributed.pieces import Box, Part, part_of
 from app.models.transformer.weights.safetensors_file import write_tensors_file
 
+from . import models  # noqa: F401  fork 之前导入慢的那些
 from .ranks import run_ranks
 
 

@@ -109,7 +109,7 @@ def _loss_and_gradients(
 
 def _is_one(scale: Tensor) -> bool:
     """不切微批时就是 1，省去读写一遍 (V, C)；别的设备上问它的值要同步，不问。"""
-    return scale.is_cpu and not torch.compiler.is_compiling() and scale.item() == 1.0
+    return readable(scale) and scale.item() == 1.0
 
 
 def _as_computed(x: Tensor) -> Tensor:

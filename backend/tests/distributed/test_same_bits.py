@@ -51,8 +51,16 @@ def config_of(make: Make, out: Path, optim: str, kind: str, **changes: Any) -> A
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+# 平日只跑这两个，其余的是 slow。
+EVERYDAY = {("adamw", "dropout"), ("muon", "experts")}
+CASES = [
+    pytest.param(optim, kind, marks=() if (optim, kind) in EVERYDAY else pytest.mark.slow)
+    for optim in ("adamw", "muon")
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("optim", "kind"), CASES)
 def test_the_same_bits_for_1_2_and_4_ranks(
     make: Make, tmp_path: Path, optim: str, kind: str  # noqa: F811
 ) -> None:

@@ -29,7 +29,8 @@ FLOORS = {
         "generation evaluation verification quantization", "training", "planning", "interop", "cli",
     ),
     "app.training": (
-        "config", "optim", "saving machine", "step watch", "report", "trainer", "run", "sweep",
+        "config", "optim", "saving machine", "step watch ranks", "report engine", "trainer",
+        "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "*", "main", "__main__"),
 }  # fmt: skip

@@ -93,9 +93,10 @@ class Ranks:
         """(...) -> (W, ...)，按 rank 排。"""
         if self.group is None:
             return x[None]
-        out = x.new_empty((self.size, x.numel()))
-        dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), self.group)
-        return out.view(self.size, *x.shape)
+        out = x.new_empty((self.size, *x.shape))
+        # 不用 all_gather_into_tensor：torch 2.13 起换了名字，旧名每个进程警告一次。
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), self.group)
+        return out
 
     def sum_scatter(self, x: Tensor) -> Tensor:
         """(W, ...) -> (...)：各 rank 的 x 相加之后我的那一份。"""

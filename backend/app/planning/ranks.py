@@ -8,7 +8,6 @@ R 副本数，S 分片数。
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,9 +71,10 @@ def plan_ranks(config: TrainConfig, world: int) -> RanksPlan:
     leaves = config.batch_size // config.rows_at_once
     group = leaf_group(leaves) if config.parallel.exact else leaves // world
     rounds = leaves // (world * group)
-    with _fake_world(replicate, shard) as mesh, FakeTensorMode():
-        found = [_some(config, layers, mesh, group, rounds) for layers in _layers(config)]
+    with fake_world(replicate, shard) as mesh, FakeTensorMode():
+        found = [walk(config, layers, mesh, group, min(2, rounds)) for layers in _layers(config)]
     step = _line(found, _layers(config), config.model.n_layer)
+    calls = step.calls.plus(step.round, rounds - min(2, rounds))
     held = 0
     if config.parallel.exact and rounds > 2:
         weights = sum(map(math.prod, parameter_shapes(config.model).values()))
@@ -86,8 +86,8 @@ def plan_ranks(config: TrainConfig, world: int) -> RanksPlan:
         rounds=rounds * group,
         peak=step.peak,
         held=held,
-        calls=step.calls,
-        wire=_wire(step.calls, shard),
+        calls=calls,
+        wire=_wire(calls, shard),
         layers=0 if layers == config.model.n_layer else layers,
     )
 
@@ -131,7 +131,7 @@ def _layers(config: TrainConfig) -> tuple[int, ...]:
 
 
 @contextmanager
-def _fake_world(replicate: int, shard: int) -> Iterator[DeviceMesh]:
+def fake_world(replicate: int, shard: int) -> Iterator[DeviceMesh]:
     """假的进程组里的网格；网格须在假张量之外造。"""
     if dist.is_initialized():
         raise ValueError("`gpt2 plan` stands for all ranks: run it once, without torchrun")
@@ -140,15 +140,6 @@ def _fake_world(replicate: int, shard: int) -> Iterator[DeviceMesh]:
         yield init_device_mesh("cpu", (replicate, shard), mesh_dim_names=("replicate", "shard"))
     finally:
         dist.destroy_process_group()
-
-
-def _some(config: TrainConfig, layers: int, mesh: DeviceMesh, group: int, rounds: int) -> Step:
-    """layers 层的模型的一步：一轮与两轮各走一次，其余的轮照两者之差。"""
-    one = walk(config, layers, mesh, group, 1)
-    if rounds == 1:
-        return one
-    two = walk(config, layers, mesh, group, 2)
-    return Step(two.peak, _along(one.calls, two.calls, rounds - 2))
 
 
 def walk(config: TrainConfig, layers: int, mesh: DeviceMesh, group: int, rounds: int) -> Step:
@@ -164,15 +155,6 @@ def walk(config: TrainConfig, layers: int, mesh: DeviceMesh, group: int, rounds:
     return tracked_step(model, optimizer, batches, Way(ranks, copies, config.parallel.exact))
 
 
-def _along(a: Calls, b: Calls, times: float) -> Calls:
-    """b 再往前走 times 个 b - a。"""
-
-    def line(x: Counter[str], y: Counter[str]) -> Counter[str]:
-        return Counter({key: round(y[key] + times * (y[key] - x[key])) for key in y})
-
-    return Calls(line(a.count, b.count), line(a.nbytes, b.nbytes))
-
-
 def _line(found: Sequence[Step], layers: Sequence[int], wanted: int) -> Step:
     """过两种层数的直线在 wanted 处。"""
     if len(found) == 1:
@@ -181,7 +163,8 @@ def _line(found: Sequence[Step], layers: Sequence[int], wanted: int) -> Step:
     peak = {
         kind: round(b.peak[kind] + times * (b.peak[kind] - a.peak.get(kind, 0))) for kind in b.peak
     }
-    return Step(peak, _along(a.calls, b.calls, times))
+    calls, one = (y.plus(y.plus(x, -1), times) for x, y in ((a.calls, b.calls), (a.round, b.round)))
+    return Step(peak, calls, one)
 
 
 def _wire(calls: Calls, shard: int) -> int:

@@ -49,6 +49,14 @@ class Calls:
     count: Counter[str] = field(default_factory=Counter)
     nbytes: Counter[str] = field(default_factory=Counter)
 
+    def plus(self, other: Calls, times: float = 1) -> Calls:
+        """self + times * other，逐项。"""
+
+        def line(a: Counter[str], b: Counter[str]) -> Counter[str]:
+            return Counter({key: round(a[key] + times * b[key]) for key in a | b})
+
+        return Calls(line(self.count, other.count), line(self.nbytes, other.nbytes))
+
 
 @dataclass(frozen=True)
 class Step:
@@ -56,10 +64,12 @@ class Step:
 
     Attributes:
         peak: {类别: 字节}，最多的那一刻；Total 是总数。
+        calls: 这一步的通信；round 是其中第一轮的，各轮都一样。
     """
 
     peak: dict[str, int]
     calls: Calls
+    round: Calls
 
 
 class _Count(TorchDispatchMode):
@@ -101,14 +111,25 @@ def tracked_step(
     model: GPT2Model, optimizer: torch.optim.Optimizer, rounds: Rounds, way: Way
 ) -> Step:
     """第二步（优化器的状态已有）的峰值与通信；rounds 是我的各轮，一轮几个微批。"""
-    _step(model, optimizer, rounds, way, lambda: None)
+    # 第一步只为造出优化器的状态，一轮就够。
+    _step(model, optimizer, rounds[:1], way, lambda: None)
     tracker, counter = FSDPMemTracker(model, optimizer), _Count()
     tracker.track_inputs((rounds,))
-    with counter, tracker:
+    before: list[Calls] = []
+
+    def forward_begins() -> None:
+        before.append(counter.calls.plus(Calls()))
         # 追踪器不许一个模块前向两次，除非先清它按模块记的账；峰值留着。
-        _step(model, optimizer, rounds, way, tracker.reset_mod_stats)
+        tracker.reset_mod_stats()
+
+    with counter, tracker:
+        _step(model, optimizer, rounds, way, forward_begins)
+    first = Calls()
+    if len(rounds) > 1:
+        first = before[len(rounds[0])].plus(before[0], -1)
     (found,) = tracker.get_tracker_snapshot("peak").values()
-    return Step({str(kind): size for kind, size in found.items()}, counter.calls)
+    peak = {str(getattr(kind, "value", kind)): size for kind, size in found.items()}
+    return Step(peak, counter.calls, first)
 
 
 def _step(

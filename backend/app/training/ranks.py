@@ -70,7 +70,7 @@ def keep_threads(state: Mapping[str, Any], tell: Tell) -> None:
     said = f"trained by {state.get('ranks', 1)} ranks in exact mode: going on with one"
     if isinstance(before, int) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(before)
-        said += f" and {before} threads"
+        said += f", threads {before}"
     tell(f"note: {said}; --ranks N divides the work again, with the same bits")
 
 

@@ -211,7 +211,7 @@ def _assemble(
     state = world.first(lambda: None if start is None else read_state(start))
     if mesh is None and state is not None and goes_on_exactly(state):
         keep_threads(state, tell)
-        mesh = Mesh()
+        mesh, runtime = Mesh(), choose_runtime(config)
         config = with_leaves(config, 1)
     if state is not None:
         world.first(lambda: check_compatible(state, config, data.train.fingerprint, tell))

@@ -47,6 +47,10 @@ class Stream:
         }
         self._boxes = ranks.collect(mine)
 
+    @property
+    def files(self) -> list[str]:
+        return list(self._tables)
+
     def write(self, file: str, path: Path) -> str:
         """rank 0：写一个文件，返回它的 sha256。
 

@@ -36,6 +36,15 @@ def local(x: Tensor) -> Tensor:
     return mine
 
 
+def whole(x: Tensor) -> Tensor:
+    """整个张量；切开的要各 rank 一起来取。"""
+    if not is_sharded(x):
+        return x
+    full = x.full_tensor()  # type: ignore[attr-defined]
+    assert isinstance(full, Tensor)
+    return full
+
+
 def rows_of(x: Tensor) -> Rows:
     whole = len(x) if x.ndim else 1
     if not is_sharded(x):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
 from .machine.runtime import Runtime
-from .saving.state import read_tensors, write_tensors
+from .saving.state import load_weights, read_tensors, write_tensors
 from .step import (
     Sums,
     accumulate,
@@ -41,6 +40,7 @@ from .step import (
     first_bad_weight,
     gradient_norm,
 )
+from .watch.gradient_norms import gradient_norms
 
 
 class Plain:
@@ -50,7 +50,7 @@ class Plain:
         summing: 梯度怎样相加，记进检查点："plain"、"tree"、"all_reduce"。
     """
 
-    summing: ClassVar[str] = "plain"
+    summing: str = "plain"
 
     def __init__(
         self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None = None
@@ -60,7 +60,7 @@ class Plain:
         self.parameters = list(model.parameters())
 
     @property
-    def rows(self) -> slice:
+    def rows(self) -> slice | np.ndarray:
         """一批里我读哪几行。"""
         return my_rows(self.config.batch_size, self.mesh.data)
 
@@ -86,7 +86,11 @@ class Plain:
             return f"the weight {weight}"
         return self._first_found(first_bad_gradient(self.model)) or "the loss only"
 
-    def save(self, write: Callable[[], object]) -> None:
+    def group_norms(self) -> dict[str, float]:
+        """{层组: 梯度的范数}。"""
+        return gradient_norms(self.model.named_parameters())
+
+    def save(self, write: Callable[[], object], optimizer: torch.optim.Optimizer) -> None:
         """rank 0 写，它的错误各 rank 都得到。"""
         self.mesh.world.first(write)
 
@@ -97,6 +101,10 @@ class Plain:
     def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """各 rank 自己读。"""
         self.mesh.world.together(lambda: read_tensors(folder, self.model, optimizer))
+
+    def read_weights(self, folder: Path) -> None:
+        """只有权重。"""
+        load_weights(folder, self.model)
 
     def _first_found(self, mine: str | None) -> str | None:
         places = self.mesh.world.collect(mine)
@@ -114,7 +122,7 @@ class Replicated(Plain):
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         tree, each = TreeSum(), self._leaves_together() * self.config.rows_at_once
-        valid = int(self.mesh.data.sum(torch.tensor(count_valid(targets, least=0)))) or 1
+        valid = self._valid(targets)
         for first in range(0, len(inputs), each):
             rows = slice(first, first + each)
             sums = self._some(inputs[rows], targets[rows], valid, step, self.rows.start + first)
@@ -122,6 +130,14 @@ class Replicated(Plain):
             tree.add([*take_gradients(self.parameters), *small])
         total = tree.total()
         self._add_ranks(total)
+        return self._give(total)
+
+    def _valid(self, targets: np.ndarray) -> int:
+        """整批的有效词元数；targets 是我的几行。"""
+        return int(self.mesh.data.sum(torch.tensor(count_valid(targets, least=0)))) or 1
+
+    def _give(self, total: list[Tensor]) -> Sums:
+        """梯度放回 .grad，其余是几个数。"""
         count = len(self.parameters)
         give_gradients(self.parameters, total[:count])
         loss, aux, *loads = total[count:]
@@ -170,13 +186,3 @@ class AllReduced(Replicated):
 
     def _add_ranks(self, total: list[Tensor]) -> None:
         plain_sum(total, self.mesh.data)
-
-
-def build_engine(
-    model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None
-) -> Plain:
-    """mesh 为 None：没有 torchrun 也没有 --ranks，一个进程。"""
-    if mesh is None:
-        return Plain(model, config, runtime)
-    kind = Replicated if config.parallel.exact else AllReduced
-    return kind(model, config, runtime, mesh)

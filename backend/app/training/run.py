@@ -23,7 +23,7 @@ from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
 from .describe import describe
-from .engine import build_engine
+from .engines import build_engine, start_model
 from .machine.agreed_stop import AgreedStop
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
@@ -223,7 +223,8 @@ def _assemble(
         }
         check_same_machine(state, now, tell)
     _seed_everything(config.seed)
-    model = GPT2Model(config.model).to(runtime.device)
+    blank = start is not None or config.init_from is None
+    model = start_model(config, runtime, mesh, blank)
     tokenizer = data.train.tokenizer()
     if start is None and (source := config.init_from) is not None:
         world.together(lambda: initialize_from(source, model, tokenizer, tell))

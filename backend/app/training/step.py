@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.distributed.shards import local, whole
 from app.models.transformer import GPT2Model
 
 from .machine.runtime import Runtime
@@ -100,7 +101,7 @@ def clip_gradients(
 def first_bad_weight(model: GPT2Model) -> str | None:
     """第一个含非有限数的权重的名字；None = 都是有限数。"""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             return name
     return None
 
@@ -108,7 +109,7 @@ def first_bad_weight(model: GPT2Model) -> str | None:
 def first_bad_gradient(model: GPT2Model) -> str | None:
     """第一个含非有限数的梯度的名字；None = 都是有限数。"""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
             return name
     return None
 
@@ -119,7 +120,7 @@ def expected_initial_loss(model: GPT2Model) -> float:
     末层归一化的输出长 sqrt(C)，故 logits 的方差约为 C·mean(w²)（w 是输出头的权重）。
     共享权重时模型会认出自己的输入，词表很小时实际的损失比这略高。
     """
-    weight = model.head_weight.detach()
+    weight = whole(model.head_weight.detach())
     variance = weight.shape[1] * float(weight.float().pow(2).mean())
     return math.log(weight.shape[0]) + 0.5 * variance
 

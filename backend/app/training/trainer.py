@@ -41,10 +41,9 @@ from .saving.checkpoint import (
     write_checkpoint,
 )
 from .saving.resume import windows_read
-from .saving.state import load_weights, write_state
+from .saving.state import write_state
 from .step import Sums, accumulate, expected_initial_loss, initial_loss_line
 from .watch.expert_load import balance_row, update_selection_bias
-from .watch.gradient_norms import gradient_norms
 from .watch.patience import Patience
 from .watch.plateau import PlateauWatch, unigram_entropy
 from .watch.samples import sample_text
@@ -142,7 +141,7 @@ class Trainer:
         loss, size, aux = torch.stack(three).tolist()
         good = not self.stop.agree(bad=not (math.isfinite(loss) and math.isfinite(size)))
         if good and _due(self.step, self.config.eval_every):
-            norms = gradient_norms(self.model.named_parameters())
+            norms = self.engine.group_norms()
             self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
         spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
         if good and not (spike and self.config.spike == "skip"):
@@ -278,7 +277,9 @@ class Trainer:
         self.metrics.sync()
         try:
             with self.stop.saving():
-                self.engine.save(lambda: write_checkpoint(self.run_folder, self.step, self._fill))
+                self.engine.save(
+                    lambda: write_checkpoint(self.run_folder, self.step, self._fill), self.optimizer
+                )
         except OSError as error:
             last = "none yet" if self.saved is None else self._folder(self.saved)
             said = f"no checkpoint at step {self.step}: {error}"
@@ -342,7 +343,7 @@ class Trainer:
         self.best = best
         if best is None or self.validation is None or measured == self.validation.measured:
             return
-        load_weights(self._folder(best[0]), self.model)
+        self.engine.read_weights(self._folder(best[0]))
         loss = self.validation.loss(self.model, self.runtime)
         assert loss is not None
         now = self.validation.measured

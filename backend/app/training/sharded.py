@@ -1,0 +1,142 @@
+"""权重、梯度与优化器状态切在几个 rank 上（FSDP2）时，引擎里不同的那几处；位与副本的相同。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.distributed.files import Stream
+from app.distributed.mesh import Mesh
+from app.distributed.norm import gathered_rows
+from app.distributed.replicate import (
+    TreeSum,
+    plain_sum,
+    seed_rows,
+    take_gradients,
+    total_norm,
+    tree_sum,
+)
+from app.distributed.shard import gathers_now, my_groups, settle, shard_model
+from app.distributed.shards import local
+from app.distributed.start import initialize_shards
+from app.models.transformer import GPT2Model
+from app.models.transformer.weights.own_folder import CONFIG_FILE
+
+from .config import TrainConfig
+from .engine import Replicated
+from .machine.runtime import Runtime
+from .saving.shards import read_shards, read_weights, tables
+from .step import Sums, backward
+from .watch.gradient_norms import norms_of_rows
+
+
+class Sharded(Replicated):
+    """每份副本切在 mesh.shard 上；副本之间每步加一次（HSDP）。
+
+    Args:
+        model: 整个的，或在 meta 设备上的（那时逐叶初始化，没有哪个 rank 放下整个模型）。
+    """
+
+    def __init__(
+        self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh
+    ) -> None:
+        assert mesh.devices is not None
+        blank = model.device.type == "meta"
+        shard_model(model, mesh.devices["shard"], config.parallel.exact)
+        if blank:
+            initialize_shards(model, config.model, runtime.device)
+        super().__init__(model, config, runtime, mesh)
+        self.summing = "tree" if config.parallel.exact else "all_reduce"
+        self._stream: Stream | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        micro = self.config.rows_at_once
+        return np.array([row + i for group in self._groups() for row in group for i in range(micro)])
+
+    def _groups(self) -> list[list[int]]:
+        """我的各轮：一轮是几个微批，各从整批的第几行起。"""
+        copies, micro = self.mesh.replicate, self.config.rows_at_once
+        each = self.config.passes // copies.size
+        if self.config.parallel.exact:
+            groups = my_groups(each, self.mesh.shard)
+        else:
+            mine = each // self.mesh.shard.size
+            groups = [range(self.mesh.shard.rank * mine, (self.mesh.shard.rank + 1) * mine)]
+        return [[(copies.rank * each + leaf) * micro for leaf in group] for group in groups]
+
+    def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
+        tree, valid, at = TreeSum(), self._valid(targets), 0
+        add = tree_sum if self.config.parallel.exact else plain_sum
+        for group in self._groups():
+            end = at + len(group) * self.config.rows_at_once
+            sums = self._round(inputs[at:end], targets[at:end], valid, step, group)
+            small = [one for one in sums if one is not None]
+            add(small, self.mesh.shard)
+            tree.add([*take_gradients(self.parameters), *small])
+            at = end
+        total = tree.total()
+        add([local(one) for one in total], self.mesh.replicate)
+        return self._give(total)
+
+    def _round(
+        self, inputs: np.ndarray, targets: np.ndarray, valid: int, step: int, group: list[int]
+    ) -> Sums:
+        """一轮的几个微批，最后一个之后才归约；不求位时每个都归约，省下整份的梯度。"""
+        micro, total = self.config.rows_at_once, None
+        for i, row in enumerate(group):
+            mine = slice(i * micro, (i + 1) * micro)
+            gathers_now(self.model, row == group[-1] or not self.config.parallel.exact)
+            seed_rows(self.config.seed, step, row)
+            part = backward(self.model, inputs[mine], targets[mine], valid, self.runtime)
+            total = part if total is None else total.plus(part)
+        assert total is not None
+        return total
+
+    def norm(self) -> Tensor:
+        return total_norm(self._rows_of_gradients().values())
+
+    def group_norms(self) -> dict[str, float]:
+        return norms_of_rows(self._rows_of_gradients())
+
+    def _rows_of_gradients(self) -> dict[str, Tensor]:
+        named = self.model.named_parameters()
+        found = {name: p.grad for name, p in named if p.grad is not None}
+        return gathered_rows(found, self.mesh.shard)
+
+    def _found(self) -> list[Tensor]:
+        return [local(grad) for grad in super()._found()]
+
+    def first_bad_weight(self) -> str | None:
+        settle(self.model)
+        return super().first_bad_weight()
+
+    def save(self, write: Callable[[], object], optimizer: torch.optim.Optimizer) -> None:
+        """各 rank 的行流过 rank 0；它写不下去时，各 rank 得到同样的错误。"""
+        first, copies = self.mesh.world.rank == 0, self.mesh.replicate.rank == 0
+        found = tables(self.model, optimizer, first=first, copies=copies)
+        self._stream = stream = Stream(found, self.mesh.world)
+
+        def write_and_close() -> None:
+            try:
+                write()
+            finally:
+                stream.close()
+
+        self.mesh.world.first(write_and_close, stream.serve)
+
+    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        assert self._stream is not None
+        for file in self._stream.files:
+            self._stream.write(file, folder / file)
+        (folder / CONFIG_FILE).write_text(self.model.config.to_json(), encoding="utf-8")
+
+    def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        self.mesh.world.together(lambda: read_shards(folder, self.model, optimizer))
+
+    def read_weights(self, folder: Path) -> None:
+        self.mesh.world.together(lambda: read_weights(folder, self.model))

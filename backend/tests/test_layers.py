@@ -26,11 +26,12 @@ FLOORS = {
     ),
     "app": (
         "models", "common", "data", "viz", "distributed",
-        "generation evaluation verification quantization", "training", "planning", "interop", "cli",
+        "generation evaluation verification quantization", "training",
+        "planning equalities", "interop", "cli",
     ),
     "app.training": (
-        "config", "optim", "saving machine", "step watch ranks", "report engine", "trainer",
-        "describe", "run", "sweep",
+        "config", "optim", "saving machine", "step watch ranks", "report engine", "sharded",
+        "engines trainer", "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "*", "main", "__main__"),
 }  # fmt: skip

@@ -138,7 +138,7 @@ def _check_ranks(args: Args) -> None:
         raise ValueError(f"bandwidth={args.bandwidth} must be above 0 GB/s")
     elif args.probe:
         raise ValueError(
-            f"probe=true measures this machine, ranks={args.ranks} plans for others: use one of them"
+            f"probe=true measures this machine, ranks={args.ranks} plans for others: use only one"
         )
 
 

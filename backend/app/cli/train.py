@@ -16,7 +16,7 @@ from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
 from app.cli.shared.tables import print_table
 from app.common.console import forget_reader, say
-from app.distributed.launch import place, start_ranks
+from app.distributed.launch import place, start_ranks, without_ranks
 
 if TYPE_CHECKING:
     from app.distributed.mesh import Mesh
@@ -74,7 +74,7 @@ def run(args: Args) -> int:
     if args.ranks < 1:
         raise ValueError(f"ranks={args.ranks} must be at least 1")
     check(job_of(args.train), args.ranks)
-    return start_ranks(args.ranks, ["train", *_without_ranks(args.argv)])
+    return start_ranks(args.ranks, ["train", *without_ranks(args.argv)])
 
 
 def _run_rank(args: Args, rank: int, size: int) -> int:
@@ -115,18 +115,6 @@ def _train(args: Args, mesh: Mesh | None) -> int:
         # 训练已经做完、存好，只是没有人看了。
         forget_reader()
     return 1 if result.unwritten else 0
-
-
-def _without_ranks(argv: Sequence[str]) -> list[str]:
-    words, skip = [], False
-    for word in argv:
-        if skip:
-            skip = False
-        elif word == "--ranks":
-            skip = True
-        elif not word.startswith("--ranks="):
-            words.append(word)
-    return words
 
 
 def summary(result: Result) -> list[str]:

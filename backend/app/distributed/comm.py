@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 T = TypeVar("T")
 SAID = "said_by_another_rank"
 

@@ -57,6 +57,19 @@ def start_ranks(count: int, argv: Sequence[str]) -> int:
                 child.wait()
 
 
+def without_ranks(argv: Sequence[str]) -> list[str]:
+    """去掉 --ranks N：起的每个进程收到其余的。"""
+    words, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--ranks":
+            skip = True
+        elif not word.startswith("--ranks="):
+            words.append(word)
+    return words
+
+
 def _environment(count: int) -> Mapping[str, str]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {

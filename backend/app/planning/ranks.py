@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from app.distributed.comm import Ranks
 from app.distributed.replicate import leaf_group
-from app.distributed.shard import check_tree, shard_model
+from app.distributed.sharding.shard import check_tree, shard_model
 from app.models.transformer import GPT2Model
 from app.training.config import TrainConfig
 from app.training.machine.recompute import checkpoint_blocks
@@ -98,8 +98,8 @@ def _degrees(config: TrainConfig, world: int) -> tuple[int, int]:
     for axis in ("tensor", "context", "expert", "pipeline"):
         if getattr(parallel, axis) > 1:
             raise ValueError(
-                f"parallel.{axis}={getattr(parallel, axis)} is not planned for other machines yet: "
-                f"plan with parallel.{axis}=1, or run `gpt2 verify` and a few steps on the real ones"
+                f"parallel.{axis}={getattr(parallel, axis)} is not planned without the machines yet: "
+                f"plan with parallel.{axis}=1, or run a few steps on the real ones"
             )
     if config.model.moe_layers:
         raise ValueError(
@@ -115,8 +115,8 @@ def _degrees(config: TrainConfig, world: int) -> tuple[int, int]:
     each, rest = divmod(config.batch_size, world * config.rows_at_once)
     if rest or not each:
         raise ValueError(
-            f"batch_size={config.batch_size} is no multiple of {world} ranks x {config.rows_at_once} "
-            f"sequences at once: use --batch-size {world * config.rows_at_once * max(1, each)}"
+            f"batch_size={config.batch_size} is no multiple of {world} ranks x "
+            f"{config.rows_at_once} sequences at once: use --batch-size {world * config.rows_at_once * max(1, each)}"
         )
     if parallel.exact:
         check_tree(world)

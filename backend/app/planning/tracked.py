@@ -17,7 +17,6 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.distributed.comm import Ranks
-from app.distributed.norm import gathered_rows
 from app.distributed.replicate import (
     TreeSum,
     give_gradients,
@@ -26,8 +25,9 @@ from app.distributed.replicate import (
     total_norm,
     tree_sum,
 )
-from app.distributed.shard import gathers_now
-from app.distributed.shards import local
+from app.distributed.sharding.norm import gathered_rows
+from app.distributed.sharding.rows import local
+from app.distributed.sharding.shard import gathers_now
 from app.models.transformer import GPT2Model
 
 # torch 的操作 -> (给人读的名字, 第几个参数是要搬的)。

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.distributed.mesh import Mesh
-from app.distributed.start import empty_model
+from app.distributed.sharding.start import empty_model
 from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
@@ -12,9 +12,7 @@ from .machine.runtime import Runtime
 from .sharded import Sharded
 
 
-def start_model(
-    config: TrainConfig, runtime: Runtime, mesh: Mesh | None, blank: bool
-) -> GPT2Model:
+def start_model(config: TrainConfig, runtime: Runtime, mesh: Mesh | None, blank: bool) -> GPT2Model:
     """切片的从 meta 开始（blank 才行：要从别处取权重的先要有地方放）。"""
     if blank and mesh is not None and mesh.shard.size > 1:
         return empty_model(config.model)

@@ -19,7 +19,6 @@ from app.common.tell import Tell
 from app.data.shards import TokenDataset
 from app.distributed.check import check_peers, check_shared
 from app.distributed.mesh import Mesh
-from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
 from .describe import describe

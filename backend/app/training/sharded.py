@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.distributed.files import Stream
 from app.distributed.mesh import Mesh
-from app.distributed.norm import gathered_rows
 from app.distributed.replicate import (
     TreeSum,
     plain_sum,
@@ -20,9 +18,11 @@ from app.distributed.replicate import (
     total_norm,
     tree_sum,
 )
-from app.distributed.shard import gathers_now, my_groups, settle, shard_model
-from app.distributed.shards import local
-from app.distributed.start import initialize_shards
+from app.distributed.sharding.norm import gathered_rows
+from app.distributed.sharding.rows import local
+from app.distributed.sharding.shard import gathers_now, my_groups, settle, shard_model
+from app.distributed.sharding.start import initialize_shards
+from app.distributed.storage.files import Stream
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import CONFIG_FILE
 
@@ -41,9 +41,7 @@ class Sharded(Replicated):
         model: 整个的，或在 meta 设备上的（那时逐叶初始化，没有哪个 rank 放下整个模型）。
     """
 
-    def __init__(
-        self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh
-    ) -> None:
+    def __init__(self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh) -> None:
         assert mesh.devices is not None
         blank = model.device.type == "meta"
         shard_model(model, mesh.devices["shard"], config.parallel.exact)
@@ -56,7 +54,9 @@ class Sharded(Replicated):
     @property
     def rows(self) -> np.ndarray:
         micro = self.config.rows_at_once
-        return np.array([row + i for group in self._groups() for row in group for i in range(micro)])
+        return np.array(
+            [row + i for group in self._groups() for row in group for i in range(micro)]
+        )
 
     def _groups(self) -> list[list[int]]:
         """我的各轮：一轮是几个微批，各从整批的第几行起。"""

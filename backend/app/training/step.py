@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.distributed.shards import local, whole
+from app.distributed.sharding.rows import local, whole
 from app.models.transformer import GPT2Model
 
 from .machine.runtime import Runtime

@@ -9,18 +9,18 @@ import torch._dynamo  # DTensor 头一次用时才导入它，要一秒：在 fo
 from torch import Tensor
 
 from app.distributed.comm import ALONE, Ranks
-from app.distributed.norm import clip, gathered_rows
 from app.distributed.replicate import (
     TreeSum,
     give_gradients,
     leaf_group,
-    total_norm,
     seed_rows,
     take_gradients,
+    total_norm,
     tree_sum,
 )
-from app.distributed.shard import gathers_now, my_groups
-from app.distributed.shards import local
+from app.distributed.sharding.norm import clip, gathered_rows
+from app.distributed.sharding.rows import local
+from app.distributed.sharding.shard import gathers_now, my_groups
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 from app.training.config import OptimConfig
 from app.training.optim.build import build_optimizer

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor, Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from app.distributed import files
 from app.distributed.comm import Ranks
-from app.distributed.files import Stream, read_rows, write_alone
-from app.distributed.pieces import Box, Part, part_of
+from app.distributed.storage import files
+from app.distributed.storage.files import Stream, read_rows, write_alone
+from app.distributed.storage.pieces import Box, Part, part_of
 from app.models.transformer.weights.safetensors_file import write_tensors_file
 
 from . import models  # noqa: F401  fork 之前导入慢的那些
@@ -82,7 +82,10 @@ def write(folder: Path, size: int) -> dict[str, Any]:
             stream.close()
 
     shas = ranks.first(fill, stream.serve)
-    again = {name: Part(torch.zeros_like(p.held), p.shape, p.boxes, p.wanted) for name, p in held(size).items()}
+    again = {
+        name: Part(torch.zeros_like(p.held), p.shape, p.boxes, p.wanted)
+        for name, p in held(size).items()
+    }
     read_rows(folder / "all", again)
     same = all(torch.equal(again[name].held, part.held) for name, part in held(size).items())
     if cut:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
 from app.distributed.comm import Ranks
-from app.distributed.files import Stream
-from app.distributed.shard import shard_model
-from app.distributed.start import empty_model, initialize_shards
+from app.distributed.sharding.shard import shard_model
+from app.distributed.sharding.start import empty_model, initialize_shards
+from app.distributed.storage.files import Stream
 from app.models.transformer import GPT2Model
 from app.training.config import OptimConfig
 from app.training.optim.build import build_optimizer
 from app.training.saving.shards import read_shards, tables
 from app.training.saving.state import load_optimizer_tensors, optimizer_tensors
-from safetensors.torch import load_file
 
-from . import models
 from .models import BASE, batch, step_alone, step_shards
 from .ranks import run_ranks
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from app.distributed.comm import Ranks
-from app.distributed.shard import shard_model
-from app.distributed.start import empty_model, initialize_shards
+from app.distributed.sharding.shard import shard_model
+from app.distributed.sharding.start import empty_model, initialize_shards
 from app.models.transformer import GPT2Model, MoEConfig
 
 from .models import BASE, KEEL, batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from app.distributed.adamw import ShardAdamW
-from app.distributed.shards import is_sharded
+from app.distributed.sharding.adamw import ShardAdamW
+from app.distributed.sharding.rows import is_sharded
 from app.models.transformer import GPT2Model
 
 from ..config import OptimConfig

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from app.distributed.comm import Ranks
-from app.distributed.muon import Owners, rows_inside
-from app.distributed.shards import is_sharded, local, rows_of
+from app.distributed.sharding.muon import Owners, rows_inside
+from app.distributed.sharding.rows import is_sharded, local, rows_of
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.fused import parts_of
 
@@ -185,7 +185,9 @@ def orthogonalize_parts(
     for i, matrix in whole.items():
         rows = list(parts[i])
         # 叠起来的专家 (E, A, B) 当作 E·A 行。
-        pairs = zip(out[i].flatten(0, -2).split(rows), matrix.flatten(0, -2).split(rows), strict=True)
+        pairs = zip(
+            out[i].flatten(0, -2).split(rows), matrix.flatten(0, -2).split(rows), strict=True
+        )
         for into, wanted in pairs:
             by_shape.setdefault(wanted.shape, []).append((into, wanted))
     for found in by_shape.values():

@@ -1,4 +1,4 @@
-"""切开的模型与优化器的文件：与一个进程写的逐字节相同，见 app/distributed/files.py。"""
+"""切开的模型与优化器的文件：与一个进程写的逐字节相同，见 app/distributed/storage/files.py。"""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.distributed.files import Table, read_rows
-from app.distributed.pieces import part_of
-from app.distributed.shard import settle
+from app.distributed.sharding.shard import settle
+from app.distributed.storage.files import Table, read_rows
+from app.distributed.storage.pieces import part_of
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import WEIGHTS_FILE
 from app.models.transformer.weights.safetensors_file import SafetensorsFiles, header_limit

@@ -16,7 +16,7 @@ from torch import nn
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.init import initialize_block, initialize_leaf
 
-from .shards import local, rows_of
+from .rows import local, rows_of
 
 
 def empty_model(config: GPT2Config) -> GPT2Model:

@@ -18,8 +18,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from app.models.transformer import GPT2Model
 
-from .comm import Ranks
-from .replicate import leaf_group
+from ..comm import Ranks
+from ..replicate import leaf_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

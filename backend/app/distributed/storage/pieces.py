@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shards import is_sharded, local, rows_of
+from ..sharding.rows import is_sharded, local, rows_of
 
 
 @dataclass(frozen=True)

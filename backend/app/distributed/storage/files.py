@@ -19,7 +19,7 @@ from torch import Tensor
 
 from app.models.transformer.weights.safetensors_file import DTYPES, SafetensorsFiles
 
-from .comm import Ranks
+from ..comm import Ranks
 from .pieces import Box, Part, inside
 
 CHUNK = 4 << 20

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shards import local, rows_of
+from .rows import local, rows_of
 
 _CPU_VECTOR_BYTES = {"AVX512": 64}
 
@@ -61,9 +61,7 @@ class _Piece:
         self.tensors, self.home = tensors, None
         if pad_to:
             self.home = tensors
-            self.tensors = tuple(
-                torch.nn.functional.pad(t, (0, pad_to - len(t))) for t in tensors
-            )
+            self.tensors = tuple(torch.nn.functional.pad(t, (0, pad_to - len(t))) for t in tensors)
 
     def put_back(self) -> None:
         if self.home is not None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .comm import Ranks
-from .replicate import row_squares
-from .shards import is_sharded, local
+from ..comm import Ranks
+from ..replicate import row_squares
+from .rows import is_sharded, local
 
 # 分母里的 1e-6 是 torch 的 clip_grad_norm_ 的。
 _TINY = 1e-6
@@ -33,8 +33,7 @@ def gathered_rows(gradients: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Te
     # 各 rank 的行数可能不等：都补到 ceil(R/W)。
     sizes = [-(-len(gradients[name]) // ranks.size) for name in cut]
     padded = [
-        pad(rows[name], (0, size - len(rows[name])))
-        for name, size in zip(cut, sizes, strict=True)
+        pad(rows[name], (0, size - len(rows[name]))) for name, size in zip(cut, sizes, strict=True)
     ]
     everyone = ranks.gather(torch.cat(padded)).split(sizes, 1)
     for name, found in zip(cut, everyone, strict=True):

@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .comm import Ranks
-from .shards import chunk_rows
+from ..comm import Ranks
+from .rows import chunk_rows
 
 
 class Owners:

@@ -69,7 +69,7 @@ def plan_ranks(config: TrainConfig, world: int) -> RanksPlan:
     """
     replicate, shard = _degrees(config, world)
     leaves = config.batch_size // config.rows_at_once
-    group = leaf_group(leaves) if config.parallel.exact else leaves // world
+    group = leaf_group(leaves) if config.parallel.exact else 1
     rounds = leaves // (world * group)
     with fake_world(replicate, shard) as mesh, FakeTensorMode():
         found = [walk(config, layers, mesh, group, min(2, rounds)) for layers in _layers(config)]
@@ -98,7 +98,7 @@ def _degrees(config: TrainConfig, world: int) -> tuple[int, int]:
     for axis in ("tensor", "context", "expert", "pipeline"):
         if getattr(parallel, axis) > 1:
             raise ValueError(
-                f"parallel.{axis}={getattr(parallel, axis)} is not planned without the machines yet: "
+                f"parallel.{axis}={getattr(parallel, axis)} is not planned without machines yet: "
                 f"plan with parallel.{axis}=1, or run a few steps on the real ones"
             )
     if config.model.moe_layers:
@@ -112,14 +112,15 @@ def _degrees(config: TrainConfig, world: int) -> tuple[int, int]:
             f"ranks={world} but parallel.replicate={replicate} x parallel.shard={shard} is "
             f"{replicate * shard}: use --ranks {max(1, replicate) * shard} or other degrees"
         )
-    each, rest = divmod(config.batch_size, world * config.rows_at_once)
+    at_once = world * config.rows_at_once
+    each, rest = divmod(config.batch_size, at_once)
     if rest or not each:
         raise ValueError(
             f"batch_size={config.batch_size} is no multiple of {world} ranks x "
-            f"{config.rows_at_once} sequences at once: use --batch-size {world * config.rows_at_once * max(1, each)}"
+            f"{config.rows_at_once} sequences at once: use --batch-size {at_once * max(1, each)}"
         )
     if parallel.exact:
-        check_tree(world)
+        check_tree(world, "ranks")
     return replicate, shard
 
 

@@ -142,7 +142,7 @@ def _step(
     tree, parameters = TreeSum(), list(model.parameters())
     for group in rounds:
         for last, (x, y) in enumerate(group, 1 - len(group)):
-            gathers_now(model, last == 0)
+            gathers_now(model, last == 0 or not way.exact)
             before()
             (model(x, targets=y)["loss"] * 0.5).backward()
         if way.exact:

@@ -54,14 +54,14 @@ def shard_model(model: GPT2Model, mesh: DeviceMesh, exact: bool) -> None:
             module.set_custom_reduce_scatter(TreeScatter())
 
 
-def check_tree(size: int) -> None:
+def check_tree(size: int, what: str = "parallel.shard") -> None:
     """
     Raises:
         ValueError: 不是 2 的幂。
     """
     if size & (size - 1):
         raise ValueError(
-            f"parallel.shard={size} with parallel.exact=true: the fixed tree needs a power of two "
+            f"{what}={size} with parallel.exact=true: the fixed tree needs a power of two "
             f"of ranks: use {1 << (size.bit_length() - 1)} ranks or parallel.exact=false"
         )
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # 一个 rank 失败之后，给别的多久自己报错、退出。
@@ -57,7 +57,7 @@ def start_ranks(count: int, argv: Sequence[str]) -> int:
                 child.wait()
 
 
-def _environment(count: int) -> Mapping[str, str]:
+def _environment(count: int) -> dict[str, str]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {
         "PYTHONPATH": path,

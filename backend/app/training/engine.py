@@ -19,11 +19,11 @@ from app.distributed.replicate import (
     give_gradients,
     leaf_group,
     my_rows,
-    total_norm,
     plain_sum,
     row_squares,
     seed_rows,
     take_gradients,
+    total_norm,
     tree_sum,
 )
 from app.models.transformer import GPT2Model

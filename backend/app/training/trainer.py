@@ -96,9 +96,7 @@ class Trainer:
         self._bad_in_a_row = 0
         self._sampled: int | None = None
 
-    def run(
-        self, metrics: Metrics | Silent, progress: Progress | Silent, stop: AgreedStop
-    ) -> None:
+    def run(self, metrics: Metrics | Silent, progress: Progress | Silent, stop: AgreedStop) -> None:
         """训练到 config.steps，或到要求停止的那一步；返回时最后的状态已保存。
 
         Raises:

@@ -16,7 +16,7 @@ from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
 from app.cli.shared.tables import print_table
 from app.common.console import forget_reader, say
-from app.distributed.launch import place, start_ranks, without_ranks
+from app.distributed.launch import local_ranks, place, start_ranks, without_ranks
 
 if TYPE_CHECKING:
     from app.distributed.mesh import Mesh
@@ -79,7 +79,7 @@ def run(args: Args) -> int:
 
 def _run_rank(args: Args, rank: int, size: int) -> int:
     """由 torchrun 或 --ranks 起的一个进程；拒绝在建进程组之前，各 rank 都一样，由 rank 0 说。"""
-    from app.distributed.check import check
+    from app.distributed.check import check, check_gpus
     from app.distributed.group import joined
     from app.training.machine.runtime import choose_runtime
     from app.training.ranks import job_of
@@ -92,6 +92,8 @@ def _run_rank(args: Args, rank: int, size: int) -> int:
             )
         check(job_of(args.train), size)
         device = choose_runtime(args.train).device.type
+        if device == "cuda":
+            check_gpus(local_ranks())
     except ValueError:
         if rank:
             return 2

@@ -13,7 +13,7 @@ from typing_extensions import Doc
 from app.cli.shared.command_line import Usage, parse_options
 from app.cli.shared.runfile import config_name, load_model_config
 from app.distributed.config import ParallelConfig
-from app.distributed.launch import place, start_ranks, without_ranks
+from app.distributed.launch import local_ranks, place, start_ranks, without_ranks
 from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig
 
@@ -71,7 +71,7 @@ def run(args: Args) -> int:
         return 0 if verify_kernels(print, pick_device(args.device).type) else 1
     here = place()
     if here is not None:
-        return _run_rank(args, here[1])
+        return _run_rank(args, *here)
     if args.ranks is not None:
         if args.ranks < 2:
             raise ValueError(f"ranks={args.ranks} must be at least 2: one process is the yardstick")
@@ -85,14 +85,22 @@ def run(args: Args) -> int:
     return 0 if verify_config(args.model, "english") else 1
 
 
-def _run_rank(args: Args, size: int) -> int:
-    """由 torchrun 或 --ranks 起的一个进程。"""
+def _run_rank(args: Args, rank: int, size: int) -> int:
+    """由 torchrun 或 --ranks 起的一个进程；拒绝由 rank 0 说。"""
+    from app.distributed.check import check_gpus
     from app.distributed.group import joined
     from app.equalities.verify import verify_ranks
     from app.training.machine.runtime import choose_runtime
 
-    config = _config(args, size)
-    runtime = choose_runtime(config)
+    try:
+        config = _config(args, size)
+        runtime = choose_runtime(config)
+        if runtime.device.type == "cuda":
+            check_gpus(local_ranks())
+    except ValueError:
+        if rank:
+            return 2
+        raise
     with joined(args.parallel, runtime.device.type) as mesh:
         return 0 if verify_ranks(config, mesh, runtime.device, print) else 1
 

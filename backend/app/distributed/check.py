@@ -11,6 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.fields import differing
 
@@ -79,6 +81,19 @@ def check(job: Job, world: int) -> None:
         *_sampling(job, sizes),
     ):
         raise ValueError(problem)
+
+
+def check_gpus(ranks: int) -> None:
+    """
+    Raises:
+        ValueError: 这台机器上的 rank 比 GPU 多。
+    """
+    found = torch.cuda.device_count()
+    if ranks > found:
+        raise ValueError(
+            f"{ranks} ranks on this machine but it has {found} GPUs: start {found}, or use "
+            "device=cpu"
+        )
 
 
 def check_peers(world: Ranks, facts: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # 一个 rank 失败之后，给别的多久自己报错、退出。
@@ -70,7 +70,7 @@ def without_ranks(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _environment(count: int) -> Mapping[str, str]:
+def _environment(count: int) -> dict[str, str]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {
         "PYTHONPATH": path,

@@ -108,9 +108,9 @@ class TrainConfig:
     schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
         default_factory=ScheduleConfig
     )
-    parallel: Annotated[
-        ParallelConfig, Doc("how torchrun or --ranks divides the work")
-    ] = field(default_factory=ParallelConfig)
+    parallel: Annotated[ParallelConfig, Doc("how torchrun or --ranks divides the work")] = field(
+        default_factory=ParallelConfig
+    )
     out: Annotated[
         str, Doc("run folder: checkpoints, metrics and plot"), Mark.SILENT, Mark.ASIDE
     ] = "runs/train"

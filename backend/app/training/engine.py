@@ -122,10 +122,10 @@ class Replicated(Plain):
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         tree, each = TreeSum(), self._leaves_together() * self.config.rows_at_once
-        valid = self._valid(targets)
+        valid, begin = self._valid(targets), my_rows(self.config.batch_size, self.mesh.data).start
         for first in range(0, len(inputs), each):
             rows = slice(first, first + each)
-            sums = self._some(inputs[rows], targets[rows], valid, step, self.rows.start + first)
+            sums = self._some(inputs[rows], targets[rows], valid, step, begin + first)
             small = [one for one in sums if one is not None]
             tree.add([*take_gradients(self.parameters), *small])
         total = tree.total()

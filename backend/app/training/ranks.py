@@ -45,7 +45,7 @@ def with_leaves(config: TrainConfig, data_ranks: int) -> TrainConfig:
 
 def peer_facts(config: TrainConfig, data: tuple[str, str], device: torch.device) -> dict[str, Any]:
     """各 rank 必须相同的；名字就是报错里的。"""
-    facts = {f"{name} (version)": version for name, version in versions().items()}
+    facts: dict[str, Any] = {f"{name} (version)": version for name, version in versions().items()}
     facts |= {"source code": _code(), "threads": torch.get_num_threads(), "device": device.type}
     facts |= {"training data": data[0][:12], "validation data": data[1][:12]}
     return facts | dict(flat(config.to_dict()))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# 一建优化器就要载入它（几秒）：fork 之前载入，子进程不必各来一次。
+import torch._dynamo  # noqa: F401
 
 from app.distributed.mesh import Mesh, build_mesh
 from app.training import run as run_module
@@ -57,5 +59,3 @@ def fingerprint(checkpoint: Path) -> str:
     for name in ("model.safetensors", "optim.safetensors"):
         digest.update((checkpoint / name).read_bytes())
     return digest.hexdigest()
-
-

@@ -18,7 +18,7 @@ from app.models.transformer.settings.moe_config import MoEConfig
 from app.training import run as run_module
 from app.training.config import TrainConfig
 
-from ..training.conftest import Make, dataset, make  # noqa: F401
+from ..training.conftest import Make
 from .ranks import run_ranks
 from .team import failing_here
 
@@ -133,7 +133,9 @@ def _fails_with(config: TrainConfig, what: str) -> tuple[str, str]:
     ],
 )
 def test_ranks_that_differ_are_named_and_nothing_is_written(
-    make: Make, what: str, said: str  # noqa: F811
+    make: Make,
+    what: str,
+    said: str,
 ) -> None:
     config = make(micro_batch=1)
     found = run_ranks(2, _fails_with, config, what)
@@ -142,7 +144,7 @@ def test_ranks_that_differ_are_named_and_nothing_is_written(
     assert not Path(config.out).exists()
 
 
-def test_a_folder_in_use_is_refused_on_every_rank(make: Make) -> None:  # noqa: F811
+def test_a_folder_in_use_is_refused_on_every_rank(make: Make) -> None:
     config = make(micro_batch=1)
     Path(config.out).mkdir()
     (Path(config.out) / "thesis.txt").write_text("mine")

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from app.distributed import replicate
 from app.models.transformer import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
-from app.training import engine as engine_module
 from app.training.config import OptimConfig
 
-from ..training.conftest import Make, dataset, make, rows  # noqa: F401
+from ..training.conftest import Make, rows
 from .team import fingerprint, train_on
 
 MOE = {"moe_num_experts": 4, "moe_top_k": 2, "moe": MoEConfig(router="sigmoid")}
@@ -30,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(make: Make, out: Path, optim: str, kind: str, **changes: Any) -> Any:  # noqa: F811
+def config_of(make: Make, out: Path, optim: str, kind: str, **changes: Any) -> Any:
     values = dict(KINDS[kind])
     training = {k: values.pop(k) for k in ("precision", "activation_checkpointing") if k in values}
     shape = {"vocab_size": 32, "context_size": 8, "n_layer": 2, "n_head": 2, "n_embed": 16}
@@ -62,14 +60,20 @@ CASES = [
 
 @pytest.mark.parametrize(("optim", "kind"), CASES)
 def test_the_same_bits_for_1_2_and_4_ranks(
-    make: Make, tmp_path: Path, optim: str, kind: str  # noqa: F811
+    make: Make,
+    tmp_path: Path,
+    optim: str,
+    kind: str,
 ) -> None:
     found, seen = {}, {}
     for size in (1, 2, 4):
         config = config_of(make, tmp_path / str(size), optim, kind)
         found[size] = fingerprint(train_on(size, config)[0])
         seen[size] = [
-            [(r["step"], r["loss"], r.get("grad_norm"), r.get("aux_loss")) for r in rows(config.out, k)]
+            [
+                (r["step"], r["loss"], r.get("grad_norm"), r.get("aux_loss"))
+                for r in rows(config.out, k)
+            ]
             for k in ("train", "eval")
         ]
     assert found[1] == found[2] == found[4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def files(setting: Setting) -> Found:
         optimizer, _ = build_optimizer(engine.model, _ADAMW)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            engine.save(lambda e=engine, o=optimizer, f=folder: e.write(f, o), optimizer)
+            engine.save(partial(engine.write, folder, optimizer), optimizer)
             path = folder / WEIGHTS_FILE
             sha = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         shas.append(ranks.agree(sha))

@@ -67,7 +67,8 @@ class Setting:
         """mesh 是用户的，或 Mesh()：一个进程。"""
         engine = self.engine(mesh, optim, dtype)
         optimizer, _ = build_optimizer(engine.model, optim)
-        losses, norms = [], []
+        losses: list[float] = []
+        norms: list[float] = []
         for step in range(steps):
             self.gradients(engine, step, losses)
             norm = engine.norm()

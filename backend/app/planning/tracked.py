@@ -112,7 +112,7 @@ def tracked_step(
 ) -> Step:
     """第二步（优化器的状态已有）的峰值与通信；rounds 是我的各轮，一轮几个微批。"""
     # 第一步只为造出优化器的状态，一轮就够。
-    _step(model, optimizer, rounds[:1], way, lambda: None)
+    take_step(model, optimizer, rounds[:1], way, lambda: None)
     tracker, counter = FSDPMemTracker(model, optimizer), _Count()
     tracker.track_inputs((rounds,))
     before: list[Calls] = []
@@ -123,7 +123,7 @@ def tracked_step(
         tracker.reset_mod_stats()
 
     with counter, tracker:
-        _step(model, optimizer, rounds, way, forward_begins)
+        take_step(model, optimizer, rounds, way, forward_begins)
     first = Calls()
     if len(rounds) > 1:
         first = before[len(rounds[0])].plus(before[0], -1)
@@ -132,7 +132,7 @@ def tracked_step(
     return Step(peak, counter.calls, first)
 
 
-def _step(
+def take_step(
     model: GPT2Model,
     optimizer: torch.optim.Optimizer,
     rounds: Rounds,

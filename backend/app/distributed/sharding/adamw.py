@@ -74,7 +74,7 @@ def _pieces(four: tuple[Tensor, ...]) -> Iterator[_Piece]:
     whole, rows = four[0], rows_of(four[0])
     flat = tuple(local(t).reshape(-1) for t in four)
     count = len(flat[0])
-    if rows.count == rows.whole or not whole.is_cpu:
+    if rows.number == rows.whole or not whole.is_cpu:
         yield from [_Piece(flat)] if count else []
         return
     width = _CPU_VECTOR_BYTES.get(torch.backends.cpu.get_cpu_capability(), 32)

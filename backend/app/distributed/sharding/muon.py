@@ -57,11 +57,11 @@ class Owners:
 
     def _numel(self, i: int, rank: int) -> int:
         shape = self._shapes[i]
-        return chunk_rows(shape[0], rank, self._ranks.size).count * (shape.numel() // shape[0])
+        return chunk_rows(shape[0], rank, self._ranks.size).number * (shape.numel() // shape[0])
 
     def _rows(self, whole: Tensor, i: int, rank: int) -> Tensor:
         rows = chunk_rows(self._shapes[i][0], rank, self._ranks.size)
-        return whole[rows.first : rows.first + rows.count].reshape(-1)
+        return whole[rows.first : rows.first + rows.number].reshape(-1)
 
     def _move(
         self, out: list[list[Tensor]], receive: list[int], like: Sequence[Tensor]

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """整个张量的第 [first, first + count) 行在我这里；普通张量是全部。
+    """整个张量的第 [first, first + number) 行在我这里；普通张量是全部。
 
     Attributes:
         whole: 整个张量的行数；标量算一行。
     """
 
     first: int
-    count: int
+    number: int
     whole: int
 
 

@@ -50,10 +50,12 @@ def _whole(module: nn.Module) -> Iterator[nn.Module]:
     blank = {n: torch.empty(v.shape, dtype=v.dtype, device="cpu") for n, v in held.items()}
     twin = copy.copy(module)
     twin._modules, twin._buffers = {}, {}
-    twin._parameters = {n: nn.Parameter(blank.get(n), False) if n in blank else None for n in own}
+    twin._parameters = dict.fromkeys(own)
+    for name, tensor in blank.items():
+        twin._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     before = {name: p._version for name, p in twin.named_parameters()}
     yield twin
     for name, whole in twin.named_parameters():
         if whole._version != before[name]:
             rows, mine = rows_of(held[name]), local(held[name])
-            mine.copy_(whole.view(rows.whole, -1)[rows.first :][: rows.count].view(mine.shape))
+            mine.copy_(whole.view(rows.whole, -1)[rows.first :][: rows.number].view(mine.shape))

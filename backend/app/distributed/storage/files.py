@@ -165,7 +165,7 @@ def _row_ranges(part: Part, first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def _raw(x: Tensor) -> memoryview:
-    return memoryview(x.reshape(-1).view(torch.uint8).numpy())
+    return x.reshape(-1).view(torch.uint8).numpy().data
 
 
 class _Guarded:

@@ -69,7 +69,7 @@ def part_of(x: Tensor, *, first: bool, copies: bool = True) -> Part:
         copies: 我在拿出分片的那一份副本里（HSDP 的第一份）。
     """
     rows, mine = rows_of(x), local(x.detach())
-    box = (Box(rows.first, rows.count),) if rows.count else ()
+    box = (Box(rows.first, rows.number),) if rows.number else ()
     gives = copies if is_sharded(x) else first
     return Part(mine, tuple(x.shape), box if gives else (), box)
 

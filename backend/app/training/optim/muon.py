@@ -145,7 +145,7 @@ class MuonAdamW(torch.optim.Optimizer):
             # 叠起来的专家 (E, A, B) 当作 E·A 行。
             tall = math.prod(matrix.shape[1:-1])
             flat, update = mine.flatten(0, -2), updates[i].flatten(0, -2)
-            for part, begin, end in rows_inside(parts, rows.first * tall, rows.count * tall):
+            for part, begin, end in rows_inside(parts, rows.first * tall, rows.number * tall):
                 size = max(parts[part], matrix.shape[-1])
                 flat[begin:end].add_(update[begin:end], alpha=-lr * ADAMW_RMS * math.sqrt(size))
 

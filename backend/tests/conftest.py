@@ -40,5 +40,7 @@ def _signals_are_heard() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _the_same_start() -> None:
+    """种子与线程数：CTranslate2 会改这个进程的 OpenMP 线程数，而多一个线程，位就不同。"""
     torch.manual_seed(0)
+    torch.set_num_threads(1)

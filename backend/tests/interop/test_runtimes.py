@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +137,6 @@ def test_onnx(variant: str, tmp_path: Path) -> None:
     assert relative(alone, want[1:2, 5:]) <= 2e-5
 
 
-@pytest.fixture
-def same_threads() -> Iterator[None]:
-    """CTranslate2 改这个进程的 OpenMP 线程数；编译过的核以它为前提，别的测试会因此多编译一次。"""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("same_threads")
 @pytest.mark.parametrize("norm", ["pre", "post", "deepnorm"])
 def test_ctranslate2(norm: str, tmp_path: Path) -> None:
     """转换器读我们的 hf 导出；OPT 那条路要词表是 8 的倍数。"""

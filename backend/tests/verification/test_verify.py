@@ -30,14 +30,6 @@ from app.verification.subject import MAX_PARAMETERS, Subject, count_parameters
 SMALL = GPT2Config(vocab_size=61, context_size=48, n_layer=2, n_head=2, n_embed=32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def failures(config: GPT2Config = SMALL) -> dict[str, str]:
     """没有通过的检查与它的数；异常也算不通过。"""
     subject, failed = Subject.of(config), {}

@@ -1,0 +1,164 @@
+"""上下文并行等于一个进程：方式 x 图样 x 打包。"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from app.distributed.comm import Ranks
+from app.distributed.context import Halo, choose_way, split_context
+from app.models.transformer.visibility.pattern_text import parse
+
+from .exact import (
+    Batch,
+    Off,
+    alone,
+    assert_exact,
+    compare,
+    make_batch,
+    one_step,
+    small_model,
+    valid,
+)
+from .ranks import run_ranks
+
+PATTERNS = {
+    "causal": None,
+    "local": "local(6)",
+    "dilated": "local(3, 2)",
+    "sinks": "sinks(2, 5)",
+    "fixed": "fixed(8, 2)",
+    "strided": "local(4) | strided(4)",
+    "mixed": ("local(5)", "causal"),
+}
+BOUNDED = ("local", "dilated")
+Case = tuple[str, str, bool, dict[str, Any]]
+
+
+def _cases(ways: tuple[str, ...], patterns: tuple[str, ...]) -> list[Case]:
+    return [
+        (way, name, packed, {})
+        for way, name, packed in itertools.product(ways, patterns, (False, True))
+        if way != "halo" or name in BOUNDED
+    ]
+
+
+def _run(cases: list[Case]) -> dict[str, Off]:
+    found = {}
+    for way, name, packed, changes in cases:
+        model = small_model(attention_pattern=PATTERNS[name], **changes)
+        batch = make_batch(packed)
+        want = alone(model, batch)
+        split = split_context(model, Ranks.world(), way)  # type: ignore[arg-type]
+        mine = Batch(*(None if part is None else split.batch(part) for part in batch))
+        loss = one_step(model, mine, valid(batch.y))
+        split.finish_gradients()
+        found[f"{way} {name} packed={packed} {changes}"] = compare(model, [split], loss, want)
+    return found
+
+
+EVERYDAY = [
+    *_cases(("halo",), BOUNDED),
+    *_cases(("ulysses", "gather", "ring"), ("causal", "local", "sinks")),
+    ("auto", "mixed", True, {"position": "rope", "n_kv_head": 2, "qk_norm": True}),
+    ("halo", "local", False, {"attention_backend": "blocked", "norm": "post"}),
+    ("ring", "strided", True, {"attention_backend": "blocked", "n_kv_head": 1}),
+    ("ulysses", "strided", True, {"attention_backend": "blocked", "norm": "keel"}),
+]
+
+
+def test_two_ranks_equal_one_process() -> None:
+    for found in run_ranks(2, _run, EVERYDAY):
+        assert_exact(found)
+
+
+def test_four_ranks_equal_one_process() -> None:
+    cases = [
+        (way, name, True, {})
+        for way in ("ulysses", "gather", "ring")
+        for name in ("local", "fixed")
+    ] + [("halo", "local", packed, {}) for packed in (False, True)]
+    for found in run_ranks(4, _run, cases):
+        assert_exact(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_way_with_every_pattern(size: int) -> None:
+    cases = _cases(("halo", "ulysses", "gather", "ring"), tuple(PATTERNS))
+    shapes: list[dict[str, Any]] = [
+        {}, {"position": "rope", "n_kv_head": 1, "activation": "swiglu", "norm": "keel"},
+    ]  # fmt: skip
+    every = [
+        (way, name, packed, shape)
+        for (way, name, packed, _), shape in itertools.product(cases, shapes)
+        if not (way == "ulysses" and shape)
+    ]
+    assert len(every) > 80
+    for found in run_ranks(size, _run, every):
+        assert_exact(found)
+
+
+def _padded() -> dict[str, Off]:
+    found = {}
+    for way, pattern in itertools.product(("halo", "ulysses", "gather", "ring"), ("local(6)",)):
+        model, batch = small_model(attention_pattern=pattern), make_batch()
+        mask = torch.ones_like(batch.x)
+        mask[0, :11], mask[3, 20:] = 0, 0
+        y = batch.y.masked_fill(mask == 0, -100)
+        want_model = small_model(attention_pattern=pattern)
+        want_model(batch.x, targets=y, attention_mask=mask)["loss"].backward()
+        want = {n: p.grad for n, p in want_model.named_parameters() if p.grad is not None}
+        split = split_context(model, Ranks.world(), way)  # type: ignore[arg-type]
+        x, part, m = (split.batch(a) for a in (batch.x, y, mask))
+        loss = model(x, targets=part, attention_mask=m)["loss"] * (valid(part) / valid(y))
+        loss.backward()
+        split.finish_gradients()
+        reference = float(want_model(batch.x, targets=y, attention_mask=mask)["loss"])
+        found[way] = compare(model, [split], float(loss), (reference, want))
+    return found
+
+
+def test_padding_is_cut_with_the_tokens() -> None:
+    for found in run_ranks(2, _padded):
+        assert_exact(found)
+
+
+def _halo_one_short() -> float:
+    with mock.patch.object(Halo, "length", property(lambda self: self.pattern.reach - 2)):
+        return max(off.gradient for off in _run([("halo", "local", False, {})]).values())
+
+
+def test_a_halo_one_short_is_seen() -> None:
+    assert min(run_ranks(2, _halo_one_short)) > 1e-4
+
+
+def test_auto_says_why() -> None:
+    config, four = small_model().config, Ranks(0, 4)
+    assert choose_way("auto", parse("local(6)"), 8, config, four)[0] == "halo"
+    way, why = choose_way("auto", parse("local(10)"), 8, config, four)
+    assert way == "ulysses" and "needs 9 earlier keys and a rank holds 8" in why
+    grouped = config.replace(n_kv_head=2)
+    way, why = choose_way("auto", parse("causal"), 8, grouped, four)
+    assert way == "gather" and "2 key heads do not divide over 4 ranks" in why
+    for asked, pattern in (("halo", "causal"), ("halo", "sinks(2, 5)"), ("ulysses", "causal")):
+        with pytest.raises(ValueError, match="use 'auto'"):
+            choose_way(asked, parse(pattern), 8, grouped, four)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_exact_is_refused() -> None:
+    two = Ranks(0, 2)
+    with pytest.raises(ValueError, match=r"dropout=0.1 with parallel.context=2"):
+        split_context(small_model(dropout=0.1), two)
+    with pytest.raises(ValueError, match=r"context_size=31 cannot be split .* parallel.context=2"):
+        split_context(small_model(context_size=31), two)
+    with pytest.raises(ValueError, match=r"moe_num_experts=4 with parallel.context=2"):
+        split_context(small_model(moe_num_experts=4), two)
+    model = small_model()
+    split_context(model, two)
+    with pytest.raises(ValueError, match="features and caches need whole sequences"):
+        model.features(make_batch().x)

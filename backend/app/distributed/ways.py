@@ -28,6 +28,8 @@ from .layout import Axis, Cut, cut, cut_of, join
 
 # 范数里：same = 轴上各 rank 相同，数一次；part = 各 rank 的相加；elsewhere = 别的 rank 数它。
 Count = Literal["same", "part", "elsewhere"]
+# 一次求和的元素数到这么多为止：再多就只是多占一份内存。
+BUCKET = 4 << 20
 
 
 class Way:
@@ -92,11 +94,27 @@ class CutWay(Way):
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """就地求和。一个 rank 上没有梯度的也要参加，否则别的 rank 等不到它。"""
+    """就地求和，许多小的并成一次。一个 rank 上没有梯度的也要参加，否则别的 rank 等不到它。"""
+    bucket: list[Tensor] = []
     for p in parameters:
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            ranks.sum(p.grad)
+            if bucket and (bucket[0].dtype != p.grad.dtype or _size(bucket) > BUCKET):
+                _sum_together(bucket, ranks)
+                bucket = []
+            bucket.append(p.grad)
+    if bucket:
+        _sum_together(bucket, ranks)
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(x.numel() for x in tensors)
+
+
+def _sum_together(tensors: Sequence[Tensor], ranks: Ranks) -> None:
+    flat = ranks.sum(torch.cat([x.reshape(-1) for x in tensors]))
+    for x, part in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(part.view_as(x))
 
 
 def gradient_norm(gradients: Mapping[str, Tensor], ways: Sequence[Way]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,36 +73,44 @@ def one_step(model: GPT2Model, batch: Batch, total: int, micro: int = ROWS) -> f
     return sum_of
 
 
-def alone(model: GPT2Model, batch: Batch, micro: int = ROWS) -> tuple[float, dict[str, Tensor]]:
-    """一个进程：(损失, 梯度)；原来的 model 不动。"""
-    model = copy.deepcopy(model)
+class Case(NamedTuple):
+    """在父进程里备好（fork 之后各 rank 都有）：模型、一批、一个进程的损失与梯度。"""
+
+    name: str
+    model: GPT2Model
+    batch: Batch
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def make_case(name: str, model: GPT2Model, batch: Batch, micro: int = ROWS) -> Case:
     loss = one_step(model, batch, valid(batch.y), micro)
-    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    want = gradients(model)
+    model.zero_grad()
+    return Case(name, model, batch, loss, want)
 
 
 def gradients(model: GPT2Model) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(
-    model: GPT2Model, ways: Sequence[Way], loss: float, want: tuple[float, dict[str, Tensor]]
-) -> Off:
-    """finish_gradients 之后的 model 与 alone 的结果；损失先在 splits_batch 的轴上求和。"""
+def compare(case: Case, ways: Sequence[Way], loss: float) -> Off:
+    """finish_gradients 之后的 case.model；损失先在 splits_batch 的轴上求和。"""
     for way in ways:
         if way.splits_batch:
             loss = float(way.ranks.sum(torch.tensor(loss, dtype=torch.float64)))
-    off, where = 0.0, ""
-    for name, grad in gradients(model).items():
+    off, where, found = 0.0, "", gradients(case.model)
+    for name, grad in found.items():
         whole = grad
         for way in reversed(ways):
             whole = way.whole(name, whole)
-        reference = want[1][name]
-        this = float((whole - reference).abs().max() / reference.abs().max().clamp(min=1e-300))
+        want = case.gradients[name]
+        this = float((whole - want).abs().max() / want.abs().max().clamp(min=1e-300))
         if this > off or this != this:
             off, where = this, name
-    norm = float(gradient_norm(gradients(model), ways))
-    right = float(sum(g.square().sum() for g in want[1].values())) ** 0.5
-    return Off(abs(loss - want[0]), off, abs(norm - right) / right, where)
+    norm = float(gradient_norm(found, ways))
+    right = float(sum(g.square().sum() for g in case.gradients.values())) ** 0.5
+    return Off(abs(loss - case.loss), off, abs(norm - right) / right, where)
 
 
 def assert_exact(found: dict[str, Off]) -> None:

@@ -46,6 +46,8 @@ class _Vocabulary(torch.autograd.Function):
             for rows in row_chunks(labels, len(w)):
                 loss, grad = _chunk(h[rows] @ w.t(), labels[rows], ranks)
                 total += (loss * keep[rows]).sum()
+                if not any(ctx.needs_input_grad):
+                    continue
                 grad = grad.to(computed)
                 grad_hidden[rows] = (grad @ w).to(hidden.dtype)
                 grad_weight += grad.t() @ (hidden[rows] * share[rows]).to(computed)

@@ -167,6 +167,12 @@ class Ranks:
         dist.all_gather_object(box, value, self.group)
         return box
 
+    def swap(self, x: Tensor, peer: int) -> Tensor:
+        """把 x 给 peer，收它的；只有这两个 rank 参加。"""
+        out = torch.empty_like(x)
+        self._swap(x.contiguous(), out, peer)
+        return out
+
     def send(self, x: Tensor, to: int) -> None:
         assert self.group is not None
         dist.send(x.contiguous(), group=self.group, group_dst=to)

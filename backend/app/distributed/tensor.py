@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.models.transformer import GPT2Model
+from app.models.transformer.block import Block
 from app.models.transformer.embeddings import Embeddings
 from app.models.transformer.layers.linear import Linear, linear
+from app.models.transformer.mlp import MLP
 from app.models.transformer.visibility.positions import Positions
 
 from .comm import Ranks
@@ -69,6 +71,7 @@ def split_heads(model: GPT2Model, ranks: Ranks, sequence: bool = False) -> Heads
         override(model.embed, place=partial(_place, model.embed, ranks))
     override(model.embed.wte, forward=partial(_look_up, model.embed.wte, ranks, leave))
     for block in model.h.values():
+        assert isinstance(block, Block) and isinstance(block.mlp, MLP)
         for branch, column in ((block.attn, block.attn.c_attn), (block.mlp, block.mlp.c_fc)):
             override(column, forward=partial(_column, column, enter))
             override(branch.c_proj, forward=partial(_row, branch.c_proj, leave))

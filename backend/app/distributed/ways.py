@@ -55,8 +55,8 @@ class Way:
         """name 的梯度怎样计入范数。"""
         return "same"
 
-    def whole(self, name: str, mine: Tensor) -> Tensor:
-        """各 rank 的份 -> 完整的张量；集合操作。"""
+    def whole(self, name: str, mine: Tensor | None) -> Tensor | None:
+        """各 rank 的份 -> 完整的张量；集合操作。None：轴上没有一个有它（流水线的别的段）。"""
         return mine
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -85,9 +85,11 @@ class CutWay(Way):
     def count(self, name: str) -> Count:
         return "same" if self.rules[name] is None else "part"
 
-    def whole(self, name: str, mine: Tensor) -> Tensor:
-        rule = self.rules[name]
-        return mine if rule is None else join([*self.ranks.gather(mine)], rule)
+    def whole(self, name: str, mine: Tensor | None) -> Tensor | None:
+        rule = self.rules.get(name)
+        if mine is None or rule is None:
+            return mine
+        return join([*self.ranks.gather(mine)], rule)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         return cut(whole, self.rules[name], self.ranks.rank, self.ranks.size)

@@ -95,16 +95,19 @@ def gradients(model: GPT2Model) -> dict[str, Tensor]:
 
 
 def compare(case: Case, ways: Sequence[Way], loss: float) -> Off:
-    """finish_gradients 之后的 case.model；损失先在 splits_batch 的轴上求和。"""
+    """finish_gradients 之后的 case.model；损失先在 splits_batch 的轴上求和。
+
+    ways 由外到里：先拼最后一条轴。
+    """
     for way in ways:
         if way.splits_batch:
             loss = float(way.ranks.sum(torch.tensor(loss, dtype=torch.float64)))
     off, where, found = 0.0, "", gradients(case.model)
-    for name, grad in found.items():
-        whole = grad
+    for name, want in case.gradients.items():
+        whole = found.get(name)
         for way in reversed(ways):
             whole = way.whole(name, whole)
-        want = case.gradients[name]
+        assert whole is not None, f"{name} has no gradient"
         this = float((whole - want).abs().max() / want.abs().max().clamp(min=1e-300))
         if this > off or this != this:
             off, where = this, name

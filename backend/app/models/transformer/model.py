@@ -168,7 +168,7 @@ class GPT2Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed.wte.weight.device
+        return next(self.parameters()).device
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer import GPT2Model
 from app.models.transformer.attention import Attention
 from app.models.transformer.backends.attend import attend
 from app.models.transformer.backends.mask_plan import MaskPlan
@@ -152,7 +152,7 @@ def split_context(model: GPT2Model, ranks: Ranks, way: ContextWay = "auto") -> C
             "the balance loss of a sequence needs all of its tokens; use parallel.context=1"
         )
     for pattern in dict.fromkeys(model.patterns):
-        choose_way(way, pattern, model.config.context_size // ranks.size, model.config, ranks)
+        choose_way(way, pattern, model.config.context_size // ranks.size, key_heads(model), ranks)
     override(model, locate=partial(_locate, ranks), contexts=partial(_contexts, model, ranks, way))
     for module in model.modules():
         if isinstance(module, Attention):
@@ -161,16 +161,16 @@ def split_context(model: GPT2Model, ranks: Ranks, way: ContextWay = "auto") -> C
 
 
 def choose_way(
-    asked: ContextWay, pattern: Pattern, tokens: int, config: GPT2Config, ranks: Ranks
+    asked: ContextWay, pattern: Pattern, tokens: int, kv_heads: int, ranks: Ranks
 ) -> tuple[ContextWay, str]:
-    """(方式, 英文的理由)；tokens 是一个 rank 的词元数。
+    """(方式, 英文的理由)；tokens、kv_heads 是一个 rank 的词元数、键值头数。
 
     Raises:
         ValueError: 点名的方式在这里不精确。
     """
     no_halo, no_ulysses = why_not_halo(pattern, tokens), None
-    if config.kv_heads % ranks.size:
-        no_ulysses = f"{config.kv_heads} key heads do not divide over {ranks.size} ranks"
+    if kv_heads % ranks.size:
+        no_ulysses = f"{kv_heads} key heads do not divide over {ranks.size} ranks"
     refused = {"halo": no_halo, "ulysses": no_ulysses}.get(asked)
     if refused is not None:
         raise ValueError(f"parallel.context_way={asked!r}: {refused}; use 'auto', which chooses")
@@ -181,6 +181,11 @@ def choose_way(
     if no_ulysses is None:
         return "ulysses", f"auto: heads are traded for tokens, since {no_halo}"
     return "gather", f"auto: all keys are gathered, since {no_halo} and {no_ulysses}"
+
+
+def key_heads(model: GPT2Model) -> int:
+    """一个 rank 的键值头数：张量并行可能已把头分走。"""
+    return next(m.kv_heads for m in model.modules() if isinstance(m, Attention))
 
 
 def why_not_halo(pattern: Pattern, tokens: int) -> str | None:
@@ -242,7 +247,7 @@ def _contexts(
         raise ValueError("return_attention needs whole sequences: use parallel.context=1")
     config, routes = model.config, {}
     for pattern in dict.fromkeys(model.patterns):
-        way, _ = choose_way(asked, pattern, where.length, config, ranks)
+        way, _ = choose_way(asked, pattern, where.length, key_heads(model), ranks)
         build = partial(
             MaskPlan.build,
             pattern=pattern,

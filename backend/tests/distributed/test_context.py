@@ -108,7 +108,7 @@ def test_every_way_with_every_pattern(size: int) -> None:
         for (way, name, packed, _), shape in itertools.product(cases, shapes)
         if not (way == "ulysses" and shape)
     ]
-    assert len(every) > 80
+    assert len(every) > 70
     for found in run_ranks(size, _run, _prepare(every)):
         assert_exact(found)
 
@@ -148,16 +148,15 @@ def test_a_halo_one_short_is_seen() -> None:
 
 
 def test_auto_says_why() -> None:
-    config, four = small_model().config, Ranks(0, 4)
-    assert choose_way("auto", parse("local(6)"), 8, config, four)[0] == "halo"
-    way, why = choose_way("auto", parse("local(10)"), 8, config, four)
+    four = Ranks(0, 4)
+    assert choose_way("auto", parse("local(6)"), 8, 4, four)[0] == "halo"
+    way, why = choose_way("auto", parse("local(10)"), 8, 4, four)
     assert way == "ulysses" and "needs 9 earlier keys and a rank holds 8" in why
-    grouped = config.replace(n_kv_head=2)
-    way, why = choose_way("auto", parse("causal"), 8, grouped, four)
+    way, why = choose_way("auto", parse("causal"), 8, 2, four)
     assert way == "gather" and "2 key heads do not divide over 4 ranks" in why
     for asked, pattern in (("halo", "causal"), ("halo", "sinks(2, 5)"), ("ulysses", "causal")):
         with pytest.raises(ValueError, match="use 'auto'"):
-            choose_way(asked, parse(pattern), 8, grouped, four)  # type: ignore[arg-type]
+            choose_way(asked, parse(pattern), 8, 2, four)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_exact_is_refused() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from app.distributed.ways import Way, gradient_norm
+from app.distributed.ways.way import Way, gradient_norm
 from app.models.transformer import GPT2Config, GPT2Model
 
 # 一个进程自己换个求和次序也差 1e-15。

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.distributed.comm import Ranks
-from app.distributed.context import Halo, choose_way, split_context
+from app.distributed.ways.context import Halo, choose_way, split_context
 from app.models.transformer.visibility.pattern_text import parse
 
 from .exact import (

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.distributed import experts
 from app.distributed.comm import Ranks
-from app.distributed.experts import spread_experts
+from app.distributed.ways import experts
+from app.distributed.ways.experts import spread_experts
 from app.models.transformer import GPT2Model
 from app.models.transformer.settings.moe_config import MoEConfig
 from app.training.watch.expert_load import update_selection_bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.distributed.layout import Cut, cut, join, layout
+from app.distributed.ways.layout import Cut, cut, join, layout
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.moe_config import MoEConfig
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from app.distributed.comm import Ranks
-from app.distributed.context import split_context
-from app.distributed.experts import spread_experts
-from app.distributed.pipeline import Pipeline
-from app.distributed.tensor import split_heads
-from app.distributed.ways import Way, sum_gradients
+from app.distributed.ways.context import split_context
+from app.distributed.ways.experts import spread_experts
+from app.distributed.ways.pipeline import Pipeline
+from app.distributed.ways.tensor import split_heads
+from app.distributed.ways.way import Way, sum_gradients
 from app.models.transformer import GPT2Model
 
 from .exact import (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from app.distributed.comm import Ranks
-from app.distributed.pipeline import ORDERS, Pipeline, check_micro_batches, check_pipeline
-from app.distributed.stages import layers_of, stages_of
+from app.distributed.ways.pipeline import ORDERS, Pipeline, check_micro_batches, check_pipeline
+from app.distributed.ways.stages import layers_of, stages_of
 
 from .exact import (
     Case,

@@ -10,10 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
-from app.distributed import ways
 from app.distributed.comm import Ranks
-from app.distributed.layout import Cut, cut_of
-from app.distributed.tensor import split_heads
+from app.distributed.ways import way
+from app.distributed.ways.layout import Cut, cut_of
+from app.distributed.ways.tensor import split_heads
 
 from .exact import (
     Case,
@@ -82,7 +82,7 @@ def _cut_evenly(parts: int) -> dict[str, Off]:
             return rule
         return dataclasses.replace(rule, parts=(sum(rule.parts),))
 
-    with mock.patch.object(ways, "cut_of", wrong):
+    with mock.patch.object(way, "cut_of", wrong):
         shape = {"activation": "swiglu"} if parts == 2 else {}
         case = make_case("wrong", small_model(**shape), make_batch())
         return _run([case], False)

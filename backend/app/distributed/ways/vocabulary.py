@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.models.transformer.layers.loss import IGNORE, row_chunks, wide_dtype
 
-from .comm import Ranks
+from ..comm import Ranks
 
 
 def vocabulary_cross_entropy(

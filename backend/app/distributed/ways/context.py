@@ -36,11 +36,11 @@ from app.models.transformer.visibility.inputs import check_ids, coordinates
 from app.models.transformer.visibility.pattern import Pattern
 from app.models.transformer.visibility.positions import Positions
 
-from .comm import Ranks
-from .config import ContextWay
+from ..comm import Ranks
+from ..config import ContextWay
 from .moves import gather_along, trade, with_halo
 from .ring import ring_attention
-from .ways import Way, check_divides, check_no_dropout, override, sum_gradients
+from .way import Way, check_divides, check_no_dropout, override, sum_gradients
 
 Build = Callable[[Positions, Positions], MaskPlan]
 

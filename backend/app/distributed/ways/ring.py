@@ -19,7 +19,7 @@ from app.models.transformer.visibility.pattern import Pattern
 from app.models.transformer.visibility.positions import Positions
 from app.models.transformer.visibility.rule import visible
 
-from .comm import Ranks
+from ..comm import Ranks
 
 # 一次打分的查询数：分数是 (B, H, 这么多, n)。
 QUERIES = 256

@@ -36,10 +36,10 @@ from torch.distributed.pipelining import (
 
 from app.models.transformer import GPT2Config, GPT2Model
 
-from .comm import Ranks
-from .config import Schedule
+from ..comm import Ranks
+from ..config import Schedule
 from .stages import Autocast, Stage, keep_stages, layers_of, rank_of, stages_of
-from .ways import Count, Way
+from .way import Count, Way
 
 
 class Order(NamedTuple):

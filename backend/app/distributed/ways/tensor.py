@@ -28,11 +28,11 @@ from app.models.transformer.layers.linear import Linear, linear
 from app.models.transformer.mlp import MLP
 from app.models.transformer.visibility.positions import Positions
 
-from .comm import Ranks
+from ..comm import Ranks
 from .layout import Axis
 from .moves import gather_along, scatter_along, sum_back, sum_forward
 from .vocabulary import vocabulary_cross_entropy
-from .ways import CutWay, check_divides, check_no_dropout, override, sum_gradients
+from .way import CutWay, check_divides, check_no_dropout, override, sum_gradients
 
 Edge = Callable[[Tensor], Tensor]
 

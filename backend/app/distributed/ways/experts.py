@@ -20,10 +20,10 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.experts.dispatch import Way as Dispatch
 from app.models.transformer.experts.moe import Experts
 
-from .comm import Ranks
+from ..comm import Ranks
 from .layout import Axis
 from .moves import trade_rows
-from .ways import CutWay, check_divides, override, sum_gradients
+from .way import CutWay, check_divides, override, sum_gradients
 
 
 class SpreadExperts(CutWay):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import Ranks
+from ..comm import Ranks
 
 
 class _Move(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from app.models.transformer import GPT2Model
 
-from .comm import Ranks
+from ..comm import Ranks
 from .layout import Axis, Cut, cut, cut_of, join
 
 # 范数里：same = 轴上各 rank 相同，数一次；part = 各 rank 的相加；elsewhere = 别的 rank 数它。

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from app.distributed.ways.way import Way, gradient_norm
 from app.models.transformer import GPT2Config, GPT2Model
@@ -91,7 +92,9 @@ def make_case(name: str, model: GPT2Model, batch: Batch, micro: int = ROWS) -> C
 
 
 def gradients(model: GPT2Model) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    """FSDP2 的拼成整个：各 rank 按同样的次序。"""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
 
 
 def compare(case: Case, ways: Sequence[Way], loss: float) -> Off:

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from app.distributed.comm import Ranks
 from app.distributed.ways.context import split_context
@@ -46,6 +49,22 @@ class Rows(Way):
         sum_gradients(self.model.parameters(), self.ranks)
 
 
+class Shards(Rows):
+    """FSDP2 的轴，只为测试：块，再是根；反向里已求和。"""
+
+    def __init__(self, model: GPT2Model, ranks: Ranks, roots: list[nn.Module]) -> None:
+        super().__init__(model, ranks)
+        assert ranks.group is not None
+        mesh = DeviceMesh.from_group(ranks.group, "cpu", mesh_dim_names=("shard",))
+        for module in (*model.h.values(), *roots):
+            sharded = fully_shard(module, mesh=mesh)
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
+
+    def finish_gradients(self) -> None:
+        pass
+
+
 Build = Callable[[GPT2Model, Ranks], Way]
 AXES: dict[str, Build] = {
     "pipeline": lambda model, ranks: Pipeline(model, ranks, "1f1b"),
@@ -71,7 +90,13 @@ def _axes() -> tuple[Ranks, Ranks]:
 def _run(cases: list[tuple[str, str, Case]]) -> dict[str, Off]:
     found, (outer, inner) = {}, _axes()
     for first, second, case in cases:
-        ways = [AXES[first](case.model, outer), AXES[second](case.model, inner)]
+        ways = [AXES[first](case.model, outer)]
+        if second == "shard":
+            way = ways[0]
+            roots = way.build_parts() if isinstance(way, Pipeline) else [case.model]
+            ways.append(Shards(case.model, inner, [*roots]))
+        else:
+            ways.append(AXES[second](case.model, inner))
         total, mine = valid(case.batch.y), case.batch
         for way in ways:
             mine = Batch(*(None if part is None else way.batch(part) for part in mine))
@@ -114,6 +139,7 @@ def test_every_pair_of_axes() -> None:
     pairs = [
         ("pipeline", "tensor"), ("pipeline", "sequence"), ("pipeline", "context"),
         ("pipeline", "expert"), ("tensor", "context"), ("sequence", "data"), ("context", "data"),
+        ("tensor", "shard"), ("sequence", "shard"), ("context", "shard"), ("pipeline", "shard"),
     ]  # fmt: skip
     for found in run_ranks(4, _run, _prepare(pairs)):
         assert_exact(found)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,28 +57,50 @@ def layout(shapes: Mapping[str, Sequence[int]], config: GPT2Config) -> dict[str,
     return {name: cut_of(name, shape, config) for name, shape in shapes.items()}
 
 
-def cut(whole: Tensor, rule: Cut | None, rank: int, size: int) -> Tensor:
-    """rank 的那一份，另存一份（不拖着整个张量）。
+class Span(NamedTuple):
+    """沿 dim：完整的张量里从 start 起的 length 个，在我那份里从 at 起。"""
+
+    start: int
+    length: int
+    at: int
+
+
+def spans(rule: Cut, rank: int, size: int) -> list[Span]:
+    """rank 的那一份由哪几段接成；按块读写检查点时也用它。
 
     Raises:
         ValueError: 有一部分不能等分。
     """
+    found, start, at = [], 0, 0
+    for part in rule.parts:
+        each, rest = divmod(part, size)
+        if rest:
+            raise ValueError(
+                f"{part} rows or columns of a weight (parts {rule.parts}) cannot be cut evenly "
+                f"over {size} {rule.axis} ranks: use a number of ranks that divides {part}"
+            )
+        found.append(Span(start + rank * each, each, at))
+        start, at = start + part, at + each
+    return found
+
+
+def cut(whole: Tensor, rule: Cut | None, rank: int, size: int) -> Tensor:
+    """rank 的那一份，另存一份（不拖着整个张量）。
+
+    Raises:
+        ValueError: 见 spans。
+    """
     if rule is None or size == 1:
         return whole
-    for part in rule.parts:
-        if part % size:
-            raise ValueError(
-                f"{part} rows or columns of a weight of shape {tuple(whole.shape)} cannot be cut "
-                f"evenly over {size} {rule.axis} ranks: use a number of ranks that divides {part}"
-            )
-    pieces = [part.chunk(size, rule.dim)[rank] for part in whole.split(rule.parts, rule.dim)]
-    return torch.cat(pieces, rule.dim)
+    found = spans(rule, rank, size)
+    return torch.cat([whole.narrow(rule.dim, s.start, s.length) for s in found], rule.dim)
 
 
 def join(pieces: Sequence[Tensor], rule: Cut | None) -> Tensor:
     """cut 的反面：各 rank 的份，按 rank 排。"""
     if rule is None or len(pieces) == 1:
         return pieces[0]
-    mine = [part // len(pieces) for part in rule.parts]
-    by_part = zip(*(piece.split(mine, rule.dim) for piece in pieces), strict=True)
-    return torch.cat([piece for part in by_part for piece in part], rule.dim)
+    size = len(pieces)
+    found = [(s, piece) for r, piece in enumerate(pieces) for s in spans(rule, r, size)]
+    found.sort(key=lambda one: one[0].start)
+    return torch.cat([piece.narrow(rule.dim, s.at, s.length) for s, piece in found], rule.dim)

@@ -39,7 +39,7 @@ from app.models.transformer import GPT2Config, GPT2Model
 from ..comm import Ranks
 from ..config import Schedule
 from .stages import Autocast, Stage, keep_stages, layers_of, rank_of, stages_of
-from .way import Count, Way
+from .way import Count, Way, local
 
 
 class Order(NamedTuple):
@@ -175,9 +175,11 @@ class Pipeline(Way):
         if not self.has_copy or self.ranks.rank not in (0, self.last):
             return
         weight = self.model.embed.wte.weight
-        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        mine = local(weight.grad)
         # 两个数之和与次序无关，所以两份从此逐位相等。
-        weight.grad = grad + self.ranks.swap(grad, self.last - self.ranks.rank)
+        mine += self.ranks.swap(mine, self.last - self.ranks.rank)
 
     def count(self, name: str) -> Count:
         copy = self.has_copy and name == "embed.wte.weight" and self.ranks.rank == self.last

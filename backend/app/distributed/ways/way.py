@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from app.models.transformer import GPT2Model
 
@@ -101,12 +102,17 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
     for p in parameters:
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if bucket and (bucket[0].dtype != p.grad.dtype or _size(bucket) > BUCKET):
+            if bucket and (bucket[-1].dtype != p.grad.dtype or _size(bucket) > BUCKET):
                 _sum_together(bucket, ranks)
                 bucket = []
-            bucket.append(p.grad)
+            bucket.append(local(p.grad))
     if bucket:
         _sum_together(bucket, ranks)
+
+
+def local(x: Tensor) -> Tensor:
+    """FSDP2 的张量在这个 rank 上的几行；普通的就是它自己。"""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _size(tensors: Sequence[Tensor]) -> int:

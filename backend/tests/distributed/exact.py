@@ -98,13 +98,7 @@ def gradients(model: GPT2Model) -> dict[str, Tensor]:
 
 
 def compare(case: Case, ways: Sequence[Way], loss: float) -> Off:
-    """finish_gradients 之后的 case.model；损失先在 splits_batch 的轴上求和。
-
-    ways 由外到里：先拼最后一条轴。
-    """
-    for way in ways:
-        if way.splits_batch:
-            loss = float(way.ranks.sum(torch.tensor(loss, dtype=torch.float64)))
+    """finish_gradients 之后的 case.model 与已求和的损失；ways 由外到里：先拼最后一条轴。"""
     off, where, found = 0.0, "", gradients(case.model)
     for name, want in case.gradients.items():
         whole = found.get(name)
@@ -117,6 +111,10 @@ def compare(case: Case, ways: Sequence[Way], loss: float) -> Off:
     norm = float(gradient_norm(found, ways))
     right = float(sum(g.square().sum() for g in case.gradients.values())) ** 0.5
     return Off(abs(loss - case.loss), off, abs(norm - right) / right, where)
+
+
+def summed(way: Way, loss: float) -> float:
+    return float(way.ranks.sum(torch.tensor(loss, dtype=torch.float64)))
 
 
 def assert_exact(found: dict[str, Off]) -> None:

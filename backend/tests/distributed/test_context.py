@@ -24,6 +24,7 @@ from .exact import (
     make_case,
     one_step,
     small_model,
+    summed,
     valid,
 )
 from .ranks import run_ranks
@@ -67,7 +68,7 @@ def _run(cases: list[tuple[str, Case]]) -> dict[str, Off]:
         mine = Batch(*(None if part is None else split.batch(part) for part in case.batch))
         loss = one_step(case.model, mine, valid(case.batch.y))
         split.finish_gradients()
-        found[case.name] = compare(case, [split], loss)
+        found[case.name] = compare(case, [split], summed(split, loss))
     return found
 
 
@@ -129,7 +130,7 @@ def _padded() -> dict[str, Off]:
         loss = model(x, targets=part, attention_mask=m)["loss"] * (valid(part) / valid(y))
         loss.backward()
         split.finish_gradients()
-        found[way] = compare(case, [split], float(loss.detach()))
+        found[way] = compare(case, [split], summed(split, float(loss.detach())))
     return found
 
 

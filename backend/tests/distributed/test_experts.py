@@ -28,6 +28,7 @@ from .exact import (
     make_case,
     one_step,
     small_model,
+    summed,
     valid,
 )  # fmt: skip
 from .ranks import run_ranks
@@ -61,7 +62,7 @@ def _run(cases: list[Case]) -> dict[str, Off]:
         mine = Batch(spread.batch(case.batch.x), spread.batch(case.batch.y))
         loss = one_step(case.model, mine, valid(case.batch.y))
         spread.finish_gradients()
-        found[case.name] = compare(case, [spread], loss)
+        found[case.name] = compare(case, [spread], summed(spread, loss))
     return found
 
 

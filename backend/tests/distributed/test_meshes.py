@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from app.distributed.comm import Ranks
-from app.distributed.ways.context import split_context
-from app.distributed.ways.experts import spread_experts
-from app.distributed.ways.pipeline import Pipeline
-from app.distributed.ways.tensor import split_heads
+from app.distributed.config import ParallelConfig
+from app.distributed.ways.split import Split
 from app.distributed.ways.way import Way, sum_gradients
 from app.models.transformer import GPT2Model
 
@@ -28,13 +24,11 @@ from .exact import (
     compare,
     make_batch,
     make_case,
-    one_step,
     small_model,
+    summed,
     valid,
 )
 from .ranks import run_ranks
-
-ROWS, MICRO = 4, 2
 
 
 class Rows(Way):
@@ -65,15 +59,6 @@ class Shards(Rows):
         pass
 
 
-Build = Callable[[GPT2Model, Ranks], Way]
-AXES: dict[str, Build] = {
-    "pipeline": lambda model, ranks: Pipeline(model, ranks, "1f1b"),
-    "tensor": lambda model, ranks: split_heads(model, ranks),
-    "sequence": lambda model, ranks: split_heads(model, ranks, sequence=True),
-    "expert": spread_experts,
-    "context": split_context,
-    "data": Rows,
-}
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {"n_kv_head": 2, "activation": "swiglu", "attention_pattern": ("local(6)", "causal")},
     "moe": {"moe_num_experts": 4},
@@ -90,26 +75,23 @@ def _axes() -> tuple[Ranks, Ranks]:
 def _run(cases: list[tuple[str, str, Case]]) -> dict[str, Off]:
     found, (outer, inner) = {}, _axes()
     for first, second, case in cases:
-        ways = [AXES[first](case.model, outer)]
-        if second == "shard":
-            way = ways[0]
-            roots = way.build_parts() if isinstance(way, Pipeline) else [case.model]
-            ways.append(Shards(case.model, inner, [*roots]))
-        else:
-            ways.append(AXES[second](case.model, inner))
-        total, mine = valid(case.batch.y), case.batch
-        for way in ways:
-            mine = Batch(*(None if part is None else way.batch(part) for part in mine))
-        pipe = ways[0]
-        if isinstance(pipe, Pipeline):
-            parts = mine.y.chunk(MICRO)
-            pipe.connect(MICRO)
-            share = torch.tensor([valid(y) / total for y in parts], dtype=torch.float64)
-            loss = float(pipe.step(mine.x, mine.y, share, mine.segment).loss)
-        else:
-            loss = one_step(case.model, mine, total, 1)
-        for way in ways:
+        sequence = "sequence" in (first, second)
+        axes = {"tensor" if n == "sequence" else n: r for n, r in ((first, outer), (second, inner))}
+        data, shard = axes.pop("data", None), axes.pop("shard", None)
+        split = Split(case.model, axes, ParallelConfig(tensor=2, sequence=sequence))
+        ways, mine = [*split.ways], case.batch
+        if data is not None:
+            ways.append(Rows(case.model, data))
+        if shard is not None:
+            ways.append(Shards(case.model, shard, split.roots))
+        extra = ways[len(split.ways) :]
+        for way in extra:
+            mine = Batch(*(None if x is None else way.batch(x) for x in mine))
+        flow = split.gradients(mine.x, mine.y, 1, valid(case.batch.y), mine.segment)
+        loss = float(flow.loss)
+        for way in extra:
             way.finish_gradients()
+            loss = summed(way, loss)
         found[case.name] = compare(case, ways, loss)
     return found
 

@@ -69,6 +69,10 @@ class Flow(NamedTuple):
     load: Tensor | None = None
     dropped: Tensor | None = None
 
+    def plus(self, other: Flow) -> Flow:
+        both = zip(self, other, strict=True)
+        return Flow(*(None if a is None or b is None else a + b for a, b in both))  # type: ignore[arg-type]
+
 
 class Pipeline(Way):
     """
@@ -85,6 +89,7 @@ class Pipeline(Way):
         self.last = rank_of(self.stages - 1, ranks.size, self.order.folded)
         keep_stages(model, self.kept, self.stages)
         self.parts: list[Stage] = []
+        self._micro = 0
 
     def build_parts(self, autocast: Autocast = nullcontext) -> list[Stage]:
         """这个 rank 的段；在别的并行都做过之后。"""
@@ -92,11 +97,13 @@ class Pipeline(Way):
         return self.parts
 
     def connect(self, micro_batches: int) -> None:
-        """排好微批的次序；第一步里各段互告形状，此后每个微批的形状不可变。
+        """排好微批的次序，个数变了才重排；第一步里各段互告形状，此后微批的形状不可变。
 
         Raises:
             ValueError: 微批的个数不合这种次序。
         """
+        if micro_batches == self._micro:
+            return
         check_micro_batches(self.schedule, micro_batches, self.ranks.size)
         device, group = self.model.device, self.ranks.group
         parts = self.parts or self.build_parts()

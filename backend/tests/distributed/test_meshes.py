@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -15,6 +17,7 @@ from app.distributed.config import ParallelConfig
 from app.distributed.ways.split import Split
 from app.distributed.ways.way import Way, sum_gradients
 from app.models.transformer import GPT2Model
+from app.training.machine.recompute import checkpoint_blocks
 
 from .exact import (
     Batch,
@@ -24,6 +27,7 @@ from .exact import (
     compare,
     make_batch,
     make_case,
+    one_step,
     small_model,
     summed,
     valid,
@@ -72,13 +76,14 @@ def _axes() -> tuple[Ranks, Ranks]:
     return Ranks.of(groups[me % 2]), Ranks.of(groups[2 + me // 2])
 
 
-def _run(cases: list[tuple[str, str, Case]]) -> dict[str, Off]:
+def _run(cases: list[tuple[str, str, Case]], recomputed: Collection[int] = ()) -> dict[str, Off]:
     found, (outer, inner) = {}, _axes()
     for first, second, case in cases:
         sequence = "sequence" in (first, second)
         axes = {"tensor" if n == "sequence" else n: r for n, r in ((first, outer), (second, inner))}
         data, shard = axes.pop("data", None), axes.pop("shard", None)
         split = Split(case.model, axes, ParallelConfig(tensor=2, sequence=sequence))
+        checkpoint_blocks(case.model, recomputed)
         ways, mine = [*split.ways], case.batch
         if data is not None:
             ways.append(Rows(case.model, data))
@@ -125,3 +130,51 @@ def test_every_pair_of_axes() -> None:
     ]  # fmt: skip
     for found in run_ranks(4, _run, _prepare(pairs)):
         assert_exact(found)
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_talk_again() -> None:
+    pairs = [
+        ("pipeline", "tensor"), ("sequence", "context"), ("expert", "data"), ("context", "shard"),
+    ]  # fmt: skip
+    for found in run_ranks(4, _run, _prepare(pairs), range(2)):
+        assert_exact(found)
+
+
+def _five_steps(pair: tuple[str, str], clip: float) -> tuple[dict[str, Tensor], list[float]]:
+    """裁剪过的五步之后的完整权重，与各步的损失。"""
+    outer, inner = _axes()
+    model, batch = small_model(**SHAPES["plain"]), make_batch()
+    config = ParallelConfig(tensor=2, sequence="sequence" in pair)
+    names = ["tensor" if name == "sequence" else name for name in pair]
+    split = Split(model, dict(zip(names, (outer, inner), strict=True)), config)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.01), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        flow = split.gradients(batch.x, batch.y, 1, valid(batch.y))
+        losses.append(float(flow.loss))
+        nn.utils.clip_grads_with_norm_(model.parameters(), clip, split.norm())
+        optimizer.step()
+    mine = dict(model.named_parameters())
+    whole = {
+        name: split.whole(name, mine[name].detach() if name in mine else None)
+        for name, _ in small_model(**SHAPES["plain"]).named_parameters()
+    }
+    assert all(x is not None for x in whole.values())
+    return whole, losses  # type: ignore[return-value]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [("pipeline", "tensor"), ("sequence", "context")])
+def test_five_clipped_steps_give_the_weights_of_one_process(pair: tuple[str, str]) -> None:
+    clip, model, batch = 0.5, small_model(**SHAPES["plain"]), make_batch()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.01), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(one_step(model, batch, valid(batch.y), 1))
+        assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
+        optimizer.step()
+    for weights, found in run_ranks(4, _five_steps, pair, clip):
+        assert found == pytest.approx(losses, abs=1e-11)
+        for name, p in model.named_parameters():
+            assert (weights[name] - p).abs().max() < 1e-10, name

@@ -145,6 +145,12 @@ class Ranks:
             each.wait()
         return out
 
+    def swap(self, x: Tensor, peer: int) -> Tensor:
+        """把 x 给 peer，收它的；只有这两个 rank 参加。"""
+        out = torch.empty_like(x)
+        self._swap(x.contiguous(), out, peer)
+        return out
+
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """rank source 的 x，就地。"""
         if self.group is not None:
@@ -166,12 +172,6 @@ class Ranks:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, self.group)
         return box
-
-    def swap(self, x: Tensor, peer: int) -> Tensor:
-        """把 x 给 peer，收它的；只有这两个 rank 参加。"""
-        out = torch.empty_like(x)
-        self._swap(x.contiguous(), out, peer)
-        return out
 
     def send(self, x: Tensor, to: int) -> None:
         assert self.group is not None

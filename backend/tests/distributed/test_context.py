@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from app.distributed.comm import Ranks
 from app.distributed.ways.context import Halo, choose_way, split_context
 from app.models.transformer.visibility.pattern_text import parse
 
 from .exact import (
+    ROWS,
+    TOKENS,
     Batch,
     Case,
     Off,
@@ -114,28 +118,41 @@ def test_every_way_with_every_pattern(size: int) -> None:
         assert_exact(found)
 
 
-def _padded() -> dict[str, Off]:
+def _with_masks(pattern: str, ways: tuple[str, ...], **masks: Tensor) -> dict[str, Off]:
     found = {}
-    for way in ("halo", "ulysses", "gather", "ring"):
-        model, batch = small_model(attention_pattern="local(6)"), make_batch()
-        mask = torch.ones_like(batch.x)
-        mask[0, :11], mask[3, 20:] = 0, 0
-        y = batch.y.masked_fill(mask == 0, -100)
-        loss = model(batch.x, targets=y, attention_mask=mask)["loss"]
+    for way in ways:
+        model, batch = small_model(attention_pattern=pattern), make_batch()
+        y = batch.y.masked_fill(masks.get("attention_mask", torch.ones(1)) == 0, -100)
+        loss = model(batch.x, targets=y, **masks)["loss"]
         loss.backward()
         case = Case(way, model, Batch(batch.x, y), float(loss.detach()), gradients(model))
         model.zero_grad()
         split = split_context(model, Ranks.world(), way)  # type: ignore[arg-type]
-        x, part, m = (split.batch(a) for a in (batch.x, y, mask))
-        loss = model(x, targets=part, attention_mask=m)["loss"] * (valid(part) / valid(y))
+        x, part = split.batch(batch.x), split.batch(y)
+        mine = {name: split.batch(mask) for name, mask in masks.items()}
+        loss = model(x, targets=part, **mine)["loss"] * (valid(part) / valid(y))
         loss.backward()
         split.finish_gradients()
         found[way] = compare(case, [split], summed(split, float(loss.detach())))
     return found
 
 
-def test_padding_is_cut_with_the_tokens() -> None:
-    for found in run_ranks(2, _padded):
+def _padded() -> dict[str, Off]:
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    mask[0, :11], mask[3, 20:] = 0, 0
+    return _with_masks("local(6)", ("halo", "ulysses", "gather", "ring"), attention_mask=mask)
+
+
+def _marked() -> dict[str, Off]:
+    marks = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+    marks[0, 3], marks[1, 20], marks[2, 7] = 1, 1, 1
+    ways = ("ulysses", "gather", "ring")
+    return _with_masks("longformer(4, 1)", ways, global_attention_mask=marks)
+
+
+@pytest.mark.parametrize("job", [_padded, _marked])
+def test_masks_are_cut_with_the_tokens(job: Callable[[], dict[str, Off]]) -> None:
+    for found in run_ranks(2, job):
         assert_exact(found)
 
 

@@ -137,6 +137,25 @@ class Ranks:
             each.wait()
         return out
 
+    def shift(self, x: Tensor, by: int) -> Tensor:
+        """给 rank + by，收 rank - by 的，不绕圈：两端没有来处的收到零。"""
+        to, come = self.rank + by, self.rank - by
+        out = torch.zeros_like(x)
+        steps = []
+        if 0 <= to < self.size:
+            steps.append(dist.P2POp(dist.isend, x.contiguous(), None, self.group, group_peer=to))
+        if 0 <= come < self.size:
+            steps.append(dist.P2POp(dist.irecv, out, None, self.group, group_peer=come))
+        for each in dist.batch_isend_irecv(steps) if steps else []:
+            each.wait()
+        return out
+
+    def swap(self, x: Tensor, peer: int) -> Tensor:
+        """把 x 给 peer，收它的；只有这两个 rank 参加。"""
+        out = torch.empty_like(x)
+        self._swap(x.contiguous(), out, peer)
+        return out
+
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """rank source 的 x，就地。"""
         if self.group is not None:

@@ -15,7 +15,7 @@ from ..layers.fused import feed_forward_parts
 from ..mlp import ACTIVATIONS, MLP
 from ..visibility.positions import PADDING
 from .balance import balance_loss, capacity, z_loss
-from .dispatch import Groups, Way, choose_dispatch, count, drop_overflow, group
+from .dispatch import Way, choose_dispatch, count, drop_overflow, group
 from .grouped import GroupedLinear, grouped_linear, sorted_linear
 from .router import Router
 
@@ -46,11 +46,15 @@ class Experts(nn.Module):
             return self.reference(x, expert, weight)
         groups = group(expert, self.count, complete)
         rows = x.index_select(0, groups.token)  # (R, C)
-        rows = self.activation(_product(way, rows, self.c_fc, groups))
-        rows = _product(way, rows, self.c_proj, groups)
+        rows = self.each(way, rows, groups.ends, groups.complete)
         # 取回按词元排的 (N, k, C) 再一次乘加；index_add 会把乘过权重的那一份也留给反向。
         back = rows.index_select(0, groups.row).view(*weight.shape, -1)
         return torch.bmm(weight[:, None].to(back.dtype), back).squeeze(1)
+
+    def each(self, way: Way, rows: Tensor, ends: Tensor, complete: bool) -> Tensor:
+        """(R, C) -> (R, C)，按专家排好的行各过自己的专家；ends 之后的行是零。"""
+        rows = self.activation(_product(way, rows, self.c_fc, ends, complete))
+        return _product(way, rows, self.c_proj, ends, complete)
 
     def reference(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """每个专家算每个词元，再按权重相加：慢，但一眼看得出是对的。"""
@@ -65,11 +69,11 @@ class Experts(nn.Module):
         return total
 
 
-def _product(way: Way, x: Tensor, layer: GroupedLinear, groups: Groups) -> Tensor:
+def _product(way: Way, x: Tensor, layer: GroupedLinear, ends: Tensor, complete: bool) -> Tensor:
     """(R, in) -> (R, out)。"""
     if way == "grouped":
-        return grouped_linear(x, layer.weight, layer.bias, groups.ends, groups.complete)
-    return sorted_linear(x, layer.weight, layer.bias, groups.ends)
+        return grouped_linear(x, layer.weight, layer.bias, ends, complete)
+    return sorted_linear(x, layer.weight, layer.bias, ends)
 
 
 class MoE(nn.Module):

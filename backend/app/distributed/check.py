@@ -29,6 +29,13 @@ TESTED = {
         ("shard", "tensor"),
         ("shard", "context"),
         ("shard", "pipeline"),
+        ("replicate", "context"),
+        ("replicate", "pipeline"),
+        ("replicate", "expert"),
+        ("tensor", "context"),
+        ("pipeline", "tensor"),
+        ("pipeline", "context"),
+        ("pipeline", "expert"),
     )
 }
 # 等多久、宽限多久不算"要并行"。
@@ -47,6 +54,7 @@ class Job:
     sample_tokens: int = 0
     compile: str = "auto"
     device: str = "auto"
+    optimizer: str = "adamw"
 
 
 def check_alone(parallel: ParallelConfig) -> None:
@@ -196,6 +204,11 @@ def _tensor(job: Job, tensor: int) -> Iterator[str]:
             f"parallel.sequence=true splits model.context_size={model.context_size} over "
             f"parallel.tensor={tensor}: use a multiple, or sequence=false"
         )
+    if job.optimizer == "muon":
+        yield (
+            f"optim.name=muon with parallel.tensor={tensor}: it orthogonalizes whole matrices and "
+            "each rank would have a part; use optim.name=adamw or parallel.shard"
+        )
     if model.dropout:
         yield _dropout(model, "tensor", tensor)
     if model.moe_num_experts:
@@ -288,12 +301,14 @@ def _pipeline(job: Job, pipeline: int) -> Iterator[str]:
                 "parallel.pipeline of 2 or more, or leave it out"
             )
         return
-    stages = pipeline * (1 if schedule in ("gpipe", "1f1b") else 2)
+    stages = stages_of(job.parallel)
     if model.n_layer < stages:
         yield (
             f"parallel.pipeline={pipeline} with schedule {schedule} has {stages} stages but "
             f"model.n_layer={model.n_layer}: use fewer stages or more layers"
         )
+    if job.micro_batch is not None:
+        yield from _micro_batches(job, stages)
     if schedule in _SPLIT_BACKWARD:
         if model.moe_num_experts:
             yield (
@@ -307,8 +322,29 @@ def _pipeline(job: Job, pipeline: int) -> Iterator[str]:
             )
 
 
+def stages_of(parallel: ParallelConfig) -> int:
+    """流水线一共几段；没有流水线是一段。"""
+    each = 1 if parallel.pipeline == 1 or parallel.schedule in ("gpipe", "1f1b") else 2
+    return parallel.pipeline * each
+
+
+def _micro_batches(job: Job, stages: int) -> Iterator[str]:
+    assert job.micro_batch is not None
+    parallel = job.parallel
+    data = max(1, parallel.replicate) * parallel.shard * parallel.expert
+    found = job.batch_size // (data * job.micro_batch)
+    least = 1 if parallel.schedule == "gpipe" else stages
+    if found < least or found % parallel.pipeline:
+        yield (
+            f"batch_size={job.batch_size} and micro_batch={job.micro_batch} give {found} "
+            f"micro-batches, but parallel.pipeline={parallel.pipeline} with schedule "
+            f"{parallel.schedule} needs a multiple of {parallel.pipeline}, at least {least}: use "
+            "a larger batch_size or a smaller micro_batch"
+        )
+
+
 def _sampling(job: Job, sizes: Mapping[str, int]) -> Iterator[str]:
-    for axis in ("tensor", "context", "pipeline"):
+    for axis in ("tensor", "context", "pipeline", "expert"):
         if sizes[axis] > 1 and job.sample_tokens:
             yield (
                 f"sample_tokens={job.sample_tokens} with parallel.{axis}={sizes[axis]}: a split "

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from app.distributed.mesh import Mesh
-from app.distributed.sharding.rows import whole
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import OptimConfig, TrainConfig
 from app.training.engine import Plain
@@ -27,11 +26,12 @@ _SEED = 7
 
 
 class Trained(NamedTuple):
-    """几步之后的整个的权重，与各步的损失和范数。"""
+    """几步之后的整个的权重，各步的损失和范数，与梯度怎样相加。"""
 
     weights: dict[str, Tensor]
     losses: list[float]
     norms: list[float]
+    summing: str
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,13 @@ class Setting:
             engine.clip(norm, norms[-1])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        weights = {n: whole(p.detach()) for n, p in engine.model.named_parameters()}
-        return Trained(weights, losses, norms)
+        return Trained(engine.whole_parameters(lambda p: p), losses, norms, engine.summing)
 
     def gradients(self, engine: Plain, step: int, losses: list[float]) -> dict[str, Tensor]:
         """整批的梯度，整个的。"""
         inputs, targets = self._batch(step)
         losses.append(float(engine.gradients(inputs[engine.rows], targets[engine.rows], step).loss))
-        named = engine.model.named_parameters()
-        return {name: whole(p.grad) for name, p in named if p.grad is not None}
+        return engine.whole_parameters(lambda p: p.grad)
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(B, T) 的输入与目标；有长短不一的 -100，也有一行一个目标也没有。"""

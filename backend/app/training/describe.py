@@ -16,7 +16,7 @@ from .trainer import Trainer
 
 def describe(trainer: Trainer, compiled: str) -> Decisions:
     """将要怎样跑，由已经组装好的看出。"""
-    config, runtime, model = trainer.config, trainer.runtime, trainer.model
+    config, runtime = trainer.config, trainer.runtime
     shape = config.model
     passed = f"{config.passes} passes of {config.rows_at_once} sequences"
     if config.passes == 1:
@@ -37,7 +37,7 @@ def describe(trainer: Trainer, compiled: str) -> Decisions:
         *_experts(trainer),
         (
             "model",
-            f"{model.num_parameters():,} parameters",
+            f"{trainer.engine.size[0]:,} parameters",
             f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embed}, "
             f"norm {shape.norm}, vocabulary {shape.vocab_size}",
         ),
@@ -81,7 +81,7 @@ def _experts(trainer: Trainer) -> Decisions:
     found = explain_dispatch(shape, device=runtime.device, dtype=runtime.dtype)
     if found is None:
         return []
-    active = trainer.model.active_parameters()
+    active = trainer.engine.size[1]
     of = f"{len(shape.moe_layers)} of {shape.n_layer} layers, {shape.moe.router}"
     return [
         ("dispatch", *found),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import (
     TreeSum,
@@ -25,6 +26,7 @@ from app.distributed.replicate import (
     total_norm,
     tree_sum,
 )
+from app.distributed.sharding.rows import whole
 from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
@@ -36,11 +38,13 @@ from .step import (
     backward,
     clip_gradients,
     count_valid,
+    expected_initial_loss,
     first_bad_gradient,
     first_bad_weight,
     gradient_norm,
 )
 from .watch.gradient_norms import gradient_norms
+from .watch.validation import forward_loss
 
 
 class Plain:
@@ -48,9 +52,12 @@ class Plain:
 
     Attributes:
         summing: 梯度怎样相加，记进检查点："plain"、"tree"、"all_reduce"。
+        why_not_compile: 各块不能编译的理由；None = 可以。
+        expected_loss: 随机初始化时的损失；size：(参数的个数, 一个词元用到的)，都是整个模型的。
     """
 
     summing: str = "plain"
+    why_not_compile: str | None = None
 
     def __init__(
         self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None = None
@@ -58,11 +65,25 @@ class Plain:
         self.model, self.config, self.runtime = model, config, runtime
         self.mesh = Mesh() if mesh is None else mesh
         self.parameters = list(model.parameters())
+        self.expected_loss, self.size = self.of_whole(model)
+
+    def of_whole(self, model: GPT2Model) -> tuple[float, tuple[int, int]]:
+        """(expected_loss, size)；model 是刚建好的。"""
+        return expected_initial_loss(model), (model.num_parameters(), model.active_parameters())
+
+    @property
+    def readers(self) -> Ranks:
+        """读不同的行的 rank。"""
+        return self.mesh.data
+
+    def forward_loss(self, model: GPT2Model, x: Tensor, y: Tensor) -> Tensor:
+        """(R, T) 的输入与目标 -> 平均损失，不求梯度。"""
+        return forward_loss(model, x, y)
 
     @property
     def rows(self) -> slice | np.ndarray:
         """一批里我读哪几行。"""
-        return my_rows(self.config.batch_size, self.mesh.data)
+        return my_rows(self.config.batch_size, self.readers)
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         """我的几行 (B, T) -> 整批的梯度，加进 .grad，与整批的几个数。"""
@@ -106,6 +127,13 @@ class Plain:
         """只有权重。"""
         load_weights(folder, self.model)
 
+    def whole_parameters(
+        self, pick: Callable[[nn.Parameter], Tensor | None]
+    ) -> dict[str, Tensor]:
+        """{名字: pick(参数) 的整个张量}；pick 给 None 的没有。集合操作，给核验用。"""
+        picked = {name: pick(p) for name, p in self.model.named_parameters()}
+        return {name: whole(x.detach()) for name, x in picked.items() if x is not None}
+
     def _first_found(self, mine: str | None) -> str | None:
         places = self.mesh.world.collect(mine)
         found = next(((r, where) for r, where in enumerate(places) if where is not None), None)
@@ -122,7 +150,7 @@ class Replicated(Plain):
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         tree, each = TreeSum(), self._leaves_together() * self.config.rows_at_once
-        valid, begin = self._valid(targets), my_rows(self.config.batch_size, self.mesh.data).start
+        valid, begin = self._valid(targets), my_rows(self.config.batch_size, self.readers).start
         for first in range(0, len(inputs), each):
             rows = slice(first, first + each)
             sums = self._some(inputs[rows], targets[rows], valid, step, begin + first)
@@ -134,7 +162,7 @@ class Replicated(Plain):
 
     def _valid(self, targets: np.ndarray) -> int:
         """整批的有效词元数；targets 是我的几行。"""
-        return int(self.mesh.data.sum(torch.tensor(count_valid(targets, least=0)))) or 1
+        return int(self.readers.sum(torch.tensor(count_valid(targets, least=0)))) or 1
 
     def _give(self, total: list[Tensor]) -> Sums:
         """梯度放回 .grad，其余是几个数。"""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from app.common.tell import Tell
-from app.distributed.check import Job
+from app.distributed.check import Job, stages_of
 
 from .config import TrainConfig, flat
 from .saving.state import versions
@@ -30,6 +30,7 @@ def job_of(config: TrainConfig) -> Job:
         sample_tokens=config.sample_tokens,
         compile=config.compile,
         device=config.device,
+        optimizer=config.optim.name,
     )
 
 
@@ -37,9 +38,9 @@ def with_leaves(config: TrainConfig, data_ranks: int) -> TrainConfig:
     """微批定下来，写进 run.yaml：换 rank 数续训时叶子不变。"""
     if config.micro_batch is not None:
         return config
-    parts = data_ranks
-    if config.parallel.exact and config.batch_size % max(LEAVES, data_ranks) == 0:
-        parts = max(LEAVES, data_ranks)
+    parts = data_ranks * stages_of(config.parallel)
+    if config.parallel.exact and config.batch_size % max(LEAVES, parts) == 0:
+        parts = max(LEAVES, parts)
     return config.replace(micro_batch=config.batch_size // parts)
 
 

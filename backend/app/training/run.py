@@ -140,7 +140,7 @@ def train(
         world.together(lambda: check_shared(run))
         with memory_error(config, 0):
             trainer = _assemble(config, runtime, data, note, mesh)
-        if warning := small_step(config, trainer.model.num_parameters(), preset):
+        if warning := small_step(config, trainer.engine.size[0], preset):
             note(warning)
         decisions = describe(trainer, _compile(trainer, signal, note))
         world.first(lambda: _write_settings(trainer, data, decisions, notes))
@@ -231,8 +231,9 @@ def _assemble(
     validation = None
     if data.val is not None:
         windows, length = config.eval_batches * config.batch_size, config.model.context_size
-        ranks = engine.mesh.data
-        validation = Validation(data.val, length, windows, config.rows_at_once, ranks)
+        validation = Validation(
+            data.val, length, windows, config.rows_at_once, engine.readers, engine.forward_loss
+        )
     trainer = Trainer(engine, data.train, validation, tokenizer)
     if start is not None and state is not None:
         # 先于复原：重量最好的那个要借用模型，之后权重与随机数都会复原。
@@ -316,9 +317,9 @@ def _facts(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str])
         decisions=decisions,
         notes=notes,
         data=data.fingerprints,
-        parameters=trainer.model.num_parameters(),
+        parameters=trainer.engine.size[0],
         steps=trainer.config.steps,
-        expected_loss=trainer.expected_loss,
+        expected_loss=trainer.engine.expected_loss,
         unigram=trainer.plateau.entropy,
     )
 

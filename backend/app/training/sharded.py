@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import (
@@ -23,6 +23,7 @@ from app.distributed.sharding.rows import local
 from app.distributed.sharding.shard import gathers_now, my_groups, settle, shard_model
 from app.distributed.sharding.start import initialize_shards
 from app.distributed.storage.files import Stream
+from app.distributed.storage.pieces import Part, part_of
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import CONFIG_FILE
 
@@ -34,7 +35,69 @@ from .step import Sums, backward
 from .watch.gradient_norms import norms_of_rows
 
 
-class Sharded(Replicated):
+class Streamed(Replicated):
+    """没有哪个 rank 放下整个模型：检查点流过 rank 0，读时各取所需。"""
+
+    def __init__(
+        self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None = None
+    ) -> None:
+        super().__init__(model, config, runtime, mesh)
+        # 只前向（验证）之后各组的根还是聚齐的，见 settle。
+        self.roots: list[nn.Module] = [model]
+        self._stream: Stream | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """整个模型的参数与缓冲区的形状。"""
+        return {name: tuple(x.shape) for name, x in self.model.state_dict().items()}
+
+    def place(self, name: str, mine: Tensor) -> Part:
+        """手里的 name 在整个张量的哪里。"""
+        first, copies = self.mesh.world.rank == 0, self.mesh.replicate.rank == 0
+        return part_of(mine, first=first, copies=copies)
+
+    def tables(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Part]]:
+        """{文件: {张量名: 我的那一份}}，各 rank 同样的名字。"""
+        settle(self.roots)
+        return tables(self.model, optimizer, self.place)
+
+    def first_bad_weight(self) -> str | None:
+        settle(self.roots)
+        return super().first_bad_weight()
+
+    def save(self, write: Callable[[], object], optimizer: torch.optim.Optimizer) -> None:
+        """各 rank 的行流过 rank 0；它写不下去时，各 rank 得到同样的错误。"""
+        self._stream = stream = Stream(self.tables(optimizer), self.mesh.world)
+
+        def write_and_close() -> None:
+            try:
+                write()
+            finally:
+                stream.close()
+
+        self.mesh.world.first(write_and_close, stream.serve)
+
+    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        assert self._stream is not None
+        for file in self._stream.files:
+            self._stream.write(file, folder / file)
+        (folder / CONFIG_FILE).write_text(self.model.config.to_json(), encoding="utf-8")
+
+    def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        settle(self.roots)
+        self.mesh.world.together(
+            lambda: read_shards(folder, self.model, optimizer, self.place, self.shapes)
+        )
+
+    def read_weights(self, folder: Path) -> None:
+        settle(self.roots)
+        self.mesh.world.together(lambda: read_weights(folder, self.model, self.place))
+
+    def _found(self) -> list[Tensor]:
+        return [local(grad) for grad in super()._found()]
+
+
+class Sharded(Streamed):
     """每份副本切在 mesh.shard 上；副本之间每步加一次（HSDP）。
 
     Args:
@@ -49,7 +112,6 @@ class Sharded(Replicated):
             initialize_shards(model, config.model, runtime.device)
         super().__init__(model, config, runtime, mesh)
         self.summing = "tree" if config.parallel.exact else "all_reduce"
-        self._stream: Stream | None = None
 
     @property
     def rows(self) -> np.ndarray:
@@ -107,36 +169,3 @@ class Sharded(Replicated):
         named = self.model.named_parameters()
         found = {name: p.grad for name, p in named if p.grad is not None}
         return gathered_rows(found, self.mesh.shard)
-
-    def _found(self) -> list[Tensor]:
-        return [local(grad) for grad in super()._found()]
-
-    def first_bad_weight(self) -> str | None:
-        settle(self.model)
-        return super().first_bad_weight()
-
-    def save(self, write: Callable[[], object], optimizer: torch.optim.Optimizer) -> None:
-        """各 rank 的行流过 rank 0；它写不下去时，各 rank 得到同样的错误。"""
-        first, copies = self.mesh.world.rank == 0, self.mesh.replicate.rank == 0
-        found = tables(self.model, optimizer, first=first, copies=copies)
-        self._stream = stream = Stream(found, self.mesh.world)
-
-        def write_and_close() -> None:
-            try:
-                write()
-            finally:
-                stream.close()
-
-        self.mesh.world.first(write_and_close, stream.serve)
-
-    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        assert self._stream is not None
-        for file in self._stream.files:
-            self._stream.write(file, folder / file)
-        (folder / CONFIG_FILE).write_text(self.model.config.to_json(), encoding="utf-8")
-
-    def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        self.mesh.world.together(lambda: read_shards(folder, self.model, optimizer))
-
-    def read_weights(self, folder: Path) -> None:
-        self.mesh.world.together(lambda: read_weights(folder, self.model))

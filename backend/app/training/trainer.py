@@ -42,7 +42,7 @@ from .saving.checkpoint import (
 )
 from .saving.resume import windows_read
 from .saving.state import write_state
-from .step import Sums, accumulate, expected_initial_loss, initial_loss_line
+from .step import Sums, accumulate, initial_loss_line
 from .watch.expert_load import balance_row, update_selection_bias
 from .watch.patience import Patience
 from .watch.plateau import PlateauWatch, unigram_entropy
@@ -83,7 +83,6 @@ class Trainer:
         )
         checkpoint_blocks(model, config.recomputed_layers)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
-        self.expected_loss = expected_initial_loss(model)
         self.spikes = SpikeWatch()
         self.plateau = PlateauWatch(unigram_entropy(data), config)
         self.step = self.tokens = self.skipped = 0
@@ -175,7 +174,7 @@ class Trainer:
                 self.metrics.write({"kind": "moe", "step": self.step, "layers": layers})
         self.metrics.write(row)
         if self.step == 1:
-            self.progress.tell(initial_loss_line(self.model, loss, self.expected_loss))
+            self.progress.tell(initial_loss_line(self.model, loss, self.engine.expected_loss))
         self.progress.step(self.step, loss, lr, seconds)
 
     def _count_bad(self, good: bool, where: str) -> None:
@@ -372,6 +371,8 @@ class Trainer:
             self.model.train()
             accumulate(self.model, inputs, targets, rows, self.runtime)
 
+        if self.engine.why_not_compile is not None and self.config.compile != "off":
+            return f"off: {self.engine.why_not_compile}"
         try:
             return compile_blocks(
                 self.model.h.values(), self.config.compile, self.runtime.device, probe, tell

@@ -7,12 +7,12 @@ W 一组里的 rank 数。
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard_model(model: GPT2Model, mesh: DeviceMesh, exact: bool) -> None:
+def shard_model(
+    model: GPT2Model, mesh: DeviceMesh, exact: bool, roots: Sequence[nn.Module] = ()
+) -> None:
     """就地：每块一组，其余（词嵌入、位置、末尾的归一化、输出头）都在根的那一组。
 
     词嵌入须在根里：共享的输出头在所有的块之后还要读它。须在 checkpoint_blocks 与编译之后。
@@ -33,6 +35,7 @@ def shard_model(model: GPT2Model, mesh: DeviceMesh, exact: bool) -> None:
     Args:
         mesh: 一维，分片的那些 rank；几份副本之间的和由调用者另加（HSDP）。
         exact: 按固定的树相加；False = 后端的 reduce-scatter，次序由它定。
+        roots: 块之外的各组；默认是整个模型，流水线时是各段。
 
     Raises:
         ValueError: mesh 不是一维，或 exact 而 rank 数不是 2 的幂。
@@ -41,12 +44,9 @@ def shard_model(model: GPT2Model, mesh: DeviceMesh, exact: bool) -> None:
         raise ValueError(f"the shard mesh has {mesh.ndim} dimensions, expected 1: mesh['shard']")
     if exact:
         check_tree(mesh.size())
-    for block in model.h.values():
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
+    for module in (*model.h.values(), *(roots or (model,))):
+        fully_shard(module, mesh=mesh)
+        assert isinstance(module, FSDPModule)
         # 损失的份额已按全批的词元算，所以只求和；gloo 没有 PREMUL_SUM，SUM 才处处都有。
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -104,11 +104,12 @@ def gathers_now(model: GPT2Model, now: bool) -> None:
     model.set_requires_gradient_sync(now)
 
 
-def settle(model: GPT2Model) -> None:
+def settle(roots: Iterable[nn.Module]) -> None:
     """聚齐着的权重放回各自的几行：只前向（验证）之后，根的那一组还是聚齐的。
 
     那时 named_parameters 给出的不是优化器认得的参数，按名字找状态会悄悄漏掉词嵌入的。
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -16,7 +16,7 @@ def gradient_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in named:
         if parameter.grad is not None:
-            groups.setdefault(_group(name), []).append(parameter.grad)
+            groups.setdefault(group_of(name), []).append(parameter.grad)
     if not groups:
         return {}
     norms = torch.stack([nn.utils.get_total_norm(grads).float() for grads in groups.values()])
@@ -27,11 +27,11 @@ def norms_of_rows(rows: Mapping[str, Tensor]) -> dict[str, float]:
     """同样的，由 {参数名: 各行的平方和}。"""
     groups: dict[str, list[Tensor]] = {}
     for name, squares in rows.items():
-        groups.setdefault(_group(name), []).append(squares.sum())
+        groups.setdefault(group_of(name), []).append(squares.sum())
     norms = torch.stack([torch.stack(squares).sum().sqrt() for squares in groups.values()])
     return dict(zip(groups, norms.tolist(), strict=True))
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
     first, _, rest = name.partition(".")
     return f"block {rest.split('.')[0]}" if first == "h" else first

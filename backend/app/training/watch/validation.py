@@ -16,6 +16,11 @@ from app.models.transformer import GPT2Model
 from ..machine.runtime import Runtime
 
 
+def forward_loss(model: GPT2Model, x: Tensor, y: Tensor) -> Tensor:
+    """整个的模型：每词元的平均损失。"""
+    return model(x, targets=y)["loss"]
+
+
 class Validation:
     """在验证集上均匀铺开的窗口，互不重叠。
 
@@ -23,17 +28,24 @@ class Validation:
         windows: 至多用几个窗口；0 = 全部。
         rows: 一次前向几个窗口。
         ranks: 各组窗口轮流分给它们；相加的次序不变，所以几个 rank 都是同一个数。
+        forward: (模型, (R, T) 的输入, 目标) -> 平均损失；切开的模型有自己的走法。
     """
 
     def __init__(
-        self, data: TokenDataset, context: int, windows: int, rows: int, ranks: Ranks = ALONE
+        self,
+        data: TokenDataset,
+        context: int,
+        windows: int,
+        rows: int,
+        ranks: Ranks = ALONE,
+        forward: Callable[[GPT2Model, Tensor, Tensor], Tensor] = forward_loss,
     ) -> None:
         if data.n_tokens < 2:
             raise ValueError(
                 f"the validation data has {data.n_tokens} tokens, at least 2 are needed: "
                 "prepare it again with a larger validation part"
             )
-        self._data, self._rows, self._ranks = data, rows, ranks
+        self._data, self._rows, self._ranks, self._forward = data, rows, ranks, forward
         # 验证集比一个上下文还短时，就用它全部作一个短窗口。
         self._length = min(context, data.n_tokens - 1)
         possible = (data.n_tokens - 1) // self._length
@@ -76,5 +88,5 @@ class Validation:
         """一组窗口的损失之和，标量 float64。"""
         rows = [self._data.read(int(start), self._length + 1) for start in starts]
         batch = torch.from_numpy(np.stack(rows)).to(runtime.device)
-        loss = model(batch[:, :-1], targets=batch[:, 1:])["loss"]
+        loss = self._forward(model, batch[:, :-1], batch[:, 1:])
         return loss.double().cpu() * len(rows)

@@ -117,7 +117,7 @@ def test_every_way_with_every_pattern(size: int) -> None:
         if not (way == "ulysses" and shape)
     ]
     assert len(every) > 70
-    for found in run_ranks(size, _run, _prepare(every)):
+    for found in run_ranks(size, _run, _prepare(every), limit=240):
         assert_exact(found)
 
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from app.distributed.comm import Ranks
+from app.distributed.config import ParallelConfig
 from app.distributed.ways.context import Halo, choose_way, split_context
+from app.distributed.ways.split import Split
+from app.models.transformer.settings.moe_config import MoEConfig
 from app.models.transformer.visibility.pattern_text import parse
 
 from .exact import (
@@ -114,7 +117,7 @@ def test_every_way_with_every_pattern(size: int) -> None:
         if not (way == "ulysses" and shape)
     ]
     assert len(every) > 70
-    for found in run_ranks(size, _run, _prepare(every)):
+    for found in run_ranks(size, _run, _prepare(every), limit=240):
         assert_exact(found)
 
 
@@ -156,6 +159,27 @@ def test_masks_are_cut_with_the_tokens(job: Callable[[], dict[str, Off]]) -> Non
         assert_exact(found)
 
 
+def _with_experts() -> dict[str, Off]:
+    found = {}
+    for way, router in itertools.product(("ulysses", "ring"), ("softmax_topk", "sigmoid")):
+        moe = MoEConfig(router=router, shared_experts=1)  # type: ignore[arg-type]
+        model, batch = small_model(moe_num_experts=4, moe=moe), make_batch(packed=True)
+        case = make_case(f"{way} {router}", model, batch, micro=1)
+        pairs = zip(batch.x.split(1), batch.segment.split(1), strict=True)  # type: ignore[union-attr]
+        load = sum(model(row, segment_ids=part)["expert_load"] for row, part in pairs)
+        config = ParallelConfig(context=2, context_way=way)  # type: ignore[arg-type]
+        split = Split(model, {"context": Ranks.world()}, config)
+        flow = split.gradients(batch.x, batch.y, 1, valid(batch.y), batch.segment)
+        assert flow.load is not None and torch.equal(flow.load, load)  # type: ignore[arg-type]
+        found[case.name] = compare(case, split.ways, float(flow.loss))
+    return found
+
+
+def test_the_balance_loss_is_of_the_whole_row() -> None:
+    for found in run_ranks(2, _with_experts):
+        assert_exact(found)
+
+
 def _halo_one_short() -> float:
     with mock.patch.object(Halo, "length", property(lambda self: self.pattern.reach - 2)):
         return max(off.gradient for off in _run(_prepare([("halo", "local", False, {})])).values())
@@ -183,8 +207,8 @@ def test_what_cannot_be_exact_is_refused() -> None:
         split_context(small_model(dropout=0.1), two)
     with pytest.raises(ValueError, match=r"context_size=31 cannot be split .* parallel.context=2"):
         split_context(small_model(context_size=31), two)
-    with pytest.raises(ValueError, match=r"moe_num_experts=4 with parallel.context=2"):
-        split_context(small_model(moe_num_experts=4), two)
+    with pytest.raises(ValueError, match=r"moe.capacity_factor=2.0 with parallel.context=2"):
+        split_context(small_model(moe_num_experts=4, moe=MoEConfig(capacity_factor=2.0)), two)
     model = small_model()
     split_context(model, two)
     with pytest.raises(ValueError, match="features and caches need whole sequences"):

@@ -11,7 +11,8 @@ auto 给每种图样各挑：有界的 halo，否则 ulysses，再否则 gather�
 所以打包的文档、任何图样都不必另写；halo 与 ulysses 之后的后端仍是单机的那几个。
 
 一步里：batch 取自己那一段列；份额 = 这一段的有效目标数 / 全局的；参数都完整，梯度在轴上求和，
-范数数一次，检查点照旧。只给词元时不通信就知道位置；给了文档号等，各段先拼回再算坐标。
+范数数一次，检查点照旧。均衡损失要整行的词元：各 rank 的之和是整行的，份额也用整行的（split.py）。
+只给词元时不通信就知道位置；给了文档号等，各段先拼回再算坐标。
 B 批、T 词元数、n = T / W、H 查询头数、G 键值头数、D 头宽。
 """
 
@@ -27,11 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.models.transformer import GPT2Model
+from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.attention import Attention
 from app.models.transformer.backends.attend import attend
 from app.models.transformer.backends.mask_plan import MaskPlan
-from app.models.transformer.layers.context import CacheKeys, Context, Note, rotation
+from app.models.transformer.experts.moe import MoE
+from app.models.transformer.experts.router import Choice
+from app.models.transformer.layers.context import CacheKeys, Context, Load, Note, rotation
 from app.models.transformer.visibility.inputs import check_ids, coordinates
 from app.models.transformer.visibility.pattern import Pattern
 from app.models.transformer.visibility.positions import Positions
@@ -142,22 +145,36 @@ def split_context(model: GPT2Model, ranks: Ranks, way: ContextWay = "auto") -> C
     """此后 model 收的每样都是这个 rank 的一段：词元、目标、掩码、文档号、点名的全局词元。
 
     Raises:
-        ValueError: 不能整除，点名的方式对有的图样不精确，有 dropout 或 MoE 层。
+        ValueError: 不能整除，点名的方式对有的图样不精确，有 dropout，专家有容量或抖动。
     """
     check_no_dropout(model, "context", ranks)
     check_divides("context_size", model.config.context_size, "context", ranks)
-    if model.config.moe_layers:
-        raise ValueError(
-            f"moe_num_experts={model.config.moe_num_experts} with parallel.context={ranks.size}: "
-            "the balance loss of a sequence needs all of its tokens; use parallel.context=1"
-        )
+    check_experts(model.config, ranks)
     for pattern in dict.fromkeys(model.patterns):
         choose_way(way, pattern, model.config.context_size // ranks.size, key_heads(model), ranks)
     override(model, locate=partial(_locate, ranks), contexts=partial(_contexts, model, ranks, way))
     for module in model.modules():
         if isinstance(module, Attention):
             override(module, attend=_attend)
+        if isinstance(module, MoE):
+            override(module, count_load=partial(_count_load, ranks))
     return ContextWays(model, ranks)
+
+
+def check_experts(config: GPT2Config, ranks: Ranks) -> None:
+    """
+    Raises:
+        ValueError: 丢掉哪些词元、抖动多少，取决于怎样切。
+    """
+    for name, value, off in (
+        ("capacity_factor", config.moe.capacity_factor, None),
+        ("jitter_noise", config.moe.jitter_noise, 0.0),
+    ):
+        if config.moe_layers and value != off:
+            raise ValueError(
+                f"moe.{name}={value} with parallel.context={ranks.size}: what it does would depend "
+                f"on the split; use moe.{name}={off}"
+            )
 
 
 def choose_way(
@@ -268,3 +285,21 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
     """Attention.attend 的替身。"""
     assert isinstance(ctx, RoutedContext)
     return ctx.route(q, k, v).transpose(1, 2)
+
+
+def _count_load(
+    ranks: Ranks, load: Tensor, dropped: Tensor, choice: Choice, real: Tensor | None
+) -> Load:
+    """MoE.count_load 的替身：各 rank 的损失之和是整行的；负载仍是自己那一段的。
+
+    均衡损失是两个平均的乘积：f 要整行的，P 是各段之和。
+    """
+    here = choice.share.shape[0] if real is None else real.sum()
+    counts = ranks.sum(torch.cat([load, load.new_tensor([int(here)])]))
+    n = counts[-1].clamp(min=1)
+    share, square = choice.share, choice.logits.logsumexp(-1).square()
+    if real is not None:
+        share, square = share.masked_fill(~real[:, None], 0.0), square.masked_fill(~real, 0.0)
+    mean = share.sum(0) / n
+    balance = share.shape[1] * (counts[:-1].to(mean.dtype) / n * mean).sum()
+    return Load(load, dropped, balance, square.sum() / n)

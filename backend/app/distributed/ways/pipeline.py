@@ -122,7 +122,10 @@ class Pipeline(Way):
     def step(
         self, ids: Tensor, targets: Tensor, share: Tensor, segment_ids: Tensor | None = None
     ) -> Flow:
-        """整批的前向与反向，梯度加进 .grad。share (微批数,)：各微批的有效目标占全局的份额。"""
+        """整批的前向与反向，梯度加进 .grad。
+
+        share (微批数, 2)：各微批的有效目标占全局的份额；这一段词元的，与整行的（给均衡损失）。
+        """
         return self._run(self._runner.step, ids, targets, share, segment_ids)
 
     def evaluate(

@@ -48,7 +48,8 @@ class Split:
         self.model, self.autocast = model, autocast
         self.ways: list[Way] = []
         used = {name: ranks for name, ranks in axes.items() if not ranks.alone}
-        self.pipe = None
+        self.pipe: Pipeline | None = None
+        self.context: Way | None = None
         if "pipeline" in used:
             self.pipe = Pipeline(model, used["pipeline"], config.schedule)
             self.ways.append(self.pipe)
@@ -57,7 +58,8 @@ class Split:
         if "expert" in used:
             self.ways.append(spread_experts(model, used["expert"]))
         if "context" in used:
-            self.ways.append(split_context(model, used["context"], config.context_way))
+            self.context = split_context(model, used["context"], config.context_way)
+            self.ways.append(self.context)
         self.roots: list[nn.Module] = [model]
         if self.pipe is not None:
             self.roots = [*self.pipe.build_parts(autocast)]
@@ -73,14 +75,16 @@ class Split:
         for way in self.ways:
             x, y = way.batch(x), way.batch(y)
             segment_ids = None if segment_ids is None else way.batch(segment_ids)
-        share = torch.stack([(part != IGNORE).sum() for part in y.split(micro)]).double() / max(
-            1, valid
-        )
+        counts = torch.stack([(part != IGNORE).sum() for part in y.split(micro)])
+        share = counts.double() / max(1, valid)
+        # 均衡损失是整行的：它的份额也是整行的，不只是这一段。
+        rows = share if self.context is None else self.context.ranks.sum(share.clone())
+        shares = torch.stack([share, rows], 1)
         if self.pipe is None:
-            flow = self._one_by_one(x, y, share, segment_ids)
+            flow = self._one_by_one(x, y, shares, segment_ids)
         else:
-            self.pipe.connect(len(share))
-            flow = self.pipe.step(x, y, share, segment_ids)
+            self.pipe.connect(len(shares))
+            flow = self.pipe.step(x, y, shares, segment_ids)
         for way in self.ways:
             way.finish_gradients()
         return self._summed(flow)
@@ -102,17 +106,17 @@ class Split:
             whole = way.part(name, whole)
         return whole
 
-    def _one_by_one(self, x: Tensor, y: Tensor, share: Tensor, segment_ids: Tensor | None) -> Flow:
-        flow, micro = None, len(x) // len(share)
-        for i, part in enumerate(share):
+    def _one_by_one(self, x: Tensor, y: Tensor, shares: Tensor, segment_ids: Tensor | None) -> Flow:
+        flow, micro = None, len(x) // len(shares)
+        for i, (share, row_share) in enumerate(shares):
             rows = slice(i * micro, (i + 1) * micro)
             segment = None if segment_ids is None else segment_ids[rows]
             with self.autocast():
                 out = self.model(x[rows], targets=y[rows], segment_ids=segment)
-            loss = out["loss"] * part
+            loss = out["loss"] * share
             here = Flow(loss.detach().double())
             if "aux_loss" in out:
-                aux = out["aux_loss"] * part
+                aux = out["aux_loss"] * row_share
                 here = Flow(
                     here.loss, aux.detach().double(), out["expert_load"], out["expert_dropped"]
                 )

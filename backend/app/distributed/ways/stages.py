@@ -92,7 +92,10 @@ class Stage(nn.Module):
         share: Tensor,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """x：第一段是 (B, T) 的 ids，别的是上一段的 (B, T, C)。最后一段给 (1,) 的损失·份额。"""
+        """x：第一段是 (B, T) 的 ids，别的是上一段的 (B, T, C)；share (1, 2) 见 Pipeline.step。
+
+        最后一段给 (1,) 的损失·份额。
+        """
         with self.autocast():
             where = self.locate(ids, None, None, segment_ids, None, None)
             if self.embed is not None:
@@ -105,7 +108,7 @@ class Stage(nn.Module):
             if not self.last:
                 return x
             loss = self.head_loss(x if self.ln_f is None else self.ln_f(x), targets)
-        return (loss * share.to(loss.dtype)).view(1)
+        return (loss * share[0, 0].to(loss.dtype)).view(1)
 
     def _with_balance(self, x: Tensor, loads: list[Any], share: Tensor) -> Tensor:
         """各 MoE 层的平均是整个模型的：这一段出它那几层的份。"""
@@ -113,7 +116,7 @@ class Stage(nn.Module):
             return x
         found = balance(self.config.moe, loads)
         part = found.aux_loss * (len(loads) / len(self.config.moe_layers))
-        part = part * share.to(part.dtype).squeeze()
+        part = part * share[0, 1].to(part.dtype)
         self.seen.append((part.detach(), found.load, found.dropped))
         y: Tensor = _Inject.apply(x, part)
         return y

@@ -17,7 +17,7 @@ from ..visibility.positions import PADDING
 from .balance import balance_loss, capacity, z_loss
 from .dispatch import Way, choose_dispatch, count, drop_overflow, group
 from .grouped import GroupedLinear, grouped_linear, sorted_linear
-from .router import Router
+from .router import Choice, Router
 
 
 class Experts(nn.Module):
@@ -106,17 +106,20 @@ class MoE(nn.Module):
             kept = count(expert, experts)
         y = self.experts(flat, expert, choice.weight, complete=real is None and factor is None)
         if "load" in ctx.note.wishes:
-            ctx.note.load = Load(
-                load,
-                load.sum() - kept.sum(),
-                balance_loss(load, choice.share, real),
-                z_loss(choice.logits, real),
-            )
+            ctx.note.load = self.count_load(load, load.sum() - kept.sum(), choice, real)
         if "routing" in ctx.note.wishes:
             k = expert.shape[1]
             ctx.note.routing = expert.view(B, T, k), choice.weight.view(B, T, k)
         y = self.dropout(y).view(B, T, C)
         return y if self.shared is None else y + self.shared(x)
+
+    def count_load(
+        self, load: Tensor, dropped: Tensor, choice: Choice, real: Tensor | None
+    ) -> Load:
+        """真词元 real (N,) 的负载与两种损失。一行只在这里的一段时（上下文并行）换下的就是它。"""
+        return Load(
+            load, dropped, balance_loss(load, choice.share, real), z_loss(choice.logits, real)
+        )
 
 
 def _real(ctx: Context, rows: int) -> Tensor | None:

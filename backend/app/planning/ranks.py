@@ -7,7 +7,6 @@ R 副本数，S 分片数。
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from app.training.machine.recompute import checkpoint_blocks
 from app.training.optim.build import build_optimizer
 
 from .probe import few_layers, probe_layers
-from .sizes import FLOAT32_BYTES, parameter_shapes
 from .tracked import Calls, Step, Way, tracked_step
 
 # 假的一步按层数外推时至少走几层：FSDP2 会预取一块，太少看不到峰值。
@@ -77,8 +75,7 @@ def plan_ranks(config: TrainConfig, world: int) -> RanksPlan:
     calls = step.calls.plus(step.round, rounds - min(2, rounds))
     held = 0
     if config.parallel.exact and rounds > 2:
-        weights = sum(map(math.prod, parameter_shapes(config.model).values()))
-        held = (rounds.bit_length() - 2) * FLOAT32_BYTES * -(-weights // shard)
+        held = (rounds.bit_length() - 2) * step.peak["Sharded Param"]
     layers = _layers(config)[-1]
     return RanksPlan(
         replicate=replicate,

@@ -40,6 +40,7 @@ TESTED = {
 }
 # 等多久、宽限多久不算"要并行"。
 _WAITING = {"timeout_s", "grace_s"}
+_FOLDED = ("zbv", "dualpipev")
 _SPLIT_BACKWARD = ("zero_bubble", "zbv", "dualpipev")
 
 
@@ -246,6 +247,11 @@ def _context(job: Job, context: int) -> Iterator[str]:
             f"model.moe.capacity_factor={model.moe.capacity_factor} with parallel.context="
             f"{context}: which tokens overflow would depend on the split; use None or context=1"
         )
+    if model.moe_num_experts and model.moe.jitter_noise:
+        yield (
+            f"model.moe.jitter_noise={model.moe.jitter_noise} with parallel.context={context}: the "
+            "noise of one process cannot be drawn again in pieces; use 0 or context=1"
+        )
     if way == "halo":
         yield from _halo(model, context)
     if way == "ulysses":
@@ -309,6 +315,12 @@ def _pipeline(job: Job, pipeline: int) -> Iterator[str]:
         )
     if job.micro_batch is not None:
         yield from _micro_batches(job, stages)
+    if schedule in _FOLDED and job.parallel.shard > 1 and model.tie_weights:
+        yield (
+            f"parallel.schedule={schedule} keeps both ends of the model on one rank, and "
+            f"parallel.shard={job.parallel.shard} cannot share their tied weights between two "
+            "groups: use schedule=1f1b or interleaved, or model.tie_weights=false"
+        )
     if schedule in _SPLIT_BACKWARD:
         if model.moe_num_experts:
             yield (

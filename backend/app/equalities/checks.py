@@ -22,8 +22,9 @@ from .setting import STEPS, Setting, Trained
 
 # 梯度（float64）、几步之后的权重（不求逐位时）：见到的是 3e-15 与 1e-6，留了几倍。
 _GRADIENT, _WEIGHTS = 1e-13, 1e-4
-_ADAMW = OptimConfig(lr=1e-3)
-_MUON = OptimConfig(name="muon", lr=1e-3)
+# 键的偏置没有梯度，只有舍入的零头；eps 小了 AdamW 会把零头放大成一步。
+_ADAMW = OptimConfig(lr=1e-3, eps=1e-4)
+_MUON = OptimConfig(name="muon", lr=1e-3, eps=1e-4)
 
 
 class Found(NamedTuple):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from app.distributed.config import ParallelConfig
@@ -18,7 +17,7 @@ from ..training.conftest import Make, rows
 from .team import train_on
 
 # float32 的六步：见到的是 1e-6。
-LOSS, WEIGHT = 2e-5, 2e-4
+LOSS, WEIGHT = 2e-5, 2e-5
 SHAPE = {"vocab_size": 32, "context_size": 8, "n_layer": 4, "n_head": 2, "n_embed": 16}
 GATED = {"activation": "swiglu", "norm_type": "rmsnorm", "position": "rope"}
 MOE = {"moe_num_experts": 4, "moe": MoEConfig(router="sigmoid")}
@@ -33,7 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "context x shard": ({"context": 2, "shard": 2, "context_way": "ring"}, {}),
     "pipeline x experts": ({"pipeline": 2}, MOE),
 }
-EVERYDAY = {"tensor x shard", "pipeline", "expert"}
+EVERYDAY = {"tensor x shard", "pipeline x shard"}
 EACH = [
     pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in CASES
 ]
@@ -43,7 +42,8 @@ def config_of(make: Make, out: Path, name: str, parallel: bool, **changes: Any) 
     degrees, shape = CASES[name]
     values: dict[str, Any] = {
         "model": GPT2Config(**({"dropout": 0.0, "norm": "pre"} | SHAPE | shape)),
-        "optim": OptimConfig(lr=1e-3, grad_clip=0.5),
+        # 键的偏置没有梯度，只有舍入的零头；eps 小了 AdamW 会把零头放大成一步。
+        "optim": OptimConfig(lr=1e-3, grad_clip=0.5, eps=1e-4),
         "out": str(out),
         "batch_size": 8,
         "micro_batch": 1,
@@ -80,7 +80,7 @@ def assert_close(first: Path, second: Path) -> None:
 def test_training_equals_one_process(make: Make, tmp_path: Path, name: str) -> None:
     alone, split = (config_of(make, tmp_path / str(p), name, p) for p in (False, True))
     want, _ = train_on(1, alone)
-    got, lines = train_on(size_of(name), split)
+    got, _ = train_on(size_of(name), split)
     for kind in ("train", "eval"):
         one, two = losses(alone, kind), losses(split, kind)
         assert one.keys() == two.keys() and len(one) > 1
@@ -91,9 +91,9 @@ def test_training_equals_one_process(make: Make, tmp_path: Path, name: str) -> N
     groups = [rows(c.out, "groups")[-1]["norms"] for c in (alone, split)]
     assert groups[1] == pytest.approx(groups[0], rel=1e-3, abs=1e-6)
     assert_close(want, got)
-    assert "first loss" in "\n".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pipeline", "tensor x shard"])
 def test_a_checkpoint_goes_on_split_and_whole(make: Make, tmp_path: Path, name: str) -> None:
     """三步切开、三步一个进程、三步再切开，与一个进程的九步比。"""
@@ -118,7 +118,7 @@ def _stop_at(step: int) -> Any:
         def counted(self: Trainer) -> None:
             plain(self)
             if self.step == step and step < self.config.steps:
-                self.stop.signal.requested = "SIGTERM"
+                self.stop._signal.requested = "SIGTERM"
 
         Trainer._train_step = counted  # type: ignore[method-assign]
 

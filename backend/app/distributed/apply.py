@@ -10,19 +10,24 @@ from collections.abc import Callable
 
 from app.models.transformer import GPT2Model
 
-from .config import ParallelConfig
 from .mesh import Mesh
 
 
 def apply_parallel(
-    model: GPT2Model,
-    mesh: Mesh,
-    config: ParallelConfig,
-    wrap_blocks: Callable[[GPT2Model], object],
+    model: GPT2Model, mesh: Mesh, wrap_blocks: Callable[[GPT2Model], object]
 ) -> None:
-    """就地；只用得上的才动，一个 rank 时只有 wrap_blocks。
+    """就地，建优化器之前；只有副本时模型不变，只有 wrap_blocks。
 
     Args:
-        wrap_blocks: 重算与编译各块。
+        wrap_blocks: 重算各块。
+
+    Raises:
+        ValueError: 要切开模型的轴。
     """
+    used = [f"parallel.{axis}={n}" for axis, n in mesh.sizes.items() if n > 1]
+    if mesh.splits_model:
+        raise ValueError(
+            f"{', '.join(used)}: this version trains replicas only: use parallel.replicate="
+            f"{mesh.world.size}"
+        )
     wrap_blocks(model)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.distributed.apply import apply_parallel
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import (
     TreeSum,
@@ -29,6 +30,7 @@ from app.distributed.replicate import (
 from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
+from .machine.recompute import checkpoint_blocks
 from .machine.runtime import Runtime
 from .saving.state import read_tensors, write_tensors
 from .step import (
@@ -175,7 +177,9 @@ class AllReduced(Replicated):
 def build_engine(
     model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None
 ) -> Plain:
-    """mesh 为 None：没有 torchrun 也没有 --ranks，一个进程。"""
+    """就地把 model 变成各 rank 的那一份；mesh 为 None：没有 torchrun 也没有 --ranks，一个进程。"""
+    layers = config.recomputed_layers
+    apply_parallel(model, mesh or Mesh(), lambda whole: checkpoint_blocks(whole, layers))
     if mesh is None:
         return Plain(model, config, runtime)
     kind = Replicated if config.parallel.exact else AllReduced

@@ -22,7 +22,6 @@ from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
 from .machine.agreed_stop import AgreedStop
-from .machine.recompute import checkpoint_blocks
 from .machine.runtime import compile_blocks
 from .optim.build import build_optimizer
 from .optim.schedule import learning_rate
@@ -82,7 +81,6 @@ class Trainer:
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
-        checkpoint_blocks(model, config.recomputed_layers)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.expected_loss = expected_initial_loss(model)
         self.spikes = SpikeWatch()

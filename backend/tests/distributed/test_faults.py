@@ -254,12 +254,13 @@ def test_a_rank_that_hangs_is_named_and_started_again(
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_killed_rank_ends_ranks(config: TrainConfig, run_file: Path, rank: str) -> None:
     """--ranks 不重启：说是哪个 rank 怎样结束的，别的也结束。"""
+    script = str(run_file.parent / "script.py")
     words = ["kill", rank, "5", str(run_file.parent / "mark"), "--config", str(run_file)]
     code = (
         "import sys; from app.distributed import launch\n"
         "real = launch.subprocess.Popen\n"
         "def popen(words, **more):\n"
-        f"    return real([sys.executable, {str(run_file.parent / 'script.py')!r}, *{words!r}], **more)\n"
+        f"    return real([sys.executable, {script!r}, *{words!r}], **more)\n"
         "launch.subprocess.Popen = popen\n"
         "sys.exit(launch.start_ranks(2, []))"
     )

@@ -2,8 +2,8 @@
 
 cd backend && python -m benchmarks.distributed
 
-三部分可以各自跑：--only bits、sums、cores。计时要在安静的机器上；`gpt2 train` 实跑，取各步的中位数，
-两种做法轮流各跑几遍。
+三部分可以各自跑：--only bits、sums、cores。计时要在安静的机器上；`gpt2 train` 实跑，取各步的
+中位数，两种做法轮流各跑几遍。
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""真的 torchrun 与 --ranks：起得来、拒绝得早；rank 被杀、卡住、报错、收到信号之后怎样（P14、C4、C5）。"""
+"""真的 torchrun 与 --ranks：起得来、拒绝得早；rank 被杀、卡住、报错、收到信号（P14、C4、C5）。"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from app.common.console import say
 from app.common.files import write_atomic
 from app.common.tell import Tell
 from app.data.shards import TokenDataset
-from app.distributed.check import check_peers, check_shared
+from app.distributed.check import check, check_alone, check_peers, check_shared
 from app.distributed.mesh import Mesh
 from app.models.transformer import GPT2Model
 
@@ -30,6 +30,7 @@ from .machine.stop_signal import Interrupted, StopSignal
 from .ranks import (
     changed_summing,
     goes_on_exactly,
+    job_of,
     keep_threads,
     peer_facts,
     with_leaves,
@@ -127,11 +128,15 @@ def train(
             tell(text)
 
     if config.tensorboard:
-        require_tensorboard()
-    if mesh is not None:
+        world.together(require_tensorboard)
+    if mesh is None:
+        check_alone(config.parallel)
+    else:
+        check(job_of(config), world.size)
         config = with_leaves(config, mesh.data.size)
     data = world.together(lambda: open_data(config, note))
-    config = usable_prompt(config, preset, data.train.tokenizer(), note)
+    prompted, tokenizer = config, data.train.tokenizer()
+    config = world.first(lambda: usable_prompt(prompted, preset, tokenizer, note))
     runtime = choose_runtime(config)
     check_peers(world, peer_facts(config, data.fingerprints, runtime.device))
     world.first(lambda: check_out(config))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # 一个 rank 失败之后，给别的多久自己报错、退出。
-AFTER_FAILURE_S = 10.0
+AFTER_FAILURE_S = 30.0
 _POLL_S = 0.05
 _PARENT = "GPT2_RANKS_PARENT"
 _ROOT = Path(__file__).parents[2]

@@ -141,7 +141,7 @@ def sums(folder: Path, steps: int, turns: int) -> str:
         ]  # fmt: skip
         found = compare(
             folder, f"sums-{layers}-{width}-{ranks}", turns,
-            {"tree": (settings, 1), "all": ([*settings, "--parallel.exact", "False"], 1)},
+            {"tree": (settings, 1), "all": ([*settings, "--parallel.no-exact"], 1)},
         )  # fmt: skip
         ratio = f"{found['tree'] / found['all']:.2f}"
         rows.append([name, ranks, f"{found['tree']:.1f}", f"{found['all']:.1f}", ratio])

@@ -64,11 +64,9 @@ def run(args: Args) -> int:
     here = place()
     if here is not None:
         return _run_rank(args, *here)
-    from app.distributed.check import check, check_alone
-
     if args.ranks is None:
-        check_alone(args.train.parallel)
         return _train(args, None)
+    from app.distributed.check import check
     from app.training.ranks import job_of
 
     if args.ranks < 1:

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # 一个 rank 失败之后，给别的多久自己报错、退出。
-AFTER_FAILURE_S = 10.0
+AFTER_FAILURE_S = 30.0
 _POLL_S = 0.05
+_PARENT = "GPT2_RANKS_PARENT"
 _ROOT = Path(__file__).parents[2]
 
 
@@ -32,6 +33,12 @@ def place() -> tuple[int, int] | None:
 def local_ranks() -> int:
     """这台机器上几个 rank。"""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def orphaned() -> bool:
+    """由 --ranks 起的进程，而起它的那个已经不在了。"""
+    parent = os.environ.get(_PARENT)
+    return parent is not None and os.getppid() != int(parent)
 
 
 def start_ranks(count: int, argv: Sequence[str]) -> int:
@@ -74,6 +81,7 @@ def _environment(count: int) -> dict[str, str]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {
         "PYTHONPATH": path,
+        _PARENT: str(os.getpid()),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",

@@ -44,9 +44,13 @@ class Mesh:
         return {axis: getattr(self, axis).size for axis in AXES}
 
     @property
-    def splits_model(self) -> bool:
-        """没有哪个 rank 持有整个模型。"""
-        return any(size > 1 for axis, size in self.sizes.items() if axis != "replicate")
+    def inner(self) -> dict[str, Ranks]:
+        """切开一层或一行的轴：副本与分片之外的。"""
+        return {axis: getattr(self, axis) for axis in AXES if axis not in ("replicate", "shard")}
+
+    @property
+    def splits_layers(self) -> bool:
+        return any(not ranks.alone for ranks in self.inner.values())
 
 
 def degrees(config: ParallelConfig, world: int) -> dict[str, int]:

@@ -37,7 +37,7 @@ def describe(trainer: Trainer, compiled: str) -> Decisions:
         *_experts(trainer),
         (
             "model",
-            f"{trainer.engine.size[0]:,} parameters",
+            f"{trainer.engine.whole.parameters:,} parameters",
             f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embed}, "
             f"norm {shape.norm}, vocabulary {shape.vocab_size}",
         ),
@@ -81,7 +81,7 @@ def _experts(trainer: Trainer) -> Decisions:
     found = explain_dispatch(shape, device=runtime.device, dtype=runtime.dtype)
     if found is None:
         return []
-    active = trainer.engine.size[1]
+    active = trainer.engine.whole.active
     of = f"{len(shape.moe_layers)} of {shape.n_layer} layers, {shape.moe.router}"
     return [
         ("dispatch", *found),

@@ -26,7 +26,7 @@ from app.distributed.replicate import (
     total_norm,
     tree_sum,
 )
-from app.distributed.sharding.rows import whole
+from app.distributed.sharding.rows import whole as whole_of
 from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
@@ -38,13 +38,13 @@ from .step import (
     backward,
     clip_gradients,
     count_valid,
-    expected_initial_loss,
     first_bad_gradient,
     first_bad_weight,
     gradient_norm,
 )
 from .watch.gradient_norms import gradient_norms
 from .watch.validation import forward_loss
+from .whole_model import WholeModel
 
 
 class Plain:
@@ -53,23 +53,23 @@ class Plain:
     Attributes:
         summing: 梯度怎样相加，记进检查点："plain"、"tree"、"all_reduce"。
         why_not_compile: 各块不能编译的理由；None = 可以。
-        expected_loss: 随机初始化时的损失；size：(参数的个数, 一个词元用到的)，都是整个模型的。
+        whole: 切开之前的整个模型。
     """
 
     summing: str = "plain"
     why_not_compile: str | None = None
 
     def __init__(
-        self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None = None
+        self,
+        model: GPT2Model,
+        config: TrainConfig,
+        runtime: Runtime,
+        mesh: Mesh,
+        whole: WholeModel,
     ) -> None:
         self.model, self.config, self.runtime = model, config, runtime
-        self.mesh = Mesh() if mesh is None else mesh
+        self.mesh, self.whole = mesh, whole
         self.parameters = list(model.parameters())
-        self.expected_loss, self.size = self.of_whole(model)
-
-    def of_whole(self, model: GPT2Model) -> tuple[float, tuple[int, int]]:
-        """(expected_loss, size)；model 是刚建好的。"""
-        return expected_initial_loss(model), (model.num_parameters(), model.active_parameters())
 
     @property
     def readers(self) -> Ranks:
@@ -127,12 +127,10 @@ class Plain:
         """只有权重。"""
         load_weights(folder, self.model)
 
-    def whole_parameters(
-        self, pick: Callable[[nn.Parameter], Tensor | None]
-    ) -> dict[str, Tensor]:
+    def whole_parameters(self, pick: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         """{名字: pick(参数) 的整个张量}；pick 给 None 的没有。集合操作，给核验用。"""
         picked = {name: pick(p) for name, p in self.model.named_parameters()}
-        return {name: whole(x.detach()) for name, x in picked.items() if x is not None}
+        return {name: whole_of(x.detach()) for name, x in picked.items() if x is not None}
 
     def _first_found(self, mine: str | None) -> str | None:
         places = self.mesh.world.collect(mine)

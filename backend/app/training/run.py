@@ -17,7 +17,7 @@ from app.common.console import say
 from app.common.files import write_atomic
 from app.common.tell import Tell
 from app.data.shards import TokenDataset
-from app.distributed.check import check_peers, check_shared
+from app.distributed.check import check, check_alone, check_peers, check_shared
 from app.distributed.mesh import Mesh
 
 from .config import TrainConfig
@@ -29,6 +29,7 @@ from .machine.stop_signal import Interrupted, StopSignal
 from .ranks import (
     changed_summing,
     goes_on_exactly,
+    job_of,
     keep_threads,
     peer_facts,
     with_leaves,
@@ -126,11 +127,15 @@ def train(
             tell(text)
 
     if config.tensorboard:
-        require_tensorboard()
-    if mesh is not None:
+        world.together(require_tensorboard)
+    if mesh is None:
+        check_alone(config.parallel)
+    else:
+        check(job_of(config), world.size)
         config = with_leaves(config, mesh.data.size)
     data = world.together(lambda: open_data(config, note))
-    config = usable_prompt(config, preset, data.train.tokenizer(), note)
+    prompted, tokenizer = config, data.train.tokenizer()
+    config = world.first(lambda: usable_prompt(prompted, preset, tokenizer, note))
     runtime = choose_runtime(config)
     check_peers(world, peer_facts(config, data.fingerprints, runtime.device))
     world.first(lambda: check_out(config))
@@ -140,7 +145,7 @@ def train(
         world.together(lambda: check_shared(run))
         with memory_error(config, 0):
             trainer = _assemble(config, runtime, data, note, mesh)
-        if warning := small_step(config, trainer.engine.size[0], preset):
+        if warning := small_step(config, trainer.engine.whole.parameters, preset):
             note(warning)
         decisions = describe(trainer, _compile(trainer, signal, note))
         world.first(lambda: _write_settings(trainer, data, decisions, notes))
@@ -317,9 +322,9 @@ def _facts(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str])
         decisions=decisions,
         notes=notes,
         data=data.fingerprints,
-        parameters=trainer.engine.size[0],
+        parameters=trainer.engine.whole.parameters,
         steps=trainer.config.steps,
-        expected_loss=trainer.engine.expected_loss,
+        expected_loss=trainer.engine.whole.expected_loss,
         unigram=trainer.plateau.entropy,
     )
 

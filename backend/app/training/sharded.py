@@ -20,8 +20,7 @@ from app.distributed.replicate import (
 )
 from app.distributed.sharding.norm import gathered_rows
 from app.distributed.sharding.rows import local
-from app.distributed.sharding.shard import gathers_now, my_groups, settle, shard_model
-from app.distributed.sharding.start import initialize_shards
+from app.distributed.sharding.shard import gathers_now, my_groups, settle
 from app.distributed.storage.files import Stream
 from app.distributed.storage.pieces import Part, part_of
 from app.models.transformer import GPT2Model
@@ -33,23 +32,24 @@ from .machine.runtime import Runtime
 from .saving.shards import read_shards, read_weights, tables
 from .step import Sums, backward
 from .watch.gradient_norms import norms_of_rows
+from .whole_model import WholeModel
 
 
 class Streamed(Replicated):
     """没有哪个 rank 放下整个模型：检查点流过 rank 0，读时各取所需。"""
 
     def __init__(
-        self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None = None
+        self,
+        model: GPT2Model,
+        config: TrainConfig,
+        runtime: Runtime,
+        mesh: Mesh,
+        whole: WholeModel,
     ) -> None:
-        super().__init__(model, config, runtime, mesh)
+        super().__init__(model, config, runtime, mesh, whole)
         # 只前向（验证）之后各组的根还是聚齐的，见 settle。
         self.roots: list[nn.Module] = [model]
         self._stream: Stream | None = None
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """整个模型的参数与缓冲区的形状。"""
-        return {name: tuple(x.shape) for name, x in self.model.state_dict().items()}
 
     def place(self, name: str, mine: Tensor) -> Part:
         """手里的 name 在整个张量的哪里。"""
@@ -86,7 +86,7 @@ class Streamed(Replicated):
     def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         settle(self.roots)
         self.mesh.world.together(
-            lambda: read_shards(folder, self.model, optimizer, self.place, self.shapes)
+            lambda: read_shards(folder, self.model, optimizer, self.place, self.whole.shapes)
         )
 
     def read_weights(self, folder: Path) -> None:
@@ -98,19 +98,17 @@ class Streamed(Replicated):
 
 
 class Sharded(Streamed):
-    """每份副本切在 mesh.shard 上；副本之间每步加一次（HSDP）。
+    """每份副本切在 mesh.shard 上；副本之间每步加一次（HSDP）。"""
 
-    Args:
-        model: 整个的，或在 meta 设备上的（那时逐叶初始化，没有哪个 rank 放下整个模型）。
-    """
-
-    def __init__(self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh) -> None:
-        assert mesh.devices is not None
-        blank = model.device.type == "meta"
-        shard_model(model, mesh.devices["shard"], config.parallel.exact)
-        if blank:
-            initialize_shards(model, config.model, runtime.device)
-        super().__init__(model, config, runtime, mesh)
+    def __init__(
+        self,
+        model: GPT2Model,
+        config: TrainConfig,
+        runtime: Runtime,
+        mesh: Mesh,
+        whole: WholeModel,
+    ) -> None:
+        super().__init__(model, config, runtime, mesh, whole)
         self.summing = "tree" if config.parallel.exact else "all_reduce"
 
     @property

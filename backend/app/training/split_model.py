@@ -7,6 +7,8 @@ R 行数、T 词元数。
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import give_gradients, plain_sum, seed_rows, take_gradients
-from app.distributed.sharding.rows import is_sharded, local, rows_of, whole
-from app.distributed.sharding.shard import shard_model
+from app.distributed.sharding.rows import is_sharded, local, rows_of
+from app.distributed.sharding.rows import whole as whole_of
 from app.distributed.storage.pieces import Box, Part
 from app.distributed.ways.layout import Cut, cut_of, spans
 from app.distributed.ways.split import Split
@@ -25,10 +27,9 @@ from app.models.transformer import GPT2Model
 from .config import TrainConfig
 from .machine.runtime import Runtime
 from .sharded import Streamed
-from .step import IGNORE, Sums, expected_initial_loss
+from .step import IGNORE, Sums
 from .watch.gradient_norms import group_of
-
-_AXES = ("pipeline", "tensor", "expert", "context")
+from .whole_model import WholeModel
 
 
 class SplitModel(Streamed):
@@ -37,32 +38,25 @@ class SplitModel(Streamed):
     summing = "all_reduce"
     why_not_compile = "blocks of a split model talk to other ranks"
 
-    def __init__(self, model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh) -> None:
-        self._expected = expected_initial_loss(model)
-        self._size = model.num_parameters(), model.active_parameters()
-        self._shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        self._names = [name for name, _ in model.named_parameters()]
-        axes = {axis: getattr(mesh, axis) for axis in _AXES}
-        self.split = Split(model, axes, config.parallel, runtime.autocast)
-        self._ways: list[Way] = [*self.split.ways]
-        if mesh.shard.size > 1:
-            assert mesh.devices is not None
-            shard_model(model, mesh.devices["shard"], False, self.split.roots)
+    def __init__(
+        self,
+        model: GPT2Model,
+        config: TrainConfig,
+        runtime: Runtime,
+        mesh: Mesh,
+        whole: WholeModel,
+        split: Split,
+    ) -> None:
+        super().__init__(model, config, runtime, mesh, whole)
+        self.split, self.roots = split, split.roots
+        self._ways = list(split.ways)
+        if not mesh.shard.alone:
             self._ways.append(_Rows(model, mesh.shard))
-        super().__init__(model, config, runtime, mesh)
-        self.roots = self.split.roots
-
-    def of_whole(self, model: GPT2Model) -> tuple[float, tuple[int, int]]:
-        return self._expected, self._size
 
     @property
     def readers(self) -> Ranks:
         """expert 轴上的行由 Split 再分。"""
         return self.mesh.copies
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         seed_rows(self.config.seed, step, self.mesh.world.rank)
@@ -108,27 +102,27 @@ class SplitModel(Streamed):
         return pipe.evaluate(x, y, torch.stack([share, share], 1)).loss
 
     def norm(self) -> Tensor:
-        return gradient_norm(self._gradients_here(self._names), self._ways)
+        return gradient_norm(self._gradients_here(self.whole.names), self._ways)
 
     def group_norms(self) -> dict[str, float]:
         groups: dict[str, list[str]] = {}
-        for name in self._names:
+        for name in self.whole.names:
             groups.setdefault(group_of(name), []).append(name)
         return {
             group: float(gradient_norm(self._gradients_here(names), self._ways))
             for group, names in groups.items()
         }
 
-    def _gradients_here(self, names: list[str]) -> dict[str, Tensor]:
+    def _gradients_here(self, names: Iterable[str]) -> dict[str, Tensor]:
         here = dict(self.model.named_parameters())
         mine = {name: here[name].grad for name in names if name in here}
         return {name: local(grad) for name, grad in mine.items() if grad is not None}
 
-    def whole_parameters(self, pick) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    def whole_parameters(self, pick: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         found, here = {}, dict(self.model.named_parameters())
-        for name in self._names:
-            mine: nn.Parameter | Tensor | None = pick(here[name]) if name in here else None
-            joined = self.split.whole(name, None if mine is None else whole(mine.detach()))
+        for name in self.whole.names:
+            mine = pick(here[name]) if name in here else None
+            joined = self.split.whole(name, None if mine is None else whole_of(mine.detach()))
             if joined is not None:
                 found[name] = joined
         return found
@@ -149,7 +143,7 @@ class SplitModel(Streamed):
 
     def place(self, name: str, mine: Tensor) -> Part:
         boxes = self._boxes(name, mine)
-        shape = self._shapes[name] if mine.ndim else ()
+        shape = self.whole.shapes[name] if mine.ndim else ()
         return Part(local(mine.detach()), shape, boxes if self._gives(name, mine) else (), boxes)
 
     def _boxes(self, name: str, mine: Tensor) -> tuple[Box, ...]:
@@ -161,9 +155,7 @@ class SplitModel(Streamed):
         ranks: Ranks = getattr(self.mesh, rule.axis)
         found = spans(rule, ranks.rank, ranks.size)
         if rule.dim == 1:
-            return tuple(
-                Box(rows.first, rows.number, 0, s.start, s.length, s.at) for s in found
-            )
+            return tuple(Box(rows.first, rows.number, 0, s.start, s.length, s.at) for s in found)
         cuts = [
             (s, max(s.at, rows.first), min(s.at + s.length, rows.first + rows.number))
             for s in found
@@ -175,7 +167,7 @@ class SplitModel(Streamed):
         )
 
     def _rule(self, name: str) -> Cut | None:
-        rule = cut_of(name, self._shapes[name], self.model.config)
+        rule = cut_of(name, self.whole.shapes[name], self.model.config)
         return None if rule is None or getattr(self.mesh, rule.axis).alone else rule
 
     def _gives(self, name: str, mine: Tensor) -> bool:

@@ -22,7 +22,6 @@ from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
 from .machine.agreed_stop import AgreedStop
-from .machine.recompute import checkpoint_blocks
 from .machine.runtime import compile_blocks
 from .optim.build import build_optimizer
 from .optim.schedule import learning_rate
@@ -81,7 +80,6 @@ class Trainer:
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
-        checkpoint_blocks(model, config.recomputed_layers)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.spikes = SpikeWatch()
         self.plateau = PlateauWatch(unigram_entropy(data), config)
@@ -174,7 +172,7 @@ class Trainer:
                 self.metrics.write({"kind": "moe", "step": self.step, "layers": layers})
         self.metrics.write(row)
         if self.step == 1:
-            self.progress.tell(initial_loss_line(self.model, loss, self.engine.expected_loss))
+            self.progress.tell(initial_loss_line(self.model, loss, self.engine.whole.expected_loss))
         self.progress.step(self.step, loss, lr, seconds)
 
     def _count_bad(self, good: bool, where: str) -> None:

@@ -33,9 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pipeline x experts": ({"pipeline": 2}, MOE),
 }
 EVERYDAY = {"tensor x shard", "pipeline x shard"}
-EACH = [
-    pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in CASES
-]
+EACH = [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in CASES]
 
 
 def config_of(make: Make, out: Path, name: str, parallel: bool, **changes: Any) -> TrainConfig:
@@ -123,5 +121,3 @@ def _stop_at(step: int) -> Any:
         Trainer._train_step = counted  # type: ignore[method-assign]
 
     return prepare
-
-

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 
 from app.distributed.comm import Ranks
+from app.distributed.launch import orphaned
 
 from .stop_signal import StopSignal
 
@@ -77,6 +78,9 @@ class AgreedStop:
     def _watch(self, over: threading.Event) -> None:
         since: float | None = None
         while not over.wait(min(1.0, self.grace / 4)):
+            if orphaned() and self._signal.requested is None:
+                # 起它们的那个被 kill -9 了：没有人再管，存好就走。
+                os.kill(os.getpid(), signal.SIGTERM)
             if self._signal.requested is None or self._patient:
                 since = None
                 continue

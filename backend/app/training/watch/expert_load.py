@@ -28,7 +28,7 @@ def update_selection_bias(model: GPT2Model, load: Tensor) -> None:
         # 流水线的一个 rank 只有其中几层。
         if str(layer) not in model.h:
             continue
-        router = model.h[str(layer)].mlp.router
+        router = model.get_submodule(f"h.{layer}.mlp.router")
         assert isinstance(router, Router) and router.selection_bias is not None
         step = rate * torch.sign(one.mean() - one)
         router.selection_bias += step.to(router.selection_bias.dtype)

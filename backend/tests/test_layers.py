@@ -30,8 +30,8 @@ FLOORS = {
         "planning equalities", "interop", "cli",
     ),
     "app.training": (
-        "config", "optim", "saving machine", "step watch ranks", "report engine", "sharded",
-        "engines trainer", "describe", "run", "sweep",
+        "config", "optim", "saving machine", "step watch ranks", "report whole_model", "engine",
+        "sharded", "split_model", "engines trainer", "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "*", "main", "__main__"),
 }  # fmt: skip

@@ -135,7 +135,9 @@ def train(
         config = with_leaves(config, mesh.data.size)
     data = world.together(lambda: open_data(config, note))
     prompted, tokenizer = config, data.train.tokenizer()
-    config = world.first(lambda: usable_prompt(prompted, preset, tokenizer, note))
+    # 只取那一句话：整份设置各 rank 用自己的，下一步才看得出谁的不同。
+    prompt = world.first(lambda: usable_prompt(prompted, preset, tokenizer, note).sample_prompt)
+    config = config.replace(sample_prompt=prompt)
     runtime = choose_runtime(config)
     check_peers(world, peer_facts(config, data.fingerprints, runtime.device))
     world.first(lambda: check_out(config))

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from app.distributed.config import ParallelConfig
-from app.distributed.mesh import build_mesh
+from app.distributed.mesh import build_mesh, degrees
 from app.distributed.sharding.shard import TreeScatter
 from app.equalities.checks import CHECKS
 from app.equalities.verify import verify_config, verify_ranks
+from app.models.transformer import GPT2Config
 
 from .models import BASE
 from .ranks import run_ranks
@@ -17,7 +18,9 @@ from .ranks import run_ranks
 SHARDS = ParallelConfig(shard=2)
 
 
-def verify(parallel: ParallelConfig, break_it: bool) -> tuple[bool, list[str]]:
+def verify(
+    parallel: ParallelConfig, break_it: bool, model: GPT2Config = BASE
+) -> tuple[bool, list[str]]:
     if break_it:
         add = TreeScatter.__call__
 
@@ -28,8 +31,13 @@ def verify(parallel: ParallelConfig, break_it: bool) -> tuple[bool, list[str]]:
         TreeScatter.__call__ = off_by_a_bit
     size, lines = torch.distributed.get_world_size(), []
     mesh = build_mesh(parallel, "cpu")
-    config = verify_config(BASE, parallel, size)
+    config = verify_config(model, parallel, _readers(parallel, size))
     return verify_ranks(config, mesh, torch.device("cpu"), lines.append), lines
+
+
+def _readers(parallel: ParallelConfig, size: int) -> int:
+    found = degrees(parallel, size)
+    return found["replicate"] * found["shard"] * found["expert"]
 
 
 @pytest.mark.parametrize(
@@ -44,8 +52,33 @@ def verify(parallel: ParallelConfig, break_it: bool) -> tuple[bool, list[str]]:
 def test_a_right_machine_passes(size: int, parallel: ParallelConfig) -> None:
     for rank, (passed, lines) in enumerate(run_ranks(size, verify, parallel, False)):
         assert passed, lines
-        assert len(lines) == (len(CHECKS) + 1 if rank == 0 else 0)
+        assert len(lines) == (len(CHECKS) + 2 if rank == 0 else 0)
         assert rank or lines[-1] == "5 checks, all passed"
+
+
+EXPERTS = BASE.replace(moe_num_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "model"),
+    [
+        (4, ParallelConfig(tensor=2, replicate=2), BASE),
+        *(
+            pytest.param(size, parallel, model, marks=pytest.mark.slow)
+            for size, parallel, model in (
+                (4, ParallelConfig(pipeline=2, shard=2), BASE),
+                (4, ParallelConfig(context=2, tensor=2), BASE),
+                (2, ParallelConfig(expert=2), EXPERTS),
+                (2, ParallelConfig(pipeline=2), EXPERTS),
+            )
+        ),
+    ],
+)
+def test_a_split_model_passes(size: int, parallel: ParallelConfig, model: GPT2Config) -> None:
+    passed, lines = run_ranks(size, verify, parallel, False, model)[0]
+    assert passed, lines
+    assert "dropout 0.0" in lines[0]
+    assert lines[-1] == f"{4 if parallel.tensor > 1 else 5} checks, all passed"
 
 
 def test_a_wrong_sum_is_named() -> None:

@@ -26,10 +26,12 @@ FLOORS = {
     ),
     "app": (
         "models", "common native", "data", "viz", "distributed",
-        "generation evaluation verification quantization", "training", "planning", "interop", "cli",
+        "generation evaluation verification quantization", "training",
+        "planning equalities", "interop serving", "cli",
     ),
     "app.training": (
-        "config", "optim", "saving machine", "step watch", "report", "trainer", "run", "sweep",
+        "config", "optim", "saving machine", "step watch ranks", "report whole_model", "engine",
+        "sharded", "split_model", "engines trainer", "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "*", "main", "__main__"),
 }  # fmt: skip

@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("GPT2_TRACEBACK"):
             raise
+        if getattr(error, "said_by_another_rank", False):
+            return 2
         text = str(error) or type(error).__name__
         print(f"error: {text}", file=sys.stderr)
         return 2

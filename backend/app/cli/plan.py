@@ -37,10 +37,12 @@ EXAMPLES = """\
   gpt2 plan --config recipes/gpt2-small.yaml --micro-batch 1
   gpt2 plan --config quickstart --probe
   gpt2 plan --config runs/train/best/config.json --length 4096
+  gpt2 plan --config gpt2-small --parallel.shard 8 --ranks 64 --batch-size 512 --bandwidth 25
   gpt2 plan --model.attention-pattern "local(256) | global(16)" --model.position rope"""
 
 # 长文的例子：窗口与整个上下文的缓存在这里差得最清楚。
 _LONG = 100_000
+_MOST_RANKS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,13 @@ class Args(RunArgs):
     ] = None
     length: Annotated[
         int | None, Doc("tokens at once in the attention and cache tables; None = context_size")
+    ] = None
+    ranks: Annotated[
+        int | None,
+        Doc("plan for this many ranks, up to 1,024, without having them; see --parallel.shard"),
+    ] = None
+    bandwidth: Annotated[
+        float | None, Doc("with --ranks: GB/s that a rank sends, for the time of a step's traffic")
     ] = None
     probe: Annotated[
         bool, Doc("train a few steps of a model with few layers and extrapolate time and memory")
@@ -95,17 +104,42 @@ def run(args: Args) -> None:
             f"length={length} is beyond context_size={shape.context_size}: learned positions end "
             "there; use a smaller --length, a larger --model.context-size, or position='rope'"
         )
+    _check_ranks(args)
     runtime = choose_runtime(config)
     print_table(_summary(shape, runtime))
     refused = _show_attention(shape, runtime, length)
     _show_cache(shape, length)
     if refused is not None:
         raise ValueError(f"training cannot run on {runtime.device}: {refused}")
+    if args.ranks is not None:
+        from app.cli.shared.rank_tables import show_ranks
+
+        show_ranks(config, args.ranks, args.bandwidth)
+        return
     refused = show_training(config, runtime, args.probe)
     for note in _notes(args, config):
         print(note)
     if refused is not None:
         raise ValueError(refused)
+
+
+def _check_ranks(args: Args) -> None:
+    from app.distributed.check import check_alone
+
+    if args.ranks is None:
+        check_alone(args.train.parallel)
+        if args.bandwidth is not None:
+            raise ValueError(
+                f"bandwidth={args.bandwidth} is for traffic between ranks: add --ranks N"
+            )
+    elif not 2 <= args.ranks <= _MOST_RANKS:
+        raise ValueError(f"ranks={args.ranks} must be between 2 and {_MOST_RANKS:,}")
+    elif args.bandwidth is not None and args.bandwidth <= 0:
+        raise ValueError(f"bandwidth={args.bandwidth} must be above 0 GB/s")
+    elif args.probe:
+        raise ValueError(
+            f"probe=true measures this machine, ranks={args.ranks} plans for others: use only one"
+        )
 
 
 def _notes(args: Args, config: TrainConfig) -> list[str]:

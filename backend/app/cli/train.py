@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage
 from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
 from app.cli.shared.tables import print_table
 from app.common.console import forget_reader, say
+from app.distributed.launch import local_ranks, place, start_ranks, without_ranks
 
 if TYPE_CHECKING:
+    from app.distributed.mesh import Mesh
     from app.training.run import Result
 
 SUMMARY = "Train a model; Ctrl-C saves, --resume auto goes on exactly where it stopped."
@@ -20,10 +27,23 @@ EXAMPLES = """\
   gpt2 train --config quickstart
   gpt2 train --config recipes/shakespeare-char.yaml --optim.lr 2e-3 --out runs/faster
   gpt2 train --config runs/faster/run.yaml --resume auto
+  gpt2 train --config quickstart --ranks 2
 """
 
 
-Args = RunArgs
+@dataclass(frozen=True, kw_only=True)
+class Args(RunArgs):
+    """训练配置，外加怎样起它。
+
+    Attributes:
+        argv: 原来的命令行，起各个 rank 时照抄。
+    """
+
+    ranks: Annotated[
+        int | None,
+        Doc("start N processes on this machine, one thread each, that train together"),
+    ] = None
+    argv: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -33,21 +53,63 @@ def parse(argv: Sequence[str]) -> Args:
         ValueError: 文件找不到或读不懂。
     """
     args = parse_run(Args, argv, Usage("train", SUMMARY, EXAMPLES))
-    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
+    args = args if names_vocabulary(args, argv) else fit_vocabulary(args)
+    return dataclasses.replace(args, argv=tuple(argv))
 
 
 def run(args: Args) -> int:
     # 等待的线程默认空转：只要别的程序占着一个核，两个线程就比一个线程还慢。
     # 须在 torch 载入 OpenMP 之前设；用户自己设了就听用户的。
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    here = place()
+    if here is not None:
+        return _run_rank(args, *here)
+    if args.ranks is None:
+        return _train(args, None)
+    from app.distributed.check import check
+    from app.training.ranks import job_of
+
+    if args.ranks < 1:
+        raise ValueError(f"ranks={args.ranks} must be at least 1")
+    check(job_of(args.train), args.ranks)
+    return start_ranks(args.ranks, ["train", *without_ranks(args.argv)])
+
+
+def _run_rank(args: Args, rank: int, size: int) -> int:
+    """由 torchrun 或 --ranks 起的一个进程；拒绝在建进程组之前，各 rank 都一样，由 rank 0 说。"""
+    from app.distributed.check import check, check_gpus
+    from app.distributed.group import joined
+    from app.training.machine.runtime import choose_runtime
+    from app.training.ranks import job_of
+
+    try:
+        if args.ranks is not None:
+            raise ValueError(
+                f"ranks={args.ranks} inside {size} ranks that are already started: leave --ranks "
+                "out under torchrun"
+            )
+        check(job_of(args.train), size)
+        device = choose_runtime(args.train).device.type
+        if device == "cuda":
+            check_gpus(local_ranks())
+    except ValueError:
+        if rank:
+            return 2
+        raise
+    with joined(args.train.parallel, device) as mesh:
+        return _train(args, mesh)
+
+
+def _train(args: Args, mesh: Mesh | None) -> int:
     from app.training.run import train
 
+    first = mesh is None or mesh.world.rank == 0
     preset = None if args.file is None else args.file.config
-    for line in [] if args.file is None else args.file.lines(args.train):
+    for line in [] if args.file is None or not first else args.file.lines(args.train):
         say(line)
-    result = train(args.train, print_table, preset=preset)
+    result = train(args.train, print_table, preset=preset, mesh=mesh)
     try:
-        for line in summary(result):
+        for line in summary(result) if first else []:
             say(line)
     except BrokenPipeError:
         # 训练已经做完、存好，只是没有人看了。

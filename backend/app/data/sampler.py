@@ -92,9 +92,9 @@ class Sampler:
         return (moved + windows * np.uint64(self.context)).astype(np.int64)
 
     def batch(
-        self, dataset: _Readable, step: int, rows: slice = slice(None)
+        self, dataset: _Readable, step: int, rows: slice | np.ndarray = slice(None)
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(输入, 目标)，各 (B, T) int64，目标是输入左移一位；rows 取其中几行。
+        """(输入, 目标)，各 (B, T) int64，目标是输入左移一位；rows 取其中几行（或点名哪几行）。
 
         任何行的划分（微批、多卡）读到的都是同一批词元。
         """

@@ -8,13 +8,17 @@ W 一组里的 rank 数。
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+SAID = "said_by_another_rank"
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,10 @@ class Ranks:
         """(...) -> (W, ...)，按 rank 排。"""
         if self.group is None:
             return x[None]
-        out = x.new_empty((self.size, x.numel()))
-        dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), self.group)
-        return out.view(self.size, *x.shape)
+        out = x.new_empty((self.size, *x.shape))
+        # 不用 all_gather_into_tensor：torch 2.13 起换了名字，旧名每个进程警告一次。
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), self.group)
+        return out
 
     def sum_scatter(self, x: Tensor) -> Tensor:
         """(W, ...) -> (...)：各 rank 的 x 相加之后我的那一份。"""
@@ -132,6 +137,25 @@ class Ranks:
             each.wait()
         return out
 
+    def shift(self, x: Tensor, by: int) -> Tensor:
+        """给 rank + by，收 rank - by 的，不绕圈：两端没有来处的收到零。"""
+        to, come = self.rank + by, self.rank - by
+        out = torch.zeros_like(x)
+        steps = []
+        if 0 <= to < self.size:
+            steps.append(dist.P2POp(dist.isend, x.contiguous(), None, self.group, group_peer=to))
+        if 0 <= come < self.size:
+            steps.append(dist.P2POp(dist.irecv, out, None, self.group, group_peer=come))
+        for each in dist.batch_isend_irecv(steps) if steps else []:
+            each.wait()
+        return out
+
+    def swap(self, x: Tensor, peer: int) -> Tensor:
+        """把 x 给 peer，收它的；只有这两个 rank 参加。"""
+        out = torch.empty_like(x)
+        self._swap(x.contiguous(), out, peer)
+        return out
+
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """rank source 的 x，就地。"""
         if self.group is not None:
@@ -154,6 +178,30 @@ class Ranks:
         dist.all_gather_object(box, value, self.group)
         return box
 
+    def first(self, action: Callable[[], T], meanwhile: Callable[[], object] | None = None) -> T:
+        """只由 rank 0 做；它的结果，或它的错误，各 rank 都得到：一个失败，别的就不空等。
+
+        Args:
+            meanwhile: 其余的 rank 同时做的（给 rank 0 送数据）。
+        """
+        if self.group is None:
+            return action()
+        if self.rank:
+            if meanwhile is not None:
+                meanwhile()
+            return _verdict(self.agree(None), here=False)
+        return _verdict(self.agree(_outcome(action)), here=True)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """各 rank 都做；有一个失败，就都报号最小的那个的错误。"""
+        if self.group is None:
+            return action()
+        good, value = _outcome(action)
+        for rank, error in enumerate(self.collect(None if good else value)):
+            if error is not None:
+                _verdict((False, error), here=rank == self.rank)
+        return value
+
     def send(self, x: Tensor, to: int) -> None:
         assert self.group is not None
         dist.send(x.contiguous(), group=self.group, group_dst=to)
@@ -172,3 +220,33 @@ class Ranks:
         )
         for each in work:
             each.wait()
+
+
+ALONE = Ranks()
+
+
+def _outcome(action: Callable[[], Any]) -> tuple[bool, Any]:
+    """(做成了, 结果或错误)；送不过去的错误换成说同样的话的 RuntimeError。"""
+    try:
+        return True, action()
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))  # noqa: S301  自己刚写的
+        except Exception:
+            return False, RuntimeError(f"{type(error).__name__}: {error}")
+        return False, error
+
+
+def _verdict(outcome: tuple[bool, Any], here: bool) -> Any:
+    """结果；错误就抛出，别的 rank 上的注明已由出错的那个说过。"""
+    good, value = outcome
+    if good:
+        return value
+    if not here:
+        setattr(value, SAID, True)
+    raise value
+
+
+def said_elsewhere(error: BaseException) -> bool:
+    """这个错误是从别的 rank 得来的：由那里说一次就够了。"""
+    return getattr(error, SAID, False)

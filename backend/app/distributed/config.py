@@ -18,10 +18,16 @@ class ParallelConfig:
     """一次训练怎样分到多个 rank 上；没有 torchrun 或 --ranks 时全是默认。"""
 
     replicate: Annotated[
-        int, Doc("copies of the model, each reading its part of the batch; 0 = all ranks left")
+        int,
+        Doc("copies of the model, each reading its part of the batch; 0 = all ranks left"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = 0
     shard: Annotated[
-        int, Doc("ranks that share one copy of weights, gradients and optimizer state (FSDP2)")
+        int,
+        Doc("ranks that share one copy of weights, gradients and optimizer state (FSDP2)"),
+        Mark.SILENT,
+        Mark.ASIDE,
     ] = 1
     tensor: Annotated[int, Doc("ranks that split heads, hidden width and vocabulary")] = 1
     sequence: Annotated[

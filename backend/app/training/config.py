@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 from typing_extensions import Doc
 
+from app.distributed.config import ParallelConfig
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.fields import Mark, nearest, normalise_types
 
@@ -106,6 +107,9 @@ class TrainConfig:
     optim: Annotated[OptimConfig, Doc("optimizer, clipping")] = field(default_factory=OptimConfig)
     schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
         default_factory=ScheduleConfig
+    )
+    parallel: Annotated[ParallelConfig, Doc("how torchrun or --ranks divides the work")] = field(
+        default_factory=ParallelConfig
     )
     out: Annotated[
         str, Doc("run folder: checkpoints, metrics and plot"), Mark.SILENT, Mark.ASIDE

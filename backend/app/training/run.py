@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -17,18 +17,29 @@ from app.common.console import say
 from app.common.files import write_atomic
 from app.common.tell import Tell
 from app.data.shards import TokenDataset
-from app.models.transformer import GPT2Model
-from app.models.transformer.backends.choose import explain_backends
-from app.models.transformer.experts.dispatch import explain_dispatch
+from app.distributed.check import check, check_alone, check_peers, check_shared
+from app.distributed.mesh import Mesh
 
 from .config import TrainConfig
+from .describe import describe
+from .engines import build_engine, start_model
+from .machine.agreed_stop import AgreedStop
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
+from .ranks import (
+    changed_summing,
+    goes_on_exactly,
+    job_of,
+    keep_threads,
+    peer_facts,
+    with_leaves,
+)
 from .report.metrics import METRICS, Metrics
 from .report.progress import Progress
 from .report.run_charts import PLOT, plot_losses
 from .report.run_facts import Decisions, Facts, write_facts
 from .report.run_page import REPORT, Reporter
+from .report.silent import Silent
 from .report.tensorboard import EVENTS, open_tensorboard, require_tensorboard
 from .saving.checkpoint import clear_leftovers, step_folder
 from .saving.home import leave_origin
@@ -42,7 +53,7 @@ from .saving.resume import (
     find_start,
     resume_lines,
 )
-from .saving.state import read_state, restore, versions
+from .saving.state import read_state, set_random_state, versions
 from .trainer import Trainer
 from .watch.guidance import small_step
 from .watch.samples import usable_prompt
@@ -55,6 +66,11 @@ class Data:
 
     train: TokenDataset
     val: TokenDataset | None
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """没有验证集的为空。"""
+        return self.train.fingerprint, "" if self.val is None else self.val.fingerprint
 
 
 @dataclass(frozen=True)
@@ -88,12 +104,14 @@ def train(
     show: Callable[[Decisions], object],
     tell: Tell = say,
     preset: TrainConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> Result:
     """按 config 训练到底，或到收到停止信号为止。
 
     Args:
         show: 第一步之前收到将要怎样跑。
         preset: 运行文件原来的设置，只用来提醒。
+        mesh: 几个 rank 一起训练时我在哪里；文件夹只由 rank 0 写，话只由它说。
 
     Raises:
         ValueError: 配置、数据、训练文件夹或检查点不可用；那时什么也没有写。
@@ -101,32 +119,56 @@ def train(
         OSError: 最后的检查点写不下去。
         ImportError: 要写 TensorBoard 事件而没有装它。
     """
-    notes: list[str] = []
+    world, notes = Mesh().world if mesh is None else mesh.world, []
 
     def note(text: str) -> None:
-        notes.append(text)
-        tell(text)
+        if world.rank == 0:
+            notes.append(text)
+            tell(text)
 
     if config.tensorboard:
-        require_tensorboard()
-    data = open_data(config, note)
-    config = usable_prompt(config, preset, data.train.tokenizer(), note)
-    check_out(config)
+        world.together(require_tensorboard)
+    if mesh is None:
+        check_alone(config.parallel)
+    else:
+        check(job_of(config), world.size)
+        config = with_leaves(config, mesh.data.size)
+    data = world.together(lambda: open_data(config, note))
+    prompted, tokenizer = config, data.train.tokenizer()
+    # 只取那一句话：整份设置各 rank 用自己的，下一步才看得出谁的不同。
+    prompt = world.first(lambda: usable_prompt(prompted, preset, tokenizer, note).sample_prompt)
+    config = config.replace(sample_prompt=prompt)
     runtime = choose_runtime(config)
+    check_peers(world, peer_facts(config, data.fingerprints, runtime.device))
+    world.first(lambda: check_out(config))
     run = Path(config.out)
-    run.mkdir(parents=True, exist_ok=True)
-    with StopSignal() as stop, run_lock(run, note):
-        clear_leftovers(run, note)
+    with StopSignal() as signal, contextlib.ExitStack() as held:
+        world.first(lambda: _open_folder(run, held, note))
+        world.together(lambda: check_shared(run))
         with memory_error(config, 0):
-            trainer = _assemble(config, runtime, data, note)
-        if warning := small_step(config, trainer.model.num_parameters(), preset):
+            trainer = _assemble(config, runtime, data, note, mesh)
+        if warning := small_step(config, trainer.engine.whole.parameters, preset):
             note(warning)
-        write_atomic(run / RUN_FILE, _as_yaml(config))
-        leave_origin(run, config, data.train.fingerprint)
-        decisions = describe(trainer, _compile(trainer, stop, note))
-        write_facts(run, _facts(trainer, data, decisions, notes))
-        show(decisions)
-        return _run(trainer, stop)
+        decisions = describe(trainer, _compile(trainer, signal, note))
+        world.first(lambda: _write_settings(trainer, data, decisions, notes))
+        if world.rank == 0:
+            show(decisions)
+        stop = AgreedStop(signal, world, config.parallel.grace_s)
+        with stop.watching():
+            return _run(trainer, stop)
+
+
+def _open_folder(run: Path, held: contextlib.ExitStack, tell: Tell) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    held.enter_context(run_lock(run, tell))
+    clear_leftovers(run, tell)
+
+
+def _write_settings(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str]) -> None:
+    run, config = trainer.run_folder, trainer.config
+    write_atomic(run / RUN_FILE, _as_yaml(config))
+    leave_origin(run, config, data.train.fingerprint)
+    write_facts(run, _facts(trainer, data, decisions, notes))
 
 
 def open_data(config: TrainConfig, tell: Tell) -> Data:
@@ -167,11 +209,18 @@ def open_data(config: TrainConfig, tell: Tell) -> Data:
     return Data(train, val)
 
 
-def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> Trainer:
-    start = find_start(config, tell)
-    state = None if start is None else read_state(start)
+def _assemble(
+    config: TrainConfig, runtime: Runtime, data: Data, tell: Tell, mesh: Mesh | None
+) -> Trainer:
+    world = Mesh().world if mesh is None else mesh.world
+    start = world.first(lambda: find_start(config, tell))
+    state = world.first(lambda: None if start is None else read_state(start))
+    if mesh is None and state is not None and goes_on_exactly(state):
+        keep_threads(state, tell)
+        mesh, runtime = Mesh(), choose_runtime(config)
+        config = with_leaves(config, 1)
     if state is not None:
-        check_compatible(state, config, data.train.fingerprint, tell)
+        world.first(lambda: check_compatible(state, config, data.train.fingerprint, tell))
         now = {
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -180,21 +229,28 @@ def _assemble(config: TrainConfig, runtime: Runtime, data: Data, tell: Tell) -> 
         }
         check_same_machine(state, now, tell)
     _seed_everything(config.seed)
-    model = GPT2Model(config.model).to(runtime.device)
+    blank = start is not None or config.init_from is None
+    model = start_model(config, runtime, mesh, blank)
     tokenizer = data.train.tokenizer()
-    if start is None and config.init_from is not None:
-        initialize_from(config.init_from, model, tokenizer, tell)
+    if start is None and (source := config.init_from) is not None:
+        world.together(lambda: initialize_from(source, model, tokenizer, tell))
+    engine = build_engine(model, config, runtime, mesh)
     validation = None
     if data.val is not None:
-        windows = config.eval_batches * config.batch_size
-        validation = Validation(data.val, config.model.context_size, windows, config.rows_at_once)
-    trainer = Trainer(config, runtime, model, data.train, validation, tokenizer)
+        windows, length = config.eval_batches * config.batch_size, config.model.context_size
+        validation = Validation(
+            data.val, length, windows, config.rows_at_once, engine.readers, engine.forward_loss
+        )
+    trainer = Trainer(engine, data.train, validation, tokenizer)
     if start is not None and state is not None:
         # 先于复原：重量最好的那个要借用模型，之后权重与随机数都会复原。
         trainer.restore_best(tell)
-        restore(start, model, trainer.optimizer, state)
+        engine.read(start, trainer.optimizer)
+        set_random_state(state["rng"])
         trainer.restore_counters(state, own=start.parent.resolve() == Path(config.out).resolve())
         tell(f"resuming from {start} at step {trainer.step}")
+        if (line := changed_summing(state, engine.summing)) is not None:
+            tell(line)
         for line in resume_lines(state, config, trainer.sampler):
             tell(line)
     return trainer
@@ -214,22 +270,17 @@ def _compile(trainer: Trainer, stop: StopSignal, tell: Tell) -> str:
         return f"off: {stop.requested} while compiling"
 
 
-def _run(trainer: Trainer, stop: StopSignal) -> Result:
+def _run(trainer: Trainer, stop: AgreedStop) -> Result:
     run, config, begin = trainer.run_folder, trainer.config, time.perf_counter()
-    progress = Progress(config.steps, trainer.step, config.tokens_per_step)
-    metrics = Metrics(run / METRICS, trainer.step, progress.tell)
-    metrics.add(Reporter(run))
-    if config.tensorboard:
-        if events := open_tensorboard(run, trainer.step, progress.tell):
-            metrics.add(events)
-        else:
-            metrics.failed.append(EVENTS)
+    metrics, progress = _records(trainer) if trainer.world.rank == 0 else (Silent(), Silent())
+    plot = None
     try:
         with memory_error(config, config.rows_at_once), progress, metrics:
             trainer.run(metrics, progress, stop)
     finally:
         # 中途失败时，曲线正是要看的东西。
-        plot = _plot(run, progress.tell, metrics.failed)
+        if trainer.world.rank == 0:
+            plot = _plot(run, progress.tell, metrics.failed)
     return Result(
         stopped=stop.requested,
         early=trainer.patience.said if trainer.patience.over else None,
@@ -243,6 +294,19 @@ def _run(trainer: Trainer, stop: StopSignal) -> Result:
         checkpoint=step_folder(run, trainer.step),
         run_file=run / RUN_FILE,
     )
+
+
+def _records(trainer: Trainer) -> tuple[Metrics, Progress]:
+    run, config = trainer.run_folder, trainer.config
+    progress = Progress(config.steps, trainer.step, config.tokens_per_step)
+    metrics = Metrics(run / METRICS, trainer.step, progress.tell)
+    metrics.add(Reporter(run))
+    if config.tensorboard:
+        if events := open_tensorboard(run, trainer.step, progress.tell):
+            metrics.add(events)
+        else:
+            metrics.failed.append(EVENTS)
+    return metrics, progress
 
 
 def _plot(run: Path, tell: Tell, failed: list[str]) -> Path | None:
@@ -259,84 +323,12 @@ def _facts(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str])
     return Facts(
         decisions=decisions,
         notes=notes,
-        data=(data.train.fingerprint, data.val.fingerprint if data.val is not None else ""),
-        parameters=trainer.model.num_parameters(),
+        data=data.fingerprints,
+        parameters=trainer.engine.whole.parameters,
         steps=trainer.config.steps,
-        expected_loss=trainer.expected_loss,
+        expected_loss=trainer.engine.whole.expected_loss,
         unigram=trainer.plateau.entropy,
     )
-
-
-def describe(trainer: Trainer, compiled: str) -> Decisions:
-    """将要怎样跑，由已经组装好的看出。"""
-    config, runtime, model = trainer.config, trainer.runtime, trainer.model
-    shape = config.model
-    passed = f"{config.passes} passes of {config.rows_at_once} sequences"
-    if config.passes == 1:
-        passed = "one pass"
-    total = trainer.tokens + (config.steps - trainer.step) * config.tokens_per_step
-    epochs = trainer.sampler.epoch(config.steps)
-    return [
-        ("device", str(runtime.device), runtime.device_why),
-        ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
-        ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
-        *_recompute_line(config),
-        *(
-            ("attention", choice.backend, choice.reason)
-            for choice in explain_backends(
-                shape, device=runtime.device, dtype=runtime.dtype, training=True
-            )
-        ),
-        *_experts(trainer),
-        (
-            "model",
-            f"{model.num_parameters():,} parameters",
-            f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embed}, "
-            f"norm {shape.norm}, vocabulary {shape.vocab_size}",
-        ),
-        ("optimizer", trainer.optimizer_why, f"peak lr {config.optim.lr:g}"),
-        (
-            "step",
-            f"{config.tokens_per_step:,} tokens",
-            f"{config.batch_size} x {shape.context_size}, {passed}",
-        ),
-        (
-            "run",
-            f"{config.steps:,} steps",
-            f"{total:,} tokens, {epochs:.2f} times the data in {config.data.folder}",
-        ),
-        ("threads", str(torch.get_num_threads()), f"of {os.cpu_count()} processors; {_waiting()}"),
-    ]
-
-
-def _recompute_line(config: TrainConfig) -> Decisions:
-    every = config.activation_checkpointing
-    if every == 0:
-        return []
-    which = "every block" if every == 1 else f"every {every}th block from the first"
-    return [("recompute", which, "activation checkpointing: less memory, same result, slower")]
-
-
-def _experts(trainer: Trainer) -> Decisions:
-    shape, runtime = trainer.config.model, trainer.runtime
-    found = explain_dispatch(shape, device=runtime.device, dtype=runtime.dtype)
-    if found is None:
-        return []
-    active = trainer.model.active_parameters()
-    of = f"{len(shape.moe_layers)} of {shape.n_layer} layers, {shape.moe.router}"
-    return [
-        ("dispatch", *found),
-        (
-            "experts",
-            f"{shape.moe_num_experts}, top-{shape.moe_top_k}",
-            f"{of}, width {shape.expert_hidden}; {active:,} parameters active per token",
-        ),
-    ]
-
-
-def _waiting() -> str:
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    return f"OMP_WAIT_POLICY={policy}" if policy else "OMP_WAIT_POLICY not set"
 
 
 def _as_yaml(config: TrainConfig) -> bytes:

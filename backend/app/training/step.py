@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.distributed.sharding.rows import local, whole
 from app.models.transformer import GPT2Model
 
 from .machine.runtime import Runtime
@@ -23,7 +24,7 @@ INITIAL_LOSS_OFF = 0.5
 
 
 class Sums(NamedTuple):
-    """一批的结果，都不带图。
+    """一批（或其中一部分）的结果，都不带图。
 
     Attributes:
         loss: 标量，语言模型的平均损失；aux_loss：标量，均衡损失（没有 MoE 层为 0）。
@@ -35,38 +36,52 @@ class Sums(NamedTuple):
     load: Tensor | None
     dropped: Tensor | None
 
+    def plus(self, other: Sums) -> Sums:
+        both = zip(self, other, strict=True)
+        return Sums(*(a if a is None or b is None else a + b for a, b in both))  # type: ignore[arg-type]
+
 
 def accumulate(
     model: GPT2Model, inputs: np.ndarray, targets: np.ndarray, micro: int, runtime: Runtime
 ) -> Sums:
-    """对 (B, T) 的一批求梯度，加进 .grad。
+    """对 (B, T) 的一批求梯度，加进 .grad，每次 micro 行。"""
+    valid, total = count_valid(targets), None
+    for first in range(0, len(inputs), micro):
+        rows = slice(first, first + micro)
+        part = backward(model, inputs[rows], targets[rows], valid, runtime)
+        total = part if total is None else total.plus(part)
+    assert total is not None
+    return total
 
-    每个微批的平均损失乘以它的有效词元占全批的份额：先各自平均再平均，
+
+def backward(
+    model: GPT2Model, inputs: np.ndarray, targets: np.ndarray, valid: int, runtime: Runtime
+) -> Sums:
+    """一个微批的前向与反向：梯度加进 .grad，返回它在整批里的那一份。
+
+    它的平均损失乘以它的有效词元占整批 valid 个的份额：先各自平均再平均，
     会在长短不一时算错（transformers #34191 即此）。
 
     均衡损失按微批定义：各微批在自己的词元上算，再按同样的份额平均。它是两个平均的乘积，所以切法
     不同值也不同（与 transformers、Megatron 的做法一致）；负载则是整批的。
     """
-    valid = int(np.count_nonzero(targets != IGNORE)) or 1
-    total, aux = torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
-    load = dropped = None
-    for first in range(0, len(inputs), micro):
-        x = torch.from_numpy(inputs[first : first + micro]).to(runtime.device, non_blocking=True)
-        part = targets[first : first + micro]
-        y = torch.from_numpy(part).to(runtime.device, non_blocking=True)
-        with runtime.autocast():
-            out = model(x, targets=y)
-        share = int(np.count_nonzero(part != IGNORE)) / valid
-        loss = wanted = out["loss"] * share
-        if "aux_loss" in out:
-            wanted = loss + out["aux_loss"] * share
-            aux = aux + out["aux_loss"].detach() * share
-            load = out["expert_load"] if load is None else load + out["expert_load"]
-            lost = out["expert_dropped"]
-            dropped = lost if dropped is None else dropped + lost
-        wanted.backward()
-        total = total + loss.detach()
-    return Sums(total, aux, load, dropped)
+    x = torch.from_numpy(inputs).to(runtime.device, non_blocking=True)
+    y = torch.from_numpy(targets).to(runtime.device, non_blocking=True)
+    with runtime.autocast():
+        out = model(x, targets=y)
+    share = count_valid(targets, least=0) / valid
+    loss = out["loss"] * share
+    if "aux_loss" not in out:
+        loss.backward()
+        return Sums(loss.detach(), torch.zeros((), device=runtime.device), None, None)
+    aux = out["aux_loss"] * share
+    (loss + aux).backward()
+    return Sums(loss.detach(), aux.detach(), out["expert_load"], out["expert_dropped"])
+
+
+def count_valid(targets: np.ndarray, least: int = 1) -> int:
+    """有效的目标数；整批的至少算 1，免得除以零。"""
+    return max(least, int(np.count_nonzero(targets != IGNORE)))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -86,20 +101,17 @@ def clip_gradients(
 def first_bad_weight(model: GPT2Model) -> str | None:
     """第一个含非有限数的权重的名字；None = 都是有限数。"""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             return name
     return None
 
 
-def first_bad_place(model: GPT2Model) -> str:
-    """非有限数最先出现在哪里，给报错用：权重，梯度，或只有损失。"""
-    weight = first_bad_weight(model)
-    if weight is not None:
-        return f"the weight {weight}"
+def first_bad_gradient(model: GPT2Model) -> str | None:
+    """第一个含非有限数的梯度的名字；None = 都是有限数。"""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
             return name
-    return "the loss only"
+    return None
 
 
 def expected_initial_loss(model: GPT2Model) -> float:
@@ -108,7 +120,7 @@ def expected_initial_loss(model: GPT2Model) -> float:
     末层归一化的输出长 sqrt(C)，故 logits 的方差约为 C·mean(w²)（w 是输出头的权重）。
     共享权重时模型会认出自己的输入，词表很小时实际的损失比这略高。
     """
-    weight = model.head_weight.detach()
+    weight = whole(model.head_weight.detach())
     variance = weight.shape[1] * float(weight.float().pow(2).mean())
     return math.log(weight.shape[0]) + 0.5 * variance
 

@@ -19,16 +19,15 @@ from app.common.tell import Tell
 from app.data.sampler import Sampler
 from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
-from app.models.transformer import GPT2Model
 
-from .config import TrainConfig
-from .machine.recompute import checkpoint_blocks
-from .machine.runtime import Runtime, compile_blocks
-from .machine.stop_signal import StopSignal
+from .engine import Plain
+from .machine.agreed_stop import AgreedStop
+from .machine.runtime import compile_blocks
 from .optim.build import build_optimizer
 from .optim.schedule import learning_rate
 from .report.metrics import Metrics
 from .report.progress import Progress
+from .report.silent import Silent
 from .saving.checkpoint import (
     BEST,
     CheckpointError,
@@ -41,19 +40,9 @@ from .saving.checkpoint import (
     write_checkpoint,
 )
 from .saving.resume import windows_read
-from .saving.state import fill_checkpoint, load_weights
-from .step import (
-    Sums,
-    accumulate,
-    clip_gradients,
-    expected_initial_loss,
-    first_bad_place,
-    first_bad_weight,
-    gradient_norm,
-    initial_loss_line,
-)
+from .saving.state import write_state
+from .step import Sums, accumulate, initial_loss_line
 from .watch.expert_load import balance_row, update_selection_bias
-from .watch.gradient_norms import gradient_norms
 from .watch.patience import Patience
 from .watch.plateau import PlateauWatch, unigram_entropy
 from .watch.samples import sample_text
@@ -77,23 +66,21 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
-        runtime: Runtime,
-        model: GPT2Model,
+        engine: Plain,
         data: TokenDataset,
         validation: Validation | None,
         tokenizer: Tokenizer,
     ) -> None:
-        self.config, self.runtime, self.model, self.data = config, runtime, model, data
+        self.engine, self.data = engine, data
+        self.config, self.runtime, self.model = engine.config, engine.runtime, engine.model
+        self.world = engine.mesh.world
+        config, model = self.config, self.model
         self.validation, self.tokenizer = validation, tokenizer
         self.run_folder = Path(config.out)
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
-        checkpoint_blocks(model, config.recomputed_layers)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
-        self.parameters = list(model.parameters())
-        self.expected_loss = expected_initial_loss(model)
         self.spikes = SpikeWatch()
         self.plateau = PlateauWatch(unigram_entropy(data), config)
         self.step = self.tokens = self.skipped = 0
@@ -105,7 +92,7 @@ class Trainer:
         self._bad_in_a_row = 0
         self._sampled: int | None = None
 
-    def run(self, metrics: Metrics, progress: Progress, stop: StopSignal) -> None:
+    def run(self, metrics: Metrics | Silent, progress: Progress | Silent, stop: AgreedStop) -> None:
         """训练到 config.steps，或到要求停止的那一步；返回时最后的状态已保存。
 
         Raises:
@@ -115,6 +102,7 @@ class Trainer:
         self.metrics, self.progress, self.stop = metrics, progress, stop
         every, last = self.config, self.config.steps
         self.model.train()
+        stop.agree()
         while self.step < last and not stop.requested:
             if _due(self.step, every.eval_every):
                 self._validate()
@@ -122,6 +110,7 @@ class Trainer:
                     break
             if self.step and _due(self.step, every.sample_every):
                 self._sample()
+                stop.agree()
             if stop.requested:
                 break
             self._train_step()
@@ -136,30 +125,29 @@ class Trainer:
 
     def _train_step(self) -> None:
         start = time.perf_counter()
-        optim = self.config.optim
-        lr = self._learning_rate(optim.lr)
+        lr = self._learning_rate(self.config.optim.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(group["initial_lr"])
-        inputs, targets = self.sampler.batch(self.data, self.step)
-        sums = accumulate(self.model, inputs, targets, self.config.rows_at_once, self.runtime)
-        norm = gradient_norm(self.parameters)
+        inputs, targets = self.sampler.batch(self.data, self.step, self.engine.rows)
+        sums = self.engine.gradients(inputs, targets, self.step)
+        norm = self.engine.norm()
         # 每步只在这里与设备同步一次。
         three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
         loss, size, aux = torch.stack(three).tolist()
-        good = math.isfinite(loss) and math.isfinite(size)
+        good = not self.stop.agree(bad=not (math.isfinite(loss) and math.isfinite(size)))
         if good and _due(self.step, self.config.eval_every):
-            norms = gradient_norms(self.model.named_parameters())
+            norms = self.engine.group_norms()
             self.metrics.write({"kind": "groups", "step": self.step + 1, "norms": norms})
         spike = self.spikes.judge(loss, size) if good and self.config.spike != "off" else None
         if good and not (spike and self.config.spike == "skip"):
-            clip_gradients(self.parameters, norm, size, optim.grad_clip)
+            self.engine.clip(norm, size)
             self.optimizer.step()
             if sums.load is not None:
                 update_selection_bias(self.model, sums.load)
-        where = "" if good else first_bad_place(self.model)
+        where = "" if good else self.engine.first_bad_place()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.tokens += inputs.size
+        self.tokens += self.config.tokens_per_step
         self._record(loss, size, lr, time.perf_counter() - start, sums, aux)
         self._count_bad(good, where)
         if spike:
@@ -184,7 +172,7 @@ class Trainer:
                 self.metrics.write({"kind": "moe", "step": self.step, "layers": layers})
         self.metrics.write(row)
         if self.step == 1:
-            self.progress.tell(initial_loss_line(self.model, loss, self.expected_loss))
+            self.progress.tell(initial_loss_line(self.model, loss, self.engine.whole.expected_loss))
         self.progress.step(self.step, loss, lr, seconds)
 
     def _count_bad(self, good: bool, where: str) -> None:
@@ -231,7 +219,7 @@ class Trainer:
     def _validate(self) -> None:
         if self.validation is None:
             return
-        loss = self.validation.loss(self.model, self.runtime, lambda: bool(self.stop.requested))
+        loss = self.validation.loss(self.model, self.runtime, self._asked_to_stop)
         if loss is None:
             return
         memory = peak_memory(self.runtime.device)
@@ -250,6 +238,10 @@ class Trainer:
             self.patience.note(self.step, loss)
             if self.patience.over:
                 self.progress.tell(self.patience.said)
+
+    def _asked_to_stop(self) -> bool:
+        self.stop.agree()
+        return self.stop.requested is not None
 
     def _mark_best(self, step: int, loss: float) -> bool:
         assert self.validation is not None
@@ -274,12 +266,15 @@ class Trainer:
         """
         if self.saved == self.step:
             return
-        bad = first_bad_weight(self.model)
+        bad = self.engine.first_bad_weight()
         if bad is not None:
             raise self._diverged(f"the weight {bad} is not finite after step {self.step}")
         self.metrics.sync()
         try:
-            write_checkpoint(self.run_folder, self.step, self._fill)
+            with self.stop.saving():
+                self.engine.save(
+                    lambda: write_checkpoint(self.run_folder, self.step, self._fill), self.optimizer
+                )
         except OSError as error:
             last = "none yet" if self.saved is None else self._folder(self.saved)
             said = f"no checkpoint at step {self.step}: {error}"
@@ -298,7 +293,7 @@ class Trainer:
     def _tidy(self, what: str, action: Callable[[], object]) -> bool:
         """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""
         try:
-            action()
+            self.world.first(action)
         except OSError as error:
             self.progress.tell(f"warning: cannot {what}: {error}; training goes on")
             return False
@@ -316,8 +311,11 @@ class Trainer:
             "data": self.data.fingerprint,
             "device": str(self.runtime.device),
             "precision": str(self.runtime.dtype),
+            "summing": self.engine.summing,
+            "ranks": self.world.size,
         }
-        fill_checkpoint(folder, self.model, self.optimizer, self.config, facts)
+        self.engine.write(folder, self.optimizer)
+        write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:
@@ -336,38 +334,43 @@ class Trainer:
         它的损失若是在别的窗口上量的（换了 eval_batches、批大小或验证集），就重量一遍：
         不同的尺子量出的两个数不能比。会动模型的权重。
         """
-        try:
-            best = read_best(self.run_folder)
-            measured = best_measured(self.run_folder)
-            if best is not None:
-                verify_checkpoint(self._folder(best[0]))
-        except CheckpointError as error:
-            (self.run_folder / BEST).unlink()
-            tell(f"warning: the record of the best checkpoint is dropped: {error}")
-            return
+        best, measured = self.world.first(lambda: self._read_best(tell))
         self.best = best
         if best is None or self.validation is None or measured == self.validation.measured:
             return
-        load_weights(self._folder(best[0]), self.model)
+        self.engine.read_weights(self._folder(best[0]))
         loss = self.validation.loss(self.model, self.runtime)
         assert loss is not None
-        mark_best(self.run_folder, best[0], loss, self.validation.measured)
+        now = self.validation.measured
+        self.world.first(lambda: mark_best(self.run_folder, best[0], loss, now))
         self.best = (best[0], loss)
         tell(
             f"best checkpoint (step {best[0]}) measured again on the validation windows of now: "
-            f"{loss:.4f} (was {best[1]:.4f} {_on(measured)}, now {_on(self.validation.measured)})"
+            f"{loss:.4f} (was {best[1]:.4f} {_on(measured)}, now {_on(now)})"
         )
+
+    def _read_best(self, tell: Tell) -> tuple[tuple[int, float] | None, dict[str, Any] | None]:
+        try:
+            best, measured = read_best(self.run_folder), best_measured(self.run_folder)
+            if best is not None:
+                verify_checkpoint(self._folder(best[0]))
+            return best, measured
+        except CheckpointError as error:
+            (self.run_folder / BEST).unlink()
+            tell(f"warning: the record of the best checkpoint is dropped: {error}")
+            return None, None
 
     def compile(self, tell: Tell) -> str:
         """按配置编译各块；返回一句说明。试跑用下一批，不留痕迹。"""
 
         def probe() -> None:
-            inputs, targets = self.sampler.batch(
-                self.data, self.step, slice(0, self.config.rows_at_once)
-            )
+            rows = self.config.rows_at_once
+            inputs, targets = self.sampler.batch(self.data, self.step, slice(0, rows))
             self.model.train()
-            accumulate(self.model, inputs, targets, self.config.rows_at_once, self.runtime)
+            accumulate(self.model, inputs, targets, rows, self.runtime)
 
+        if self.engine.why_not_compile is not None and self.config.compile != "off":
+            return f"off: {self.engine.why_not_compile}"
         try:
             return compile_blocks(
                 self.model.h.values(), self.config.compile, self.runtime.device, probe, tell

@@ -29,6 +29,9 @@ def _everything() -> dict[str, Tensor | list[int] | str | None]:
             torch.full((sum(rows),), world.rank), rows, [j + 1 for j in range(world.size)]
         ),
         "pass_on": world.pass_on(mine),
+        "shift": world.shift(mine, 1),
+        "back": world.shift(mine, -1),
+        "swap": mine if world.alone else world.swap(mine, world.rank ^ 1),
         "broadcast": world.broadcast(mine.clone(), world.size - 1),
         "agree": world.agree("one" if world.rank == 0 else None),
         "collect": world.collect(world.rank),
@@ -51,6 +54,10 @@ def test_each_collective_means_what_it_says(size: int) -> None:
         want = [j for j in range(size) for _ in range(j + 1)]
         assert got["rows"].tolist() == want
         assert torch.equal(got["pass_on"], all_of[(rank - 1) % size])
+        nothing = torch.zeros_like(base)
+        assert torch.equal(got["shift"], all_of[rank - 1] if rank else nothing)
+        assert torch.equal(got["back"], all_of[rank + 1] if rank + 1 < size else nothing)
+        assert torch.equal(got["swap"], all_of[rank ^ 1 if size > 1 else 0])
         assert torch.equal(got["broadcast"], all_of[-1])
         assert got["agree"] == "one" and got["collect"] == list(range(size))
 

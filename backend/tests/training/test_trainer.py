@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.training import engine as engine_module
 from app.training import trainer as trainer_module
 from app.training.config import ScheduleConfig
 from app.training.machine.stop_signal import StopSignal
@@ -87,7 +88,7 @@ def test_micro_batches_do_not_change_the_run(make: Make, tmp_path: Path) -> None
 
 def _poison(patch: pytest.MonkeyPatch, steps: set[int], value: float, where: str) -> None:
     """在指定的步里把损失、一个梯度或一个权重换成 value。"""
-    real, calls = trainer_module.accumulate, [0]
+    real, calls = engine_module.accumulate, [0]
 
     def accumulate(model: Any, *args: Any) -> Sums:
         calls[0] += 1
@@ -101,7 +102,7 @@ def _poison(patch: pytest.MonkeyPatch, steps: set[int], value: float, where: str
             matrix.grad[0, 0] = value
         return sums
 
-    patch.setattr(trainer_module, "accumulate", accumulate)
+    patch.setattr(engine_module, "accumulate", accumulate)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -334,7 +335,7 @@ def test_out_of_memory_names_the_fix(make: Make, monkeypatch: pytest.MonkeyPatch
     def fail(*args: Any) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
-    monkeypatch.setattr(trainer_module, "accumulate", fail)
+    monkeypatch.setattr(engine_module, "accumulate", fail)
     with pytest.raises(MemoryError, match="2 sequences of 8 tokens.*--micro-batch 1"):
         train(make())
 

@@ -31,8 +31,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。"""
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
+        fused = self.c_attn(x)
+        # 不取自 x：张量并行时 c_attn 收一段词元、给全部词元的几个头。
+        B, T, _ = fused.shape
+        heads = fused.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, T, D)
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.heads, self.kv_heads], dim=1)
@@ -42,7 +44,7 @@ class Attention(nn.Module):
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if ctx.step is not None:
             k, v = ctx.step.write(ctx.layer, k, v)
-        return self.dropout(self.c_proj(self.attend(q, k, v, ctx).reshape(B, T, C)))
+        return self.dropout(self.c_proj(self.attend(q, k, v, ctx).reshape(B, T, -1)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """q (B, H, T, D)、k/v (B, G, S, D) -> (B, T, H, D)。别的运行时的注意力从这里接上。"""

@@ -19,7 +19,7 @@ from .config import GPT2Config
 from .embeddings import Embeddings
 from .experts.balance import balance
 from .experts.moe import Experts
-from .layers.context import Context, build_contexts, check_layers, make_notes
+from .layers.context import CacheKeys, Context, Note, build_contexts, check_layers, make_notes
 from .layers.init import initialize
 from .layers.linear import Linear, linear
 from .layers.loss import check_targets, head_cross_entropy
@@ -116,16 +116,14 @@ class GPT2Model(nn.Module):
             # 点名的全局词元、每篇文档各自的前缀都要留着，环形缓存留不住。
             ring = global_attention_mask is None and segment_ids is None
             cache = self.new_cache(rows, ring=ring)
-        where = coordinates(
+        where = self.locate(
             input_ids, attention_mask, positions, segment_ids, global_attention_mask, cache
         )
         # 缓存里的键值不带梯度；与其悄悄截断，不如带缓存的前向整个不求梯度。
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
             x = self.embed(input_ids, where)
             step = None if cache is None else cache.begin(where)
-            contexts = build_contexts(
-                config, self.patterns, where, step, notes, x.dtype, self.training
-            )
+            contexts = self.contexts(where, step, notes, x.dtype)
             x, hidden = run_blocks(self.h, self.ln_f, x, contexts, return_hidden)
             out = _noted(config, contexts)
             if targets is not None:
@@ -144,10 +142,16 @@ class GPT2Model(nn.Module):
         """(B, T) 无填充的词元 -> 输出头之前的 (B, T, C)：只给几个位置打分的人自己挑了再过头。"""
         where = Positions.plain(0, check_ids(input_ids)[1], input_ids.device)
         x, notes = self.embed(input_ids, where), make_notes(self.config, loads=False)
-        contexts = build_contexts(
-            self.config, self.patterns, where, None, notes, x.dtype, self.training
-        )
-        return run_blocks(self.h, self.ln_f, x, contexts)[0]
+        return run_blocks(self.h, self.ln_f, x, self.contexts(where, None, notes, x.dtype))[0]
+
+    # 一行只在这里的一段（上下文并行）时，换下来的就是这两个。
+    locate = staticmethod(coordinates)
+
+    def contexts(
+        self, where: Positions, step: CacheKeys | None, notes: Sequence[Note], dtype: torch.dtype
+    ) -> list[Context]:
+        """坐标 -> 每层一个 Context。"""
+        return build_contexts(self.config, self.patterns, where, step, notes, dtype, self.training)
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)。"""
@@ -164,7 +168,7 @@ class GPT2Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed.wte.weight.device
+        return next(self.parameters()).device
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

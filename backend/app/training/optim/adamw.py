@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from app.distributed.sharding.adamw import ShardAdamW
+from app.distributed.sharding.rows import is_sharded
 from app.models.transformer import GPT2Model
 
 from ..config import OptimConfig
@@ -27,6 +29,8 @@ def adamw_for(named: Named, config: OptimConfig) -> tuple[torch.optim.AdamW, str
     """管 named 的 AdamW 与一句说明。"""
     devices = {p.device.type for _, p in named}
     fused = devices <= {"cpu", "cuda"}
+    if any(is_sharded(p) for _, p in named):
+        return _sharded(named, config, fused), "fused AdamW on shards"
     why = "fused AdamW" if fused else f"AdamW, not fused on {', '.join(sorted(devices))}"
     optimizer = torch.optim.AdamW(
         by_decay(named, config.weight_decay),
@@ -36,6 +40,21 @@ def adamw_for(named: Named, config: OptimConfig) -> tuple[torch.optim.AdamW, str
         fused=fused,
     )
     return optimizer, why
+
+
+def _sharded(named: Named, config: OptimConfig, fused: bool) -> torch.optim.AdamW:
+    """
+    Raises:
+        ValueError: 设备没有融合的内核。
+    """
+    if not fused:
+        devices = sorted({p.device.type for _, p in named})
+        raise ValueError(
+            f"parallel.shard with device={', '.join(devices)}: shards need the fused AdamW of cpu "
+            "or cuda: use device=cpu, device=cuda or parallel.shard=1"
+        )
+    groups = by_decay(named, config.weight_decay)
+    return ShardAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def by_decay(named: Named, weight_decay: float) -> list[dict[str, object]]:

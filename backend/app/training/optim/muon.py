@@ -11,11 +11,15 @@ N 同形矩阵的个数，A 行数，B 列数。
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from app.distributed.comm import Ranks
+from app.distributed.sharding.muon import Owners, rows_inside
+from app.distributed.sharding.rows import is_sharded, local, rows_of
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.fused import parts_of
 
@@ -128,32 +132,69 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update_matrices(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        for matrix, rows in zip(group["params"], group["parts"], strict=True):
-            if matrix.grad is None:
-                continue
-            direction = self._nesterov(matrix)
-            matrix.mul_(1 - lr * group["weight_decay"])
+        pairs = zip(group["params"], group["parts"], strict=True)
+        taken = [(matrix, parts) for matrix, parts in pairs if matrix.grad is not None]
+        wanted = [self._nesterov(matrix) for matrix, _ in taken]
+        owners = self._owners([matrix for matrix, _ in taken])
+        whole = dict(enumerate(wanted)) if owners is None else owners.gather(wanted)
+        turned = orthogonalize_parts(whole, [parts for _, parts in taken])
+        updates = turned if owners is None else owners.scatter(turned, wanted)
+        for i, (matrix, parts) in enumerate(taken):
+            mine, rows = local(matrix), rows_of(matrix)
+            mine.mul_(1 - lr * group["weight_decay"])
             # 叠起来的专家 (E, A, B) 当作 E·A 行。
-            flat, wanted_flat = matrix.view(-1, matrix.shape[-1]), direction.flatten(0, -2)
-            pairs = zip(flat.split(rows), wanted_flat.split(rows), strict=True)
-            for part, wanted in pairs:
-                by_shape.setdefault(part.shape, []).append((part, wanted))
-        # 同形的叠在一起做：小模型里时间全在一次次的调用上。
-        for shape, found in by_shape.items():
-            updates = orthogonalize(torch.stack([wanted for _, wanted in found]))
-            for (part, _), update in zip(found, updates, strict=True):
-                part.add_(update, alpha=-lr * ADAMW_RMS * math.sqrt(max(shape)))
+            tall = math.prod(matrix.shape[1:-1])
+            flat, update = mine.flatten(0, -2), updates[i].flatten(0, -2)
+            for part, begin, end in rows_inside(parts, rows.first * tall, rows.number * tall):
+                size = max(parts[part], matrix.shape[-1])
+                flat[begin:end].add_(update[begin:end], alpha=-lr * ADAMW_RMS * math.sqrt(size))
+
+    def _owners(self, matrices: list[Tensor]) -> Owners | None:
+        """切开的矩阵要先聚到各自的主人那里；没有切开就是 None。"""
+        cut = [matrix for matrix in matrices if is_sharded(matrix)]
+        if not cut:
+            return None
+        if len(cut) < len(matrices):
+            raise ValueError(
+                f"{len(cut)} of Muon's {len(matrices)} matrices are sharded and the others are not:"
+                " shard the whole model with shard_model, or use optim.name=adamw"
+            )
+        mesh = cut[0].device_mesh  # type: ignore[attr-defined]
+        return Owners([matrix.shape for matrix in cut], Ranks.of(mesh.get_group()))
 
     def _nesterov(self, matrix: Tensor) -> Tensor:
-        """矩阵的动量，向前多看一步。"""
+        """矩阵（手里的几行）的动量，向前多看一步。"""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-        buffer: Tensor = state["momentum_buffer"]
         assert matrix.grad is not None
-        buffer.lerp_(matrix.grad, 1 - MOMENTUM)
-        return matrix.grad.lerp(buffer, MOMENTUM)
+        buffer, grad = local(state["momentum_buffer"]), local(matrix.grad)
+        buffer.lerp_(grad, 1 - MOMENTUM)
+        return grad.lerp(buffer, MOMENTUM)
+
+
+def orthogonalize_parts(
+    whole: dict[int, Tensor], parts: Sequence[Sequence[int]]
+) -> dict[int, Tensor]:
+    """{第几个: (A, B) 或 (E, A, B)} -> 同样的，拼成它的各部分各自正交化。
+
+    同形的叠在一起做：小模型里时间全在一次次的调用上；叠几个都逐位相同。
+    """
+    out = {i: torch.empty_like(matrix) for i, matrix in whole.items()}
+    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+    for i, matrix in whole.items():
+        rows = list(parts[i])
+        # 叠起来的专家 (E, A, B) 当作 E·A 行。
+        pairs = zip(
+            out[i].flatten(0, -2).split(rows), matrix.flatten(0, -2).split(rows), strict=True
+        )
+        for into, wanted in pairs:
+            by_shape.setdefault(wanted.shape, []).append((into, wanted))
+    for found in by_shape.values():
+        updates = orthogonalize(torch.stack([wanted for _, wanted in found]))
+        for (into, _), update in zip(found, updates, strict=True):
+            into.copy_(update)
+    return out
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -101,20 +101,26 @@ def load_optimizer_tensors(
     optimizer.load_state_dict(layout)
 
 
-def fill_checkpoint(
-    folder: Path,
-    model: GPT2Model,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    facts: Mapping[str, Any],
-) -> None:
-    """把训练的全部状态写进 folder；facts 是循环自己的计数与数据指纹。
-
+def write_tensors(folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer) -> None:
+    """
     Raises:
         OSError: 写不下。
     """
     model.save_pretrained(folder)
     write_tensors_file(optimizer_tensors(model, optimizer), folder / OPTIM)
+
+
+def read_tensors(folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer) -> None:
+    load_weights(folder, model)
+    load_optimizer_tensors(model, optimizer, load_file(folder / OPTIM))
+
+
+def write_state(folder: Path, config: TrainConfig, facts: Mapping[str, Any]) -> None:
+    """权重与优化器之外的；facts 是循环自己的计数与数据指纹。
+
+    Raises:
+        OSError: 写不下。
+    """
     state = {
         "schema_version": SCHEMA_VERSION,
         **facts,
@@ -148,12 +154,3 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def load_weights(folder: Path, model: GPT2Model) -> None:
     model.load_state_dict(load_file(folder / "model.safetensors"))
-
-
-def restore(
-    folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> None:
-    """权重、优化器、随机数复原到保存的那一刻。"""
-    load_weights(folder, model)
-    load_optimizer_tensors(model, optimizer, load_file(folder / OPTIM))
-    set_random_state(state["rng"])

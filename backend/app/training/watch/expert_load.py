@@ -24,9 +24,12 @@ def update_selection_bias(model: GPT2Model, load: Tensor) -> None:
     rate = model.config.moe.bias_update_rate
     if not rate:
         return
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    for router, one in zip(routers, load.double(), strict=True):
-        assert router.selection_bias is not None
+    for layer, one in zip(model.config.moe_layers, load.double(), strict=True):
+        # 流水线的一个 rank 只有其中几层。
+        if str(layer) not in model.h:
+            continue
+        router = model.get_submodule(f"h.{layer}.mlp.router")
+        assert isinstance(router, Router) and router.selection_bias is not None
         step = rate * torch.sign(one.mean() - one)
         router.selection_bias += step.to(router.selection_bias.dtype)
 

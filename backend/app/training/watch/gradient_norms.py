@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def gradient_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
@@ -13,13 +13,25 @@ def gradient_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float
 
     各组平方之和等于总范数的平方。
     """
-    groups: dict[str, list[torch.Tensor]] = {}
+    groups: dict[str, list[Tensor]] = {}
     for name, parameter in named:
         if parameter.grad is not None:
-            first, _, rest = name.partition(".")
-            group = f"block {rest.split('.')[0]}" if first == "h" else first
-            groups.setdefault(group, []).append(parameter.grad)
+            groups.setdefault(group_of(name), []).append(parameter.grad)
     if not groups:
         return {}
     norms = torch.stack([nn.utils.get_total_norm(grads).float() for grads in groups.values()])
     return dict(zip(groups, norms.tolist(), strict=True))
+
+
+def norms_of_rows(rows: Mapping[str, Tensor]) -> dict[str, float]:
+    """同样的，由 {参数名: 各行的平方和}。"""
+    groups: dict[str, list[Tensor]] = {}
+    for name, squares in rows.items():
+        groups.setdefault(group_of(name), []).append(squares.sum())
+    norms = torch.stack([torch.stack(squares).sum().sqrt() for squares in groups.values()])
+    return dict(zip(groups, norms.tolist(), strict=True))
+
+
+def group_of(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return f"block {rest.split('.')[0]}" if first == "h" else first

@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from app.data.shards import TokenDataset
+from app.distributed.comm import ALONE, Ranks
 from app.models.transformer import GPT2Model
 
 from ..machine.runtime import Runtime
+
+
+def forward_loss(model: GPT2Model, x: Tensor, y: Tensor) -> Tensor:
+    """整个的模型：每词元的平均损失。"""
+    return model(x, targets=y)["loss"]
 
 
 class Validation:
@@ -20,15 +27,25 @@ class Validation:
     Args:
         windows: 至多用几个窗口；0 = 全部。
         rows: 一次前向几个窗口。
+        ranks: 各组窗口轮流分给它们；相加的次序不变，所以几个 rank 都是同一个数。
+        forward: (模型, (R, T) 的输入, 目标) -> 平均损失；切开的模型有自己的走法。
     """
 
-    def __init__(self, data: TokenDataset, context: int, windows: int, rows: int) -> None:
+    def __init__(
+        self,
+        data: TokenDataset,
+        context: int,
+        windows: int,
+        rows: int,
+        ranks: Ranks = ALONE,
+        forward: Callable[[GPT2Model, Tensor, Tensor], Tensor] = forward_loss,
+    ) -> None:
         if data.n_tokens < 2:
             raise ValueError(
                 f"the validation data has {data.n_tokens} tokens, at least 2 are needed: "
                 "prepare it again with a larger validation part"
             )
-        self._data, self._rows = data, rows
+        self._data, self._rows, self._ranks, self._forward = data, rows, ranks, forward
         # 验证集比一个上下文还短时，就用它全部作一个短窗口。
         self._length = min(context, data.n_tokens - 1)
         possible = (data.n_tokens - 1) // self._length
@@ -48,20 +65,28 @@ class Validation:
         self, model: GPT2Model, runtime: Runtime, stop: Callable[[], bool] = lambda: False
     ) -> float | None:
         """每词元的平均交叉熵（nat）；中途要求停止则 None。"""
-        total, windows = torch.zeros((), dtype=torch.float64), 0
-        was_training = model.training
+        groups = [
+            self._starts[first : first + self._rows]
+            for first in range(0, len(self._starts), self._rows)
+        ]
+        losses, was_training = [], model.training
         model.eval()
         with torch.no_grad(), runtime.autocast():
-            for first in range(0, len(self._starts), self._rows):
+            for first in range(0, len(groups), self._ranks.size):
                 if stop():
                     break
-                rows = [
-                    self._data.read(int(start), self._length + 1)
-                    for start in self._starts[first : first + self._rows]
-                ]
-                batch = torch.from_numpy(np.stack(rows)).to(runtime.device)
-                loss = model(batch[:, :-1], targets=batch[:, 1:])["loss"]
-                total += loss.double().cpu() * len(rows)
-                windows += len(rows)
+                # 没有轮到的也算一组（不计）：切开的模型要大家一起前向。
+                mine = min(first + self._ranks.rank, len(groups) - 1)
+                losses.append(self._loss(model, runtime, groups[mine]))
         model.train(was_training)
-        return None if windows < len(self._starts) else float(total) / windows
+        if len(losses) * self._ranks.size < len(groups):
+            return None
+        found = self._ranks.gather(torch.stack(losses)).T.flatten().tolist()[: len(groups)]
+        return sum(found) / len(self._starts)
+
+    def _loss(self, model: GPT2Model, runtime: Runtime, starts: np.ndarray) -> Tensor:
+        """一组窗口的损失之和，标量 float64。"""
+        rows = [self._data.read(int(start), self._length + 1) for start in starts]
+        batch = torch.from_numpy(np.stack(rows)).to(runtime.device)
+        loss = self._forward(model, batch[:, :-1], batch[:, 1:])
+        return loss.double().cpu() * len(rows)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.training import engine as engine_module
 from app.training import run as run_module
 from app.training import trainer as trainer_module
 from app.training.machine.stop_signal import Interrupted, StopSignal
@@ -31,7 +32,7 @@ BUSY = {
 # 每一处：(对象, 名字, 第几次调用时信号到来)。
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "reading the batch": (trainer_module.Sampler, "batch", 3),
-    "forward and backward": (trainer_module, "accumulate", 4),
+    "forward and backward": (engine_module, "accumulate", 4),
     "clipping": (torch.nn.utils, "clip_grads_with_norm_", 3),
     "metrics": (trainer_module.Metrics, "write", 9),
     "first validation": (trainer_module.Validation, "loss", 1),
@@ -39,9 +40,9 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "last validation": (trainer_module.Validation, "loss", 5),
     "sample": (trainer_module, "sample_text", 1),
     "last sample": (trainer_module, "sample_text", 3),
-    "first save": (trainer_module, "fill_checkpoint", 1),
-    "save": (trainer_module, "fill_checkpoint", 3),
-    "last save": (trainer_module, "fill_checkpoint", 4),
+    "first save": (trainer_module, "write_state", 1),
+    "save": (trainer_module, "write_state", 3),
+    "last save": (trainer_module, "write_state", 4),
     "manifest": (ck, "_write_manifest", 2),
     "sync after the rename": (ck, "sync_folder", 4),
     "pruning": (trainer_module, "prune", 4),
@@ -134,10 +135,11 @@ def test_stops_while_really_compiling(
 
 # 在某处停下来等，好让信号恰好落在那里；印一行之后等。
 PAUSED = """
+from importlib import import_module
 from app.cli import main as cli
-from app.training import trainer as trainer_module
-name = os.environ["PAUSE"]
-real, calls = getattr(trainer_module, name), [0]
+room, name = os.environ["PAUSE"].split(".")
+module = import_module("app.training." + room)
+real, calls = getattr(module, name), [0]
 def paused(*args, **options):
     calls[0] += 1
     result = real(*args, **options)
@@ -145,7 +147,7 @@ def paused(*args, **options):
         print("paused", flush=True)
         sys.stdin.readline()
     return result
-setattr(trainer_module, name, paused)
+setattr(module, name, paused)
 path = folder / "run.yaml"
 path.write_text(json.dumps(config.to_dict()))
 sys.exit(cli.main(["train", "--config", str(path)]))
@@ -184,16 +186,16 @@ def twice(process: subprocess.Popen[str], first: int, second: int) -> int:
 
 @pytest.mark.parametrize(
     "where",
-    ["fill_checkpoint", pytest.param("accumulate", marks=pytest.mark.slow)],
+    ["trainer.write_state", pytest.param("engine.accumulate", marks=pytest.mark.slow)],
 )
 def test_twice_quits_at_once(make: Make, tmp_path: Path, where: str) -> None:
     """C3：存到一半（或算到一半）时按两次 Ctrl-C：130 退出，旧检查点完好，续上之后逐位相等。"""
-    config = make(save_every=1 if where == "accumulate" else 2, steps=6)
+    config = make(save_every=1 if where == "engine.accumulate" else 2, steps=6)
     process = start_paused(config, tmp_path, where)
     assert twice(process, signal.SIGINT, signal.SIGINT) == 130
     newest, skipped = ck.find_latest(Path(config.out))
     assert newest is not None and not skipped
-    assert ck.step_of(newest) == (1 if where == "accumulate" else 2)
+    assert ck.step_of(newest) == (1 if where == "engine.accumulate" else 2)
     again = train(config.replace(resume="auto"))
     assert not list(Path(config.out).glob(".tmp-*"))
     whole = train(make(out=str(tmp_path / "whole"), steps=6))
@@ -203,7 +205,7 @@ def test_twice_quits_at_once(make: Make, tmp_path: Path, where: str) -> None:
 def test_the_terminal_is_gone(make: Make, tmp_path: Path) -> None:
     """C3：终端关了：SIGHUP，标准输出与标准错误都已没有读者；照样存好，退出 0。"""
     config = make(save_every=1, steps=6)
-    process = start_paused(config, tmp_path, "accumulate")
+    process = start_paused(config, tmp_path, "engine.accumulate")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     process.stderr.close()

@@ -15,6 +15,7 @@ import torch
 
 from app.data.sampler import Sampler
 from app.models.transformer import GPT2Model
+from app.training import run as run_module
 from app.training import trainer as trainer_module
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig
 from app.training.saving import state as state_module
@@ -112,7 +113,7 @@ def _forget_sampler(patch: pytest.MonkeyPatch) -> None:
 def _forget_random(reset: Callable[[], object]) -> Callable[[pytest.MonkeyPatch], None]:
     def forget(patch: pytest.MonkeyPatch) -> None:
         real = state_module.set_random_state
-        patch.setattr(state_module, "set_random_state", lambda state: (real(state), reset()))
+        patch.setattr(run_module, "set_random_state", lambda state: (real(state), reset()))
 
     return forget
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from app.training import engine as engine_module
 from app.training import trainer as trainer_module
 from app.training.saving.checkpoint import step_folder
 from app.training.step import Sums
@@ -85,7 +86,7 @@ def test_state_goes_through_json_exactly() -> None:
 
 def inject(patch: pytest.MonkeyPatch, step: int, what: str) -> None:
     """第 step 步（从 1 起）的损失或梯度乘以一百。"""
-    real, plain = trainer_module.accumulate, trainer_module.Trainer._train_step
+    real, plain = engine_module.accumulate, trainer_module.Trainer._train_step
     now = [0]
 
     def train_step(self: Any) -> None:
@@ -103,7 +104,7 @@ def inject(patch: pytest.MonkeyPatch, step: int, what: str) -> None:
         return sums
 
     patch.setattr(trainer_module.Trainer, "_train_step", train_step)
-    patch.setattr(trainer_module, "accumulate", accumulate)
+    patch.setattr(engine_module, "accumulate", accumulate)
 
 
 @pytest.fixture
@@ -164,12 +165,12 @@ def test_history_survives_resume(long: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_checkpoint_without_history_loads(long: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trainer_module.fill_checkpoint
+    real = trainer_module.write_state
 
-    def old(folder: Path, model: Any, optimizer: Any, config: Any, facts: Any) -> None:
-        real(folder, model, optimizer, config, {k: v for k, v in facts.items() if k != "spikes"})
+    def old(folder: Path, config: Any, facts: Any) -> None:
+        real(folder, config, {k: v for k, v in facts.items() if k != "spikes"})
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "fill_checkpoint", old)
+        patch.setattr(trainer_module, "write_state", old)
         train(long("old", steps=6))
     assert train(long("old", steps=8, resume="auto")).step == 8

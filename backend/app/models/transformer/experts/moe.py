@@ -15,9 +15,9 @@ from ..layers.fused import feed_forward_parts
 from ..mlp import ACTIVATIONS, MLP
 from ..visibility.positions import PADDING
 from .balance import balance_loss, capacity, z_loss
-from .dispatch import Groups, Way, choose_dispatch, count, drop_overflow, group
+from .dispatch import Way, choose_dispatch, count, drop_overflow, group
 from .grouped import GroupedLinear, grouped_linear, sorted_linear
-from .router import Router
+from .router import Choice, Router
 
 
 class Experts(nn.Module):
@@ -46,11 +46,15 @@ class Experts(nn.Module):
             return self.reference(x, expert, weight)
         groups = group(expert, self.count, complete)
         rows = x.index_select(0, groups.token)  # (R, C)
-        rows = self.activation(_product(way, rows, self.c_fc, groups))
-        rows = _product(way, rows, self.c_proj, groups)
+        rows = self.each(way, rows, groups.ends, groups.complete)
         # 取回按词元排的 (N, k, C) 再一次乘加；index_add 会把乘过权重的那一份也留给反向。
         back = rows.index_select(0, groups.row).view(*weight.shape, -1)
         return torch.bmm(weight[:, None].to(back.dtype), back).squeeze(1)
+
+    def each(self, way: Way, rows: Tensor, ends: Tensor, complete: bool) -> Tensor:
+        """(R, C) -> (R, C)，按专家排好的行各过自己的专家；ends 之后的行是零。"""
+        rows = self.activation(_product(way, rows, self.c_fc, ends, complete))
+        return _product(way, rows, self.c_proj, ends, complete)
 
     def reference(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """每个专家算每个词元，再按权重相加：慢，但一眼看得出是对的。"""
@@ -65,11 +69,11 @@ class Experts(nn.Module):
         return total
 
 
-def _product(way: Way, x: Tensor, layer: GroupedLinear, groups: Groups) -> Tensor:
+def _product(way: Way, x: Tensor, layer: GroupedLinear, ends: Tensor, complete: bool) -> Tensor:
     """(R, in) -> (R, out)。"""
     if way == "grouped":
-        return grouped_linear(x, layer.weight, layer.bias, groups.ends, groups.complete)
-    return sorted_linear(x, layer.weight, layer.bias, groups.ends)
+        return grouped_linear(x, layer.weight, layer.bias, ends, complete)
+    return sorted_linear(x, layer.weight, layer.bias, ends)
 
 
 class MoE(nn.Module):
@@ -102,17 +106,20 @@ class MoE(nn.Module):
             kept = count(expert, experts)
         y = self.experts(flat, expert, choice.weight, complete=real is None and factor is None)
         if "load" in ctx.note.wishes:
-            ctx.note.load = Load(
-                load,
-                load.sum() - kept.sum(),
-                balance_loss(load, choice.share, real),
-                z_loss(choice.logits, real),
-            )
+            ctx.note.load = self.count_load(load, load.sum() - kept.sum(), choice, real)
         if "routing" in ctx.note.wishes:
             k = expert.shape[1]
             ctx.note.routing = expert.view(B, T, k), choice.weight.view(B, T, k)
         y = self.dropout(y).view(B, T, C)
         return y if self.shared is None else y + self.shared(x)
+
+    def count_load(
+        self, load: Tensor, dropped: Tensor, choice: Choice, real: Tensor | None
+    ) -> Load:
+        """真词元 real (N,) 的负载与两种损失。一行只在这里的一段时（上下文并行）换下的就是它。"""
+        return Load(
+            load, dropped, balance_loss(load, choice.share, real), z_loss(choice.logits, real)
+        )
 
 
 def _real(ctx: Context, rows: int) -> Tensor | None:

@@ -86,10 +86,10 @@ def _loss_and_gradients(
     share = (keep.to(hidden.dtype) / count)[:, None]
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.empty_like(weight) if needs[1] else None
-    total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+    total = torch.zeros((), dtype=wide_dtype(hidden.dtype), device=hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         shared = (hidden * share).to(h.dtype) if needs[1] else h
-        for rows in _chunks(labels, weight.shape[0]):
+        for rows in row_chunks(labels, weight.shape[0]):
             loss, grad = _chunk(product(h[rows], w), labels[rows])
             total += (loss * keep[rows]).sum()
             if not (needs[0] or needs[1]):
@@ -109,7 +109,7 @@ def _loss_and_gradients(
 
 def _is_one(scale: Tensor) -> bool:
     """不切微批时就是 1，省去读写一遍 (V, C)；别的设备上问它的值要同步，不问。"""
-    return scale.is_cpu and not torch.compiler.is_compiling() and scale.item() == 1.0
+    return readable(scale) and scale.item() == 1.0
 
 
 def _as_computed(x: Tensor) -> Tensor:
@@ -118,12 +118,12 @@ def _as_computed(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """半精度的 logits 升到 float32 再归约。"""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _chunks(labels: Tensor, vocab: int) -> Iterator[slice]:
+def row_chunks(labels: Tensor, vocab: int) -> Iterator[slice]:
     """差不多一样大的块：最后剩下的小块最慢。"""
     n = labels.shape[0]
     most = max(1, CHUNK_BYTES // (vocab * 4))
@@ -137,7 +137,7 @@ def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     忽略的行照算（借用第 0 个词），由调用者乘 0。
     """
-    logits = logits.to(_wide(logits.dtype))
+    logits = logits.to(wide_dtype(logits.dtype))
     index = labels.clamp(min=0)[:, None]
     torch.log_softmax(logits, -1, out=logits)
     loss = -logits.gather(1, index).squeeze(1)

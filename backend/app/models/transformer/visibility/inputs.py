@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .positions import PADDING, Positions
 
@@ -148,8 +149,8 @@ def check_like(input_ids: Tensor, dtype: torch.dtype | None = None, **given: Ten
 
 
 def readable(tensor: Tensor) -> bool:
-    """看它的值不花什么。"""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
+    """看它的值不花什么，而且有值（规划用的假张量没有）。"""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not is_fake(tensor)
 
 
 def _check_mask(mask: Tensor) -> None:

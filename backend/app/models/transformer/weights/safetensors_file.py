@@ -108,14 +108,27 @@ class SafetensorsFiles:
         Raises:
             ValueError: 文件变短了。
         """
+        return self._read(name, 0, self.shapes[name])
+
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """第 [begin, end) 行，值不检查；标量算一行。
+
+        Raises:
+            ValueError: 文件变短了。
+        """
+        shape = self.shapes[name] or (1,)
+        return self._read(name, begin * math.prod(shape[1:]), (end - begin, *shape[1:]))
+
+    def _read(self, name: str, first: int, shape: tuple[int, ...]) -> Tensor:
+        """从第 first 个元素起的一段。"""
         path, offset, dtype = self._places[name]
-        data = bytearray(math.prod(self.shapes[name]) * dtype.itemsize)
+        data = bytearray(math.prod(shape) * dtype.itemsize)
         with path.open("rb") as file:
-            file.seek(offset)
+            file.seek(offset + first * dtype.itemsize)
             if file.readinto(data) != len(data):
                 raise ValueError(f"{path}: ends inside tensor {name!r}: the file was cut")
         # clone：bytearray 没有按缓存行对齐，留着它以后每次矩阵乘都慢。
-        return torch.frombuffer(data, dtype=dtype).view(self.shapes[name]).clone()
+        return torch.frombuffer(data, dtype=dtype).view(shape).clone()
 
 
 def check_finite(tensor: Tensor, name: str, where: str) -> None:

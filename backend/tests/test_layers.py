@@ -26,7 +26,8 @@ FLOORS = {
     ),
     "app": (
         "models", "common", "data", "viz", "distributed",
-        "generation evaluation verification quantization", "training", "planning", "interop serving", "cli",
+        "generation evaluation verification quantization", "training", "planning",
+        "interop serving", "cli",
     ),
     "app.training": (
         "config", "optim", "saving machine", "step watch", "report", "trainer", "run", "sweep",

@@ -22,6 +22,9 @@ from .kv_cache import KVCache
 from .slots import Layout
 from .store import Scatter, Store
 
+# 清零时多清这么多槽：不必每个词元都来一遍。
+_AHEAD = 64
+
 
 @dataclass(frozen=True)
 class Span:
@@ -252,6 +255,7 @@ class RowCache:
         begin = self._clean[row]
         if begin >= end:
             return
+        end += _AHEAD
         for layout, pair in zip(self.layouts, self.stores, strict=True):
             for store in pair:
                 store.view(slice(row, row + 1)).clear(

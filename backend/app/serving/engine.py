@@ -137,8 +137,7 @@ class Engine:
             self.counts.steps += 1
             self.counts.step_tokens += sum(len(turn.ids) for turn in turns)
             self.counts.step_seconds += time.perf_counter() - start
-        events, self._events = self._events, []
-        return events
+        return self._told()
 
     def close_queue(self) -> None:
         """在排队的都不做了：要关门。"""
@@ -146,10 +145,15 @@ class Engine:
             if all(run.order != order for run in self._running):
                 self._fail_all(self._orders[order], "closing")
 
-    def fail_running(self, failure: Failure) -> None:
-        """全部放弃。"""
+    def abandon(self, failure: Failure) -> list[Event]:
+        """全部放弃，给出要说的话。"""
         for order in list(self._orders.values()):
             self._fail_all(order, failure)
+        return self._told()
+
+    def _told(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
 
     def _expire(self) -> None:
         now = self._clock()

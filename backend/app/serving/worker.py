@@ -41,6 +41,11 @@ class Worker:
             self._inbox.append(act)
             self._wake.notify()
 
+    def abandon(self) -> None:
+        """在写的都不等了：要关门。"""
+        for engine in self.engines.values():
+            self.post(lambda engine=engine: self._deliver(engine.abandon("closing")))
+
     def stop(self) -> None:
         """走完手上的一步就停。"""
         with self._wake:
@@ -92,5 +97,4 @@ class Worker:
         except Exception:
             # 引擎自己的错：手上的请求都得到错误，后来的照常。
             _LOG.exception("a step of the engine failed")
-            engine.fail_running("internal")
-            return []
+            return engine.abandon("internal")

@@ -122,7 +122,7 @@ def test_thirty_two_at_once(tiny_server: Running) -> None:
 
 
 def items(count: int) -> list[dict[str, Any]]:
-    words = "the cat sat on a mat and the dog ran to me".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "me"]
     return [
         {
             "question": " ".join(words[i % 5 : i % 5 + 3 + i % 4]),

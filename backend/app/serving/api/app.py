@@ -78,8 +78,7 @@ class Service:
         until = loop.time() + self.address.timeouts.drain
         while self.hub.open and loop.time() < until:
             await asyncio.sleep(0.05)
-        for engine in self.worker.engines.values():
-            self.worker.post(lambda engine=engine: engine.fail_running("closing"))
+        self.worker.abandon()
         # 让最后的错误事件送出去。
         while self.hub.open and loop.time() < until + 2:
             await asyncio.sleep(0.05)

@@ -24,6 +24,11 @@ class Deadlined(H11Protocol):
     seconds = 10.0
     _deadline: asyncio.TimerHandle | None = None
 
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        # 它的访问日志写出整条路径与查询串，那里可能是用户的话；门自己记（gate.py）。
+        self.access_log = False
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._arm()

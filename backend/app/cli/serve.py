@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from typing_extensions import Doc
 from app.cli.shared.trained import Device
 from app.common.tell import to_stderr
 from app.common.units import size
-from app.common.waiting import Waiting, apply_waiting, choose_waiting
+from app.common.waiting import Waiting, settle_waiting
 from app.models.transformer.cache.kv_dtype import KVDtype
 
 if TYPE_CHECKING:
@@ -83,10 +82,7 @@ def run(args: Args) -> int:
         ImportError: 没有装 fastapi 与 uvicorn。
     """
     _check(args)
-    if "torch" not in sys.modules:
-        policy, why = choose_waiting(args.waiting, serving=True)
-        apply_waiting(policy)
-        to_stderr(f"idle threads: {policy} ({why}); --waiting chooses")
+    settle_waiting(args.waiting, serving=True)
     try:
         from app.serving.api.app import Address, Service
         from app.serving.api.hub import Timeouts

@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Literal
 
+from app.common.tell import to_stderr
+
 Waiting = Literal["auto", "active", "passive"]
 
 _VARIABLE = "OMP_WAIT_POLICY"
@@ -35,11 +37,14 @@ def choose_waiting(wanted: Waiting, serving: bool) -> tuple[str, str]:
     return "active", f"the machine is idle (load {load:.1f} on {cores} cores)"
 
 
-def apply_waiting(policy: str) -> None:
-    """
-    Raises:
-        RuntimeError: torch 已经导入，线程已经定下。
-    """
+def settle_waiting(wanted: Waiting, serving: bool) -> None:
+    """定下并说出来；torch 已经导入（程序里调用命令的人）就不再能定，也说出来。"""
+    policy, why = choose_waiting(wanted, serving)
     if "torch" in sys.modules:
-        raise RuntimeError(f"{_VARIABLE}={policy} must be set before torch is imported")
-    os.environ[_VARIABLE] = policy.upper()
+        if wanted != "auto":
+            to_stderr(f"note: --waiting {wanted} has no effect: torch is already running")
+        return
+    if policy == "passive":
+        # active 不必设：OpenMP 自己就先空转一阵再睡；明说 ACTIVE 则永不睡。
+        os.environ[_VARIABLE] = "PASSIVE"
+    to_stderr(f"idle threads: {policy} ({why}); --waiting chooses")

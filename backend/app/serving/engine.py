@@ -227,7 +227,8 @@ class Engine:
 
     def _forward(self, turns: Sequence[_Turn]) -> list[Tensor | None]:
         """各行要的 logits；一行使前向失败就对半找出它，别的行照走。"""
-        keep, at = [], 0
+        keep: list[int] = []
+        at = 0
         for turn in turns:
             at += len(turn.ids)
             keep += range(at - turn.keep, at)

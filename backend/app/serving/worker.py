@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from app.serving.engine import Engine
 from app.serving.request import Event
@@ -44,7 +45,7 @@ class Worker:
     def abandon(self) -> None:
         """在写的都不等了：要关门。"""
         for engine in self.engines.values():
-            self.post(lambda engine=engine: self._deliver(engine.abandon("closing")))
+            self.post(partial(self._give_up, engine))
 
     def stop(self) -> None:
         """走完手上的一步就停。"""
@@ -84,6 +85,9 @@ class Worker:
             self._beat = time.monotonic()
             if events:
                 self._deliver(events)
+
+    def _give_up(self, engine: Engine) -> None:
+        self._deliver(engine.abandon("closing"))
 
     def _guarded(self, act: Callable[[], object]) -> None:
         try:

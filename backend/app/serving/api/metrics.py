@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self, served: Mapping[str, Served]) -> None:
         self.registry = registry = CollectorRegistry()
-        registry.register(_Engines(served))  # type: ignore[arg-type]
+        registry.register(_Engines(served))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"gpt2_{name}", text, buckets=buckets, registry=registry)

@@ -14,6 +14,8 @@ from app.serving.engine import Engine, Limits
 from app.serving.request import Ask, Event, Order
 from app.serving.rows import Rows
 from app.serving.schedule import Pace
+from app.serving.served import serve_model
+from tests.quantization.helpers import SCHEMES, float_model, quantized
 from tests.serving.helpers import (
     BYTES,
     COSTS,
@@ -418,3 +420,15 @@ def test_planted_mistakes_are_caught(mutant: Any, monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises((AssertionError, ValueError)):
         suite()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantized_models_are_served_alike(name: str) -> None:
+    torch.manual_seed(3)
+    changes = {"vocab_size": 257, "context_size": 48, "n_layer": 2}
+    model = quantized(float_model(**changes), SCHEMES[name])
+    served = serve_model("small", model, BYTES, rows=3)
+    rng = random.Random(1)
+    asks = [some_ask(rng, sampling=SamplingConfig(temperature=0)) for _ in range(8)]
+    found = run(served.engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
+    assert [text(found[i, 0]) for i in range(8)] == [alone(model, ask)[0] for ask in asks]

@@ -1,7 +1,7 @@
 """服务：一、八、三十二个客户端；长提示进来时别人停多久；借前缀；猜；HTTP 要多少。
 
 cd backend && python -m benchmarks.serving --vocab-files FOLDER
-同类（装着才有）：transformers serve --continuous-batching，PATH 上的 llama-server（我们写的 GGUF）。
+同类，装着才有：transformers serve --continuous-batching，PATH 上的 llama-server（读我们的 GGUF）。
 各服务轮流被问，不被问的停住（SIGSTOP）；贪心的文字先要相同，否则不印那一行。
 """
 

@@ -36,15 +36,13 @@ def draw(logits: Tensor, runs: Sequence[Drawing]) -> list[int]:
     groups: dict[SamplingConfig, list[int]] = {}
     for i, run in enumerate(runs):
         groups.setdefault(run.ask.sampling, []).append(i)
+    whole = len(groups) == 1 and not any(_adjusts(run) for run in runs)
     for sampling, members in groups.items():
-        rows = [_adjusted(logits[i], runs[i]) for i in members]
-        same = len(members) == len(logits) and all(
-            row.data_ptr() == logits[i].data_ptr() for i, row in zip(members, rows, strict=True)
-        )
+        rows = logits if whole else torch.stack([_adjusted(logits[i], runs[i]) for i in members])
         points = [_point(runs[i]) for i in members]
         masks = [mask for i in members if (mask := runs[i].seen) is not None]
         picked = sample(
-            logits if same else torch.stack(rows),
+            rows,
             sampling,
             None if sampling.greedy else torch.tensor(points, dtype=torch.float64),
             torch.stack(masks) if masks else None,
@@ -58,14 +56,19 @@ def _point(run: Drawing) -> float:
     return 0.0 if run.uniforms is None else float(run.uniforms[run.made])
 
 
+def _adjusts(run: Drawing) -> bool:
+    ask = run.ask
+    penalties = ask.presence_penalty or ask.frequency_penalty
+    return bool(ask.logit_bias or penalties or run.made < ask.min_tokens)
+
+
 def _adjusted(row: Tensor, run: Drawing) -> Tensor:
     """偏置与惩罚之后的 (V,)；没有就是原来那一行。"""
-    ask = run.ask
+    if not _adjusts(run):
+        return row
+    ask, row = run.ask, row.clone()
     banned = ask.stop_ids if run.made < ask.min_tokens else ()
     penalised = run.counts if ask.presence_penalty or ask.frequency_penalty else {}
-    if not (ask.logit_bias or banned or penalised):
-        return row
-    row = row.clone()
     if ask.logit_bias:
         row[list(ask.logit_bias)] += row.new_tensor(list(ask.logit_bias.values()))
     if penalised:

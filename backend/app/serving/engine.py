@@ -252,9 +252,12 @@ class Engine:
     def _take(self, turns: Sequence[_Turn], parts: Sequence[Tensor | None]) -> None:
         """选词元；猜中的接着选下一个，直到猜错或写完，然后把缓存退回到真词元。"""
         wanted = [(t, logits) for t, logits in zip(turns, parts, strict=True) if logits is not None]
-        for turn, logits in wanted:
-            if turn.run.row is not None and not bool(logits.amax(-1).isfinite().all()):
-                self._poisoned(turn.run)
+        if wanted:
+            best = torch.cat([logits.amax(-1) for _, logits in wanted]).isfinite()
+            sizes = [len(logits) for _, logits in wanted]
+            for (turn, _), good in zip(wanted, best.split(sizes), strict=True):
+                if turn.run.row is not None and not bool(good.all()):
+                    self._poisoned(turn.run)
         open_turns = []
         for turn, logits in wanted:
             scoring = turn.run.ask.score_prompt and turn.run.made == 0
@@ -263,7 +266,7 @@ class Engine:
                 open_turns.append((turn, last))
         going, depth = open_turns, 0
         while going:
-            rows = torch.stack([logits[depth] for _, logits in going])
+            rows = _joined([logits[depth : depth + 1] for _, logits in going])
             runs = [turn.run for turn, _ in going]
             chosen = draw(rows, runs)
             for run, token, one in zip(runs, chosen, self._noted(rows, chosen, runs), strict=True):
@@ -340,6 +343,17 @@ class Engine:
         order = self._orders[run.order]
         self._leave(run, poisoned=True)
         self._fail_all(order, "internal")
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """各 (1, V) -> (K, V)；本来就挨着的不抄：三十二行、五万个词，抄一遍就是 6 MB。"""
+    first, width = rows[0], rows[0].shape[1]
+    step = first.stride(0)
+    start, size = first.storage_offset(), first.untyped_storage().data_ptr()
+    for i, row in enumerate(rows):
+        if row.storage_offset() != start + i * step or row.untyped_storage().data_ptr() != size:
+            return torch.cat(list(rows))
+    return first.as_strided((len(rows), width), (step, 1))
 
 
 def _row(run: Running) -> int:

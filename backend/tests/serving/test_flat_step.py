@@ -13,6 +13,7 @@ from torch import Tensor
 from app.models.transformer import GPT2Model
 from app.models.transformer.backends import attend
 from app.models.transformer.cache.row_cache import RowCache, RowStep, Span
+from app.models.transformer.cache.store import Scatter
 from app.serving.flat_step import FlatStep
 from tests.models.helpers import VARIANTS, tiny_model, tokens
 
@@ -202,8 +203,9 @@ def _wrong_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def begin(self: RowCache, spans: Any, padded: bool = False) -> RowStep:
         step = real(self, spans, padded)
-        for scatter in step.slots.values():
-            scatter.rows.copy_((scatter.rows + 1) % ROWS)
+        for where in step.slots.values():
+            if isinstance(where, Scatter):
+                where.rows.copy_((where.rows + 1) % ROWS)
         return step
 
     monkeypatch.setattr(RowCache, "begin", begin)

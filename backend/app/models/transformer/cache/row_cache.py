@@ -20,7 +20,7 @@ from ..visibility.pattern import Pattern
 from ..visibility.positions import Positions
 from .kv_cache import KVCache
 from .slots import Layout
-from .store import Scatter, Store
+from .store import Runs, Scatter
 
 # 清零时多清这么多槽：不必每个词元都来一遍。
 _AHEAD = 64
@@ -59,7 +59,7 @@ class RowStep:
     spans: tuple[Span, ...]
     where: Positions
     block: slice
-    slots: dict[Layout, Scatter]
+    slots: dict[Layout, Runs | Scatter]
     sights: dict[Layout, tuple[Sight, ...]]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,22 +67,18 @@ class RowStep:
         layout = self.cache.layouts[layer]
         high = max(sight.keys for sight in self.sights[layout])
         seen = []
+        where = self.slots[layout]
         for store, new in zip(self.cache.stores[layer], (k, v), strict=True):
-            self._put(store, layout, new)
-            seen.append(store.view(self.block).read(slice(high)))
+            rows = store.view(self.block)
+            if isinstance(where, Runs):
+                rows.write(where, new.permute(2, 1, 0, 3))
+            else:
+                store.write(where, new)
+            seen.append(rows.read(slice(high)))
         return seen[0], seen[1]
 
     def of_layer(self, layer: int) -> tuple[Sight, ...]:
         return self.sights[self.cache.layouts[layer]]
-
-    def _put(self, store: Store, layout: Layout, new: Tensor) -> None:
-        if len(self.spans) > 1:
-            store.write(self.slots[layout], new)
-            return
-        # 只有一行时切片比散写快一半，单行解码量得出来。
-        begin = self.cache.lengths[self.spans[0].row]
-        runs = layout.runs(begin, begin + self.spans[0].count)
-        store.view(self.block).write(runs, new.permute(2, 1, 0, 3))
 
 
 class RowCache:
@@ -135,9 +131,14 @@ class RowCache:
         where = torch.tensor(pos, device=self.device)[:, None]
         index = torch.tensor(rows, device=self.device)[:, None]
         touched = slice(min(rows), max(rows) + 1)
-        sights, slots = {}, {}
+        sights: dict[Layout, tuple[Sight, ...]] = {}
+        slots: dict[Layout, Runs | Scatter] = {}
         for layout in dict.fromkeys(self.layouts):
-            slots[layout] = Scatter(index, layout.slot(where))
+            if len(spans) == 1:
+                # 只有一行时切片比散写快一半，单行解码量得出来。
+                slots[layout] = layout.runs(starts[0], starts[0] + len(pos))
+            else:
+                slots[layout] = Scatter(index, layout.slot(where))
             sights[layout] = (
                 (self._together(layout, spans, where, touched.start),)
                 if padded

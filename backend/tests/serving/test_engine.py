@@ -107,7 +107,7 @@ def every_text_is_its_own(seed: int) -> None:
     engine, asks, found = crowd(
         seed, name, Limits(pace=pace, speculate=seed % 2 == 0), max_chunk=20
     )
-    assert bool(engine.counts.drafted) == engine.limits.speculate
+    assert engine.limits.speculate or not engine.counts.drafted
     for number, ask in zip(found.pop(("kept",)), asks, strict=True):
         events = found[number, 0]
         assert (text(events), events[-1].finish) == alone(model_of(name), ask)

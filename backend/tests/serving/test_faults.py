@@ -161,6 +161,13 @@ def test_slow_senders_are_cut_off(monkeypatch: pytest.MonkeyPatch, server: Runni
         one.close()
 
 
+def test_too_many_at_once_are_told_so(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.serving.api.gate.MAX_INSIDE", 0)
+    response = server.post(PATH, {"prompt": "a"})
+    assert check_error_5(response) == "too_many_requests_open"
+    assert server.get("/health/live").status_code == 200
+
+
 @pytest.mark.parametrize("length", [True, False])
 def test_huge_bodies_are_not_kept(server: Running, length: bool) -> None:
     """D3：一百兆，有没有 Content-Length 都在一兆之后拒绝。"""

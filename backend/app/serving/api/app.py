@@ -23,8 +23,6 @@ from app.serving.served import Served
 from app.serving.worker import Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# 同时的连接：队列之外还有健康检查与看指标的。
-_CONNECTIONS = 512
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Service:
         config = uvicorn.Config(
             self.app, host=self.address.host, port=self.address.port, http=Deadlined, ws="none",
             loop="asyncio", log_config=None, access_log=False, server_header=False,
-            timeout_keep_alive=30, timeout_graceful_shutdown=3, limit_concurrency=_CONNECTIONS,
+            timeout_keep_alive=30, timeout_graceful_shutdown=3,
         )  # fmt: skip
         return Draining(config, self.drain)
 

@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.serving.api.errors import ApiError
 
 MAX_BODY = 1024 * 1024
+# 同时在里面的请求；队列之外还有读正文的、看指标的。
+MAX_INSIDE = 512
 _OPEN = ("/health", "/health/live", "/health/ready")
 _LOG = logging.getLogger("app.serving.access")
 
@@ -26,6 +28,7 @@ class Gate:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._hosts = {host.lower() for host in hosts}
+        self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,15 +48,23 @@ class Gate:
                 _LOG.info("%s %s %s", request_id, scope["method"], message["status"])
             await send(message)
 
+        self._inside += 1
         try:
             scope.setdefault("state", {})["space"] = self._check(scope)
+            await self._app(scope, receive, stamped)
         except ApiError as error:
             await error.response()(scope, receive, stamped)
-            return
-        await self._app(scope, receive, stamped)
+        finally:
+            self._inside -= 1
 
     def _check(self, scope: Scope) -> str:
         """这把钥匙的名字空间；只有一把或没有，大家同一个。"""
+        if self._inside > MAX_INSIDE and scope["path"] not in _OPEN:
+            # 数的是请求，不是连接：闲着的连接不该挤走要问的人。
+            raise ApiError(
+                503, "too_many_requests_open", "too many requests are open: try again later",
+                headers={"Retry-After": "1"},
+            )  # fmt: skip
         headers: dict[bytes, bytes] = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from app.generation.config import SamplingConfig
 from app.serving.api.orders import choice_seed
 from app.serving.request import Ask
-from tests.serving.conftest import Running
+from tests.serving.conftest import Running, serving, tiny
 from tests.serving.helpers import BYTES, alone
 
 PATH = "/v1/completions"
@@ -276,3 +277,30 @@ def test_no_origin_is_let_in(server: Running) -> None:
         ):
             assert not any(name.startswith("access-control") for name in response.headers)
             assert response.headers["cache-control"] == "no-store"
+
+
+def test_two_models_side_by_side() -> None:
+    """各有自己的引擎，同一个线程；要点名，没有模板的不聊天。"""
+    with serving([tiny("one", rows=2), tiny("two", rows=2, changes={"n_layer": 1})]) as running:
+        response = running.post(PATH, {"prompt": "a"})
+        assert check_error(response, 400) == "invalid_value" and "several" in response.text
+        bodies = [{"model": name, "prompt": "a", "seed": 1, "n": 3} for name in ("one", "two") * 2]
+        with ThreadPoolExecutor(4) as pool:
+            answers = [r.json() for r in pool.map(lambda b: running.post(PATH, b), bodies)]
+        assert answers[0]["choices"] == answers[2]["choices"] != answers[1]["choices"]
+        assert answers[1]["choices"] == answers[3]["choices"]
+        assert answers[0]["system_fingerprint"] != answers[1]["system_fingerprint"]
+        chat = {"model": "one", "messages": [{"role": "user", "content": "a"}]}
+        response = running.post("/v1/chat/completions", chat)
+        assert check_error(response, 400) == "no_chat_template"
+        assert running.get("/tokenizer_info").status_code == 200
+        assert 'gpt2_generation_tokens_total{model="two"}' in running.get("/metrics").text
+        running.idle()
+
+
+def test_no_body_reaches_the_defaults_of_another(server: Running) -> None:
+    """同一条连接上一个接一个，坏的后面是好的。"""
+    with server.client() as client:
+        for _ in range(5):
+            assert client.post(PATH, json={"prompt": "a", "n": 99}).status_code == 400
+            assert client.post(PATH, json={"prompt": "a", "max_tokens": 1}).status_code == 200

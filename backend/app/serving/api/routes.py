@@ -34,10 +34,12 @@ _PIECES = 4096
 
 
 class Routes:
-    """served：名字 -> 模型，头一个是没有点名时用的，只有一个时才可以不点名。"""
+    """served：名字 -> 模型；只有一个时可以不点名。"""
 
     def __init__(self, served: dict[str, Served], hub: Hub, metrics: Metrics) -> None:
         self.served, self.hub, self.metrics = served, hub, metrics
+        # 分词器都相同，就不必点名：lm-eval 的远程分词器不会点名。
+        self._same_tokens = len({one.tokenizer.fingerprint() for one in served.values()}) == 1
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -96,9 +98,10 @@ class Routes:
     async def scrape(self) -> Response:
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def tokenizer_info(self) -> Response:
+    async def tokenizer_info(self, model: str | None = None) -> Response:
         """lm-eval 的远程分词器要的。"""
-        tokenizer = self._pick(None).tokenizer
+        served = self._speaker(model)
+        tokenizer = served.tokenizer
         end = tokenizer.document_separator
         eos = None if end is None else token_text(tokenizer, end)
         start = tokenizer.start_ids
@@ -110,7 +113,7 @@ class Routes:
                 "bos_token": token_text(tokenizer, start[0]) if start else None,
                 "pad_token": None,
                 "vocab_size": tokenizer.vocab_size,
-                "chat_template": self._pick(None).template,
+                "chat_template": served.template,
             }
         )
 
@@ -118,7 +121,7 @@ class Routes:
         body = await self._body(request, TokenizeBody)
         if (body.prompt is None) == (body.content is None):
             raise wrong("prompt", "give either prompt or content")
-        served = self._pick(body.model)
+        served = self._speaker(body.model)
         text = (body.prompt or "") + (body.content or "")
         encode = served.tokenizer.encode
         if body.add_special_tokens:
@@ -138,7 +141,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request, DetokenizeBody)
-        served = self._pick(body.model)
+        served = self._speaker(body.model)
         check_ids("tokens", body.tokens, served)
         text = await asyncio.to_thread(served.tokenizer.decode, body.tokens)
         return JSONResponse({"prompt": text, "content": text})
@@ -164,6 +167,12 @@ class Routes:
         if name not in self.served:
             raise not_found("model")
         return self.served[name]
+
+    def _speaker(self, name: str | None) -> Served:
+        """用谁的分词器。"""
+        if name is None and self._same_tokens:
+            return next(iter(self.served.values()))
+        return self._pick(name)
 
     async def _answer(self, request: Request, job: Job, stream: bool, chat: bool) -> Response:
         answer, ticket = Answer(job, chat), self.hub.submit(job)

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from typing_extensions import Doc
@@ -19,6 +19,7 @@ from app.models.transformer.cache.kv_dtype import KVDtype
 
 if TYPE_CHECKING:
     from app.cli.shared.trained import Trained
+    from app.models.transformer import GPT2Model
     from app.serving.served import Served
 
 SUMMARY = "serve trained models over HTTP, for OpenAI clients, lm-eval and curl"
@@ -61,6 +62,10 @@ class Args:
     speculate: Annotated[
         str, Doc("ngram = guess from earlier text, where that pays; the text is the same; or off")
     ] = "off"
+    draft: Annotated[
+        str | None,
+        Doc("a small model with the same tokenizer that guesses, where that pays; same text"),
+    ] = None
     max_stall: Annotated[
         float, Doc("seconds that reading a prompt may hold up the texts being written")
     ] = 0.2
@@ -108,6 +113,8 @@ def _check(args: Args) -> None:
         raise ValueError(f"speculate={args.speculate!r} must be 'off' or 'ngram'")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"port={args.port} must be between 0 and 65535")
+    if args.draft is not None and args.speculate != "off":
+        raise ValueError(f"speculate={args.speculate!r} and draft={args.draft!r}: give one of them")
     for name in ("max_stall", "timeout", "queue"):
         if not getattr(args, name) > 0:
             raise ValueError(f"{name}={getattr(args, name)} must be more than 0")
@@ -212,10 +219,22 @@ def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
     template = path.read_text("utf-8") if args.chat_template or path.is_file() else None
     if template is not None:
         check(template)
-    limits = Limits(
-        queue=args.queue, pace=Pace(max_stall=args.max_stall), speculate=args.speculate == "ngram"
-    )
+    limits = Limits(queue=args.queue, pace=Pace(max_stall=args.max_stall))
     return serve_model(
         name, model, trained.tokenizer, rows=rows, kv_dtype=args.kv_dtype, limits=limits,
-        template=template,
+        guess=_guess(args, trained), template=template,
     )  # fmt: skip
+
+
+def _guess(args: Args, trained: Trained) -> Literal["off", "ngram"] | GPT2Model:
+    from app.cli.shared.trained import load_trained
+
+    if args.draft is None:
+        return "ngram" if args.speculate == "ngram" else "off"
+    small = load_trained(args.draft, args.device)
+    if small.tokenizer.fingerprint() != trained.tokenizer.fingerprint():
+        raise ValueError(
+            f"the draft model {args.draft} has another tokenizer than {trained.folder}: "
+            "give one trained on the same tokens"
+        )
+    return small.model

@@ -21,11 +21,14 @@ class Drawing(Protocol):
     """选一个词元要知道的：made 已写了几个，counts 各写了几次，uniforms 每步一个均匀数，
     seen (V,) 提示与已写里出现过的。"""
 
-    ask: Ask
-    counts: dict[int, int]
-    uniforms: Tensor | None
-    seen: Tensor | None
-
+    @property
+    def ask(self) -> Ask: ...
+    @property
+    def counts(self) -> dict[int, int]: ...
+    @property
+    def uniforms(self) -> Tensor | None: ...
+    @property
+    def seen(self) -> Tensor | None: ...
     @property
     def made(self) -> int: ...
 

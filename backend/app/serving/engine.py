@@ -17,6 +17,7 @@ from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 from app.models.transformer.cache.row_cache import Span
 from app.serving.costs import measure
+from app.serving.drafting import Drafter
 from app.serving.draws import draw, scored
 from app.serving.flat_step import FlatStep
 from app.serving.request import Event, Failure, Order, Scored
@@ -35,7 +36,6 @@ class Limits:
     queue: int = 64
     queue_tokens: int = 32 * 1024
     pace: Pace = field(default_factory=Pace)
-    speculate: bool = False
 
 
 @dataclass
@@ -72,17 +72,18 @@ class Engine:
         tokenizer: Tokenizer,
         limits: Limits | None = None,
         *,
+        drafter: Drafter | None = None,
         costs: Costs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """costs: 不给就量一次。"""
+        """drafter: 谁来猜，None = 不猜；costs: 不给就量一次。"""
         self.flat, self.tokenizer, self.limits = flat, tokenizer, limits or Limits()
         self.model: GPT2Model = flat.model
         self.context = flat.model.config.context_size
         self.width = min(tokenizer.vocab_size, flat.model.config.vocab_size)
         self.costs = measure(flat) if costs is None else costs
         self.rows = Rows(flat.cache, self.context)
-        self.counts = Counts()
+        self.counts, self.drafter = Counts(), drafter
         self._clock = clock
         self._orders: dict[int, Order] = {}
         self._queue: list[Running] = []
@@ -200,11 +201,8 @@ class Engine:
             left = len(run.tokens) - lengths[row]
             needs.append(Need(row, left, run.made == 0, most, run.waited, now - run.since))
         writing = sum(not need.reading for need in needs)
-        drafts = {
-            need.row: self._draft(by_row[need.row], writing)
-            for need in needs
-            if not need.reading and self.limits.speculate and writing == len(needs)
-        }
+        # 有人在读提示时不猜：那时多算的词元不便宜。
+        drafts = self._drafts() if writing == len(needs) else {}
         sizes = {row: len(draft) for row, draft in drafts.items()}
         given = share(needs, sizes, self.costs, self.limits.pace)
         turns = []
@@ -220,10 +218,16 @@ class Engine:
             turns.append(_Turn(run, ids, draft, len(ids) if run.ask.score_prompt else keep))
         return turns
 
-    def _draft(self, run: Running, writing: int) -> list[int]:
-        room = min(run.left - 1, self.flat.cache.max_chunk - 1)
-        size = min(run.gain.size(self.costs, writing), room)
-        return run.grams.draft(run.tokens, size) if size > 0 else []
+    def _drafts(self) -> dict[int, list[int]]:
+        if self.drafter is None:
+            return {}
+        busy, each, most = len(self._running), self.drafter.seconds, self.flat.cache.max_chunk - 1
+        return self.drafter.draft(
+            [
+                (run, min(run.gain.size(self.costs, busy, each), run.left - 1, most))
+                for run in self._running
+            ]
+        )
 
     def _forward(self, turns: Sequence[_Turn]) -> list[Tensor | None]:
         """各行要的 logits；一行使前向失败就对半找出它，别的行照走。"""

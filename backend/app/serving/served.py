@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.cache.kv_dtype import KVDtype
 from app.models.transformer.cache.row_cache import RowCache
+from app.serving.drafting import Drafter, DraftModel, NGramDrafter
 from app.serving.engine import Engine, Limits
 from app.serving.flat_step import FlatStep
 
@@ -40,7 +41,7 @@ class Served:
             "vocab_size": self.engine.width,
             "rows": cache.rows,
             "kv_bytes": cache.nbytes,
-            "speculate": limits.speculate,
+            "speculate": "off" if self.engine.drafter is None else self.engine.drafter.name,
             "max_stall": limits.pace.max_stall,
             "step_seconds": [list(point) for point in self.engine.costs.points],
             "chat": self.template is not None,
@@ -86,9 +87,11 @@ def serve_model(
     rows: int = DEFAULT_ROWS,
     kv_dtype: KVDtype = None,
     limits: Limits | None = None,
+    guess: Literal["off", "ngram"] | GPT2Model = "off",
     template: str | None = None,
 ) -> Served:
-    """
+    """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。
+
     Raises:
         ValueError: 行数不对，分词器不是它的，或这个模型不能供人用。
     """
@@ -103,12 +106,23 @@ def serve_model(
     if reason is not None:
         raise ValueError(f"{name} cannot be served: {reason}")
     model.eval()
-    cache = RowCache(
-        model.config, rows, kv_dtype=kv_dtype, dtype=model.embed.wte.weight.dtype,
-        device=model.device,
-    )  # fmt: skip
-    engine = Engine(FlatStep(model, cache), tokenizer, limits)
+    flat = FlatStep(model, _cache(model, rows, kv_dtype))
+    drafter: Drafter | None = NGramDrafter() if guess == "ngram" else None
+    if isinstance(guess, GPT2Model):
+        if guess.config.context_size < model.config.context_size:
+            raise ValueError(
+                f"the draft model has context_size={guess.config.context_size} but {name} has "
+                f"{model.config.context_size}: it could not follow to the end"
+            )
+        guess.eval()
+        drafter = DraftModel(FlatStep(guess, _cache(guess, rows, None)), tokenizer.vocab_size)
+    engine = Engine(flat, tokenizer, limits, drafter=drafter)
     return Served(name, engine, tokenizer, fingerprint(model, engine), template)
+
+
+def _cache(model: GPT2Model, rows: int, kv_dtype: KVDtype) -> RowCache:
+    dtype = model.embed.wte.weight.dtype
+    return RowCache(model.config, rows, kv_dtype=kv_dtype, dtype=dtype, device=model.device)
 
 
 def fingerprint(model: GPT2Model, engine: Engine) -> str:
@@ -120,6 +134,6 @@ def fingerprint(model: GPT2Model, engine: Engine) -> str:
         digest.update(f"{key} {tuple(value.shape)} {total!r}\n".encode())
     digest.update(
         f"{torch.__version__} {torch.get_num_threads()} "
-        f"{torch.backends.cpu.get_cpu_capability()} {engine.limits.speculate}".encode()
+        f"{torch.backends.cpu.get_cpu_capability()} {engine.drafter is not None}".encode()
     )
     return "fp_" + digest.hexdigest()[:12]

@@ -47,8 +47,8 @@ class Gain:
     def __init__(self) -> None:
         self._rate, self._rest = 0.6, 0
 
-    def size(self, costs: Costs, busy: int) -> int:
-        """这一步猜几个；busy：这一步各行本来要走的词元数。"""
+    def size(self, costs: Costs, busy: int, each: float) -> int:
+        """这一步猜几个；busy：这一步各行本来要走的词元数；each：猜一个要几秒。"""
         if busy >= BUSY:
             return 0
         if self._rest > 0:
@@ -60,7 +60,7 @@ class Gain:
         for k in _SIZES:
             accepted = sum(self._rate**i for i in range(1, k + 1))
             # 别的行照走一个：多得的只在这一行，多花的大家一起等。
-            gain = (busy + accepted) / busy * plain / costs.seconds(busy + k)
+            gain = (busy + accepted) / busy * plain / (costs.seconds(busy + k) + k * each)
             best = max(best, (gain, k))
         if best[1] == 0:
             self._rest = _RETRY

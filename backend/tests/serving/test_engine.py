@@ -104,10 +104,10 @@ def every_text_is_its_own(seed: int) -> None:
     name = list(PATTERNS)[seed % len(PATTERNS)]
     chunk = (1, 3, 7, 256)[seed % 4]
     pace = Pace(chunk=chunk, max_stall=random.Random(seed).choice([0.0, 0.02, 9.0]))
-    engine, asks, found = crowd(
-        seed, name, Limits(pace=pace, speculate=seed % 2 == 0), max_chunk=20
-    )
-    assert engine.limits.speculate or not engine.counts.drafted
+    # 不猜、n 元组、小模型（一半由它自己来猜：全对；一半是别的模型：多半错）。
+    guess = (False, True, model_of(name) if seed % 2 else model_of("causal"))[seed % 3]
+    engine, asks, found = crowd(seed, name, Limits(pace=pace), guess=guess, max_chunk=20)
+    assert guess or not engine.counts.drafted
     for number, ask in zip(found.pop(("kept",)), asks, strict=True):
         events = found[number, 0]
         assert (text(events), events[-1].finish) == alone(model_of(name), ask)
@@ -129,9 +129,9 @@ def test_int8_keys_do_not_depend_on_the_crowd(speculate: bool) -> None:
     """int8 的键值有误差，但与旁边有谁、借不借、猜不猜无关。"""
     rng, model = random.Random(5), model_of("causal")
     asks = [some_ask(rng) for _ in range(8)]
-    limits = Limits(pace=Pace(chunk=5), speculate=speculate)
+    limits = Limits(pace=Pace(chunk=5))
     many = run(
-        make_engine(model, 3, limits, kv_dtype="int8"),
+        make_engine(model, 3, limits, guess=speculate, kv_dtype="int8"),
         [Order(i, (ask,)) for i, ask in enumerate(asks)],
     )
     for i, ask in enumerate(asks):
@@ -188,7 +188,7 @@ def test_speculation_writes_the_same_and_pays_on_copies() -> None:
     """贪心的小模型爱重复：猜得中，步数少得多。"""
     model, steps = model_of("grouped rope"), []
     for speculate in (False, True):
-        engine = make_engine(model, 2, Limits(speculate=speculate))
+        engine = make_engine(model, 2, guess=speculate)
         ask = Ask(
             prompt=(5, 6) * 6, max_tokens=36, sampling=SamplingConfig(temperature=0), logprobs=3
         )
@@ -199,8 +199,20 @@ def test_speculation_writes_the_same_and_pays_on_copies() -> None:
     assert engine.counts.accepted > 0 and steps[1] < steps[0]
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7, 1])
+def test_a_model_that_guesses_for_itself_is_always_right(temperature: float) -> None:
+    """同样的模型、同样的均匀数：每个都猜中；文字照旧。"""
+    model = model_of("causal")
+    engine = make_engine(model, 2, guess=model)
+    asks = [Ask(prompt=(9, i), max_tokens=33, seed=i, sampling=SamplingConfig(
+        temperature=temperature)) for i in range(4)]  # fmt: skip
+    found = run(engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
+    assert [text(found[i, 0]) for i in range(4)] == [alone(model, ask)[0] for ask in asks]
+    assert engine.counts.accepted == engine.counts.drafted > 60
+
+
 def test_where_guessing_does_not_pay_nothing_is_guessed() -> None:
-    engine = make_engine(model_of("causal"), 1, Limits(speculate=True))
+    engine = make_engine(model_of("causal"), 1, guess=True)
     engine.costs = COSTS
     ask = Ask(prompt=(5, 6) * 6, max_tokens=30, sampling=SamplingConfig(temperature=0))
     run(engine, [Order(0, (ask,))])
@@ -210,7 +222,7 @@ def test_where_guessing_does_not_pay_nothing_is_guessed() -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_cancelled_anywhere_the_others_go_on(seed: int) -> None:
     rng, model = random.Random(seed), model_of("causal")
-    engine = make_engine(model, 2, Limits(pace=Pace(chunk=4), speculate=bool(seed % 2)))
+    engine = make_engine(model, 2, Limits(pace=Pace(chunk=4)), guess=bool(seed % 2))
     victim, other = some_ask(rng), some_ask(rng)
     late = some_ask(rng)
     when = rng.randint(0, 8)

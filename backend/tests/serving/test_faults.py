@@ -367,6 +367,7 @@ def test_the_command_serves_and_leaves_in_order(model_folder: Path, tmp_path: Pa
     [
         (["--host", "0.0.0.0"], "give --api-key-file"),
         (["--speculate", "magic"], "must be 'off' or 'ngram'"),
+        (["--speculate", "ngram", "--draft", "x"], "give one of them"),
         (["--kv-memory", "many"], "KiB, MiB or GiB"),
         (["--kv-memory", "1KiB"], "a row of context_size=128 takes"),
         (["--rows", "65", "--kv-memory", "1GiB"], "at most 64 fit"),
@@ -398,7 +399,7 @@ def test_two_thousand_mixed_requests() -> None:
     """D16：五分之一半路走开；没有卡住的行，词元不多不少，内存不长。"""
     import psutil
 
-    with serving([tiny(rows=8, limits=Limits(speculate=True, queue=200))]) as running:
+    with serving([tiny(rows=8, limits=Limits(queue=200), guess="ngram")]) as running:
         counts, process = running.served["tiny"].engine.counts, psutil.Process()
         got = [0]
 

@@ -471,3 +471,16 @@ def test_nothing_here_is_global() -> None:
     for path in (BACKEND / "app" / "serving").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "torch.manual_seed" not in text and "\nglobal " not in text, path
+
+
+def test_a_draft_model_of_other_tokens_is_refused(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from app.cli.main import main
+    from app.data.tokenizers import CharTokenizer
+    from tests.serving.helpers import byte_model
+
+    byte_model(context_size=128, n_layer=1).save_pretrained(tmp_path / "other")
+    CharTokenizer("abc").save(tmp_path / "other")
+    assert main(["serve", str(model_folder), "--draft", str(tmp_path / "other")]) == 2
+    assert "has another tokenizer than" in capsys.readouterr().err

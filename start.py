@@ -86,7 +86,7 @@ def quickstart() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    install("[dev,hf,export,eval,tensorboard]")
+    install("[dev,hf,export,eval,serve,tensorboard]")
     # 张量都很小：两个进程各一个线程，比一个进程两个线程快。
     run([PYTHON, "-m", "pytest", *(arguments or ["-n", "2"])], cwd=BACKEND)
     return 0

@@ -15,6 +15,7 @@ from typing_extensions import Doc
 from app.cli.shared.trained import Device, Trained, TrainedName, load_trained
 from app.common.escapes import unescape
 from app.common.tell import to_stderr
+from app.common.waiting import Waiting, settle_waiting
 from app.generation.config import Options, SamplingConfig
 from app.generation.overflow import Overflow, usable
 from app.models.transformer.cache.kv_dtype import KVDtype
@@ -88,6 +89,9 @@ class Args:
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
     ] = None
+    waiting: Annotated[
+        Waiting, Doc("idle threads: passive sleeps, active spins; auto chooses and says why")
+    ] = "auto"
     device: Device = "auto"
 
 
@@ -97,6 +101,7 @@ def run(args: Args) -> int:
         ValueError: 不是检查点、提示里有词表之外的字符、放不下，或选项的值不对。
     """
     _check(args)
+    settle_waiting(args.waiting, serving=False)
     options = _options(args)
     prompts = _prompts(args)
     trained = load_trained(args.model, args.device)

@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": "train the same data and seeds with one switch changed",
     "compare": "draw runs over tokens and time, with a table and the seeds' spread",
     "generate": "continue prompts with a trained model",
+    "serve": "serve trained models over HTTP, for OpenAI clients, lm-eval and curl",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
     "import": "turn weights from Hugging Face or nanoGPT into a model folder",
     "quantize": "store a model's matrices in 16, 8 or 4 bits: smaller, and faster to decode",

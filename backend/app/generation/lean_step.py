@@ -9,7 +9,7 @@ B 行、C 宽度、H 查询头数、G 键值头数、D 头宽。
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -126,9 +126,13 @@ class LeanStep:
         contexts = build_contexts(
             model.config, model.patterns, where, step, self._notes, x.dtype, False
         )
+        return model.head(self.through(x, contexts))
+
+    def through(self, x: Tensor, contexts: Sequence[Context]) -> Tensor:
+        """各层与末尾的归一化：(B, C) -> (B, C)，每行一个词元。"""
         for layer, ctx in zip(self._layers, contexts, strict=True):
             x = layer(x, ctx)
-        return model.head(x if self._final is None else self._final(x))
+        return x if self._final is None else self._final(x)
 
 
 def _block(block: Block) -> Layer:

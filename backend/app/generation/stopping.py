@@ -30,6 +30,7 @@ class StopText:
         self._length = 0  # 已喂入的字符数，含压住的
         self._ends: list[int] = []  # 每个词元之后的 _length
         self.stopped = False
+        self.matched: str | None = None
 
     def feed(self, piece: str) -> str:
         """喂入一个词元的文本（可以是空的：多字节字符的前一半），返回可以显示的文本。"""
@@ -54,9 +55,9 @@ class StopText:
 
     def _release(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            cut = min(found)
+            cut, self.matched = min(found, key=lambda one: one[0])
             # 从此 _length 是切口的位置。
             self._length -= len(text) - cut
             self.stopped, self._held = True, ""

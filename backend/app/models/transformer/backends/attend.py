@@ -59,11 +59,27 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, dropout: float = 0.0)
     return attend_flex(q, k, v, plan, dropout)
 
 
+def attend_parts(q: Tensor, k: Tensor, v: Tensor, plan: MaskPlan, dropout: float = 0.0) -> Tensor:
+    """没有填充的一步（cache/row_cache.py）：q (N, H, 1, D)，每个词元自成一行；k/v 是缓存的行。
+
+    各部分各走自己的后端；一部分不是一行的几个词元，就是几行各一个词元。
+    """
+    done = []
+    for part in plan.parts:
+        one = part.rows.stop - part.rows.start == 1
+        queries = q[part.tokens].permute(2, 1, 0, 3) if one else q[part.tokens]
+        keys, values = (x[part.rows, :, : part.keys] for x in (k, v))
+        y = _BACKENDS[part.plan.backend](queries, keys, values, part.plan, dropout)
+        done.append(y.permute(2, 1, 0, 3) if one else y)
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
 _BACKENDS = {
     "reference": attend_reference,
     "sdpa": attend_sdpa,
     "blocked": attend_blocked,
     "flex": _flex,
+    "parts": attend_parts,
 }
 
 

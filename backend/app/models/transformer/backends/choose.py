@@ -14,7 +14,7 @@ from ..config import Backend, GPT2Config
 from ..visibility.pattern import Pattern
 from .tiles import estimated_area
 
-Name = Literal["reference", "sdpa", "blocked", "flex"]
+Name = Literal["reference", "sdpa", "blocked", "flex", "parts"]
 
 # 分块的打分数不到 T² 的这么多才比一张稠密掩码快：每块另有调用的开销。
 # 交界的测量见 docs/decisions/006。

@@ -32,8 +32,19 @@ class GlobalQueries:
 
 
 @dataclass(frozen=True)
+class Part:
+    """没有填充的一步里，相连的几行各有几个词元：tokens 是查询中的，rows 与 keys 是键中的。"""
+
+    tokens: slice
+    rows: slice
+    keys: int
+    plan: MaskPlan
+
+
+@dataclass(frozen=True)
 class MaskPlan:
-    """backend 决定用哪一项：sdpa 用 causal 或 mask；blocked 用 tiling；reference、flex 用坐标。
+    """backend 决定用哪一项：sdpa 用 causal 或 mask；blocked 用 tiling；reference、flex 用坐标；
+    parts 用 parts：各有自己的计划。
 
     Attributes:
         causal: SDPA 自带的因果标志就是全部的遮蔽。
@@ -49,6 +60,7 @@ class MaskPlan:
     mask: Tensor | None = None
     tiling: Tiling | None = None
     global_queries: GlobalQueries | None = None
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def build(

@@ -95,6 +95,15 @@ class Store:
             parts.append(new)
         return type(self)(tuple(parts), self.dtype)
 
+    def view(self, rows: slice) -> Store:
+        """只看这几行：同一块内存。"""
+        return type(self)(tuple(part[rows] for part in self.parts), self.dtype)
+
+    def copy(self, source: int, target: int, used: int) -> None:
+        """第 target 行的前 used 个槽换成第 source 行的，原样，不经过解码。"""
+        for part in self.parts:
+            part[target, :, :used] = part[source, :, :used]
+
     def clone(self) -> Store:
         return type(self)(tuple(part.clone() for part in self.parts), self.dtype)
 

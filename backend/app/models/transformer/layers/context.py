@@ -12,7 +12,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..backends.mask_plan import MaskPlan
+from ..backends.mask_plan import MaskPlan, Part
+from ..cache.row_cache import RowStep
 from ..config import GPT2Config
 from ..visibility.pattern import Pattern
 from ..visibility.positions import Positions
@@ -117,6 +118,36 @@ def build_contexts(
     rotary = rotation(config, where, dtype)
     return [
         Context(where, plans[pattern], note, layer, rotary, step)
+        for layer, (pattern, note) in enumerate(zip(patterns, notes, strict=True))
+    ]
+
+
+def build_row_contexts(
+    config: GPT2Config,
+    patterns: Sequence[Pattern],
+    step: RowStep,
+    notes: Sequence[Note],
+    dtype: torch.dtype,
+) -> list[Context]:
+    """没有填充的一步：每个词元自成一行（N, 1），注意力按 step 说的各部分走。"""
+    rotary = rotation(config, step.where, dtype)
+    plans: dict[Pattern, MaskPlan] = {}
+    for layer, pattern in enumerate(patterns):
+        if pattern not in plans:
+            parts = tuple(
+                Part(
+                    sight.tokens, sight.rows, sight.keys,
+                    MaskPlan.build(
+                        sight.q, sight.k, pattern, asked=config.attention_backend, dtype=dtype,
+                        head_dim=config.head_dim,
+                    ),
+                )
+                for sight in step.of_layer(layer)
+            )  # fmt: skip
+            where = step.where
+            plans[pattern] = MaskPlan(where, where, pattern, "parts", "no padding", parts=parts)
+    return [
+        Context(step.where, plans[pattern], note, layer, rotary, step)
         for layer, (pattern, note) in enumerate(zip(patterns, notes, strict=True))
     ]
 

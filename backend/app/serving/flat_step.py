@@ -1,0 +1,83 @@
+"""没有填充的一步：许多行的词元排成一列走一次前向，只有注意力按行分开。
+
+慢的孪生是今天左填充的前向（GPT2Model.forward 与 KVCache）。N 一步的词元数、C 宽度、V 词表。
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from app.generation.lean_step import LeanStep, why_not_lean
+from app.models.transformer import GPT2Model
+from app.models.transformer.block import run_blocks
+from app.models.transformer.cache.row_cache import RowCache, RowStep, Span
+from app.models.transformer.layers.context import build_row_contexts, make_notes
+
+# 几行合成一次注意力，短的行要补到最长；补的超过这个比例就分开算。
+_WASTE = 1.0
+
+
+class FlatStep:
+    """model 与 cache 的一步；模型对象不改动，别处照样可以用它。"""
+
+    def __init__(self, model: GPT2Model, cache: RowCache) -> None:
+        self.model, self.cache = model, cache
+        self._notes = make_notes(model.config, loads=False)
+        self._lean = LeanStep(model) if why_not_lean(model) is None else None
+        self._checked = self._lean is None
+
+    def __call__(
+        self, ids: Sequence[int], spans: Sequence[Span], keep: Sequence[int]
+    ) -> Tensor | None:
+        """ids 按 spans 的次序相接 -> keep 这几个词元的 logits (K, V)；一个不要就是 None。
+
+        前向中途失败，缓存的长度不变。
+        """
+        cache, model = self.cache, self.model
+        step = cache.begin(spans, padded=self._worth_padding(spans))
+        try:
+            flat = torch.tensor(ids, device=model.device)[:, None]
+            x = self._through(model.embed(flat, step.where)[:, 0], step)
+            if keep and len(keep) < len(ids):
+                x = x[torch.tensor(keep, device=x.device)]
+            logits = model.head(x) if keep else None
+        except BaseException:
+            cache.abandon(step)
+            raise
+        cache.commit(step)
+        return logits
+
+    def _through(self, x: Tensor, step: RowStep) -> Tensor:
+        """(N, C) -> 末尾归一化之后的 (N, C)。"""
+        contexts = build_row_contexts(
+            self.model.config, self.model.patterns, step, self._notes, x.dtype
+        )
+        if self._lean is not None:
+            y = self._lean.through(x, contexts)
+            if self._checked:
+                return y
+        plain = run_blocks(self.model.h, self.model.ln_f, x[:, None], contexts)[0][:, 0]
+        if not self._checked:
+            self._checked = True
+            # 头一步两条路都走：改了主干而没有改 lean_step.py，也不会悄悄算错。
+            if not torch.allclose(y, plain, rtol=1e-4, atol=1e-5, equal_nan=True):
+                self._lean = None
+                warnings.warn(
+                    f"the lean step differs from the model's forward by "
+                    f"{float((y - plain).abs().max()):.1e}: serving takes the forward; was a part "
+                    "of it changed without generation/lean_step.py?",
+                    stacklevel=2,
+                )
+        return plain
+
+    def _worth_padding(self, spans: Sequence[Span]) -> bool:
+        rows = [span.row for span in spans]
+        together = len(rows) > 1 and rows == list(range(rows[0], rows[0] + len(rows)))
+        if not together or any(span.count > 1 for span in spans):
+            return False
+        lengths = [self.cache.lengths[row] for row in rows]
+        return max(lengths) * len(rows) <= (1 + _WASTE) * (sum(lengths) + len(rows))

@@ -1,0 +1,139 @@
+"""一个供人用的模型：名字、分词器、引擎，以及它能装多少、为什么。"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from app.data.tokenizers import Tokenizer
+from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.cache.kv_dtype import KVDtype
+from app.models.transformer.cache.row_cache import RowCache
+from app.serving.drafting import Drafter, DraftModel, NGramDrafter
+from app.serving.engine import Engine, Limits
+from app.serving.flat_step import FlatStep
+
+MAX_ROWS, DEFAULT_ROWS = 64, 8
+
+
+@dataclass(frozen=True)
+class Served:
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    fingerprint: str
+    template: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def context(self) -> int:
+        return self.engine.context
+
+    def facts(self) -> dict[str, Any]:
+        """/props 里这个模型的一项。"""
+        cache, limits = self.engine.flat.cache, self.engine.limits
+        return {
+            "context": self.context,
+            "vocab_size": self.engine.width,
+            "rows": cache.rows,
+            "kv_bytes": cache.nbytes,
+            "speculate": "off" if self.engine.drafter is None else self.engine.drafter.name,
+            "max_stall": limits.pace.max_stall,
+            "step_seconds": [list(point) for point in self.engine.costs.points],
+            "chat": self.template is not None,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def row_bytes(config: GPT2Config, kv_dtype: KVDtype, dtype: torch.dtype) -> int:
+    """缓存的一行多少字节；不分配。"""
+    return RowCache(config, 1, kv_dtype=kv_dtype, dtype=dtype, device="meta").nbytes
+
+
+def rows_for(config: GPT2Config, memory: int, kv_dtype: KVDtype, dtype: torch.dtype) -> int:
+    """memory 字节放得下几行。
+
+    Raises:
+        ValueError: 一行也放不下。
+    """
+    each = row_bytes(config, kv_dtype, dtype)
+    if memory < each:
+        raise ValueError(
+            f"a row of context_size={config.context_size} takes {each} bytes of keys and values, "
+            f"but there are {memory}: give a larger --kv-memory, or --kv-dtype int8"
+        )
+    return min(MAX_ROWS, memory // each)
+
+
+def refusal(model: GPT2Model) -> str | None:
+    """为什么不能供人用；能就 None。"""
+    if any("longformer" in str(pattern) for pattern in model.patterns):
+        # 点名的全局词元是一次调用的输入，HTTP 里没有它；没有点名时就是窗口，照样可以。
+        return None
+    if model.config.context_size < 2:
+        return f"context_size={model.config.context_size} leaves no room to write: use 2 or more"
+    return None
+
+
+def serve_model(
+    name: str,
+    model: GPT2Model,
+    tokenizer: Tokenizer,
+    *,
+    rows: int = DEFAULT_ROWS,
+    kv_dtype: KVDtype = None,
+    limits: Limits | None = None,
+    guess: Literal["off", "ngram"] | GPT2Model = "off",
+    template: str | None = None,
+) -> Served:
+    """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。
+
+    Raises:
+        ValueError: 行数不对，分词器不是它的，或这个模型不能供人用。
+    """
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"rows={rows} must be between 1 and {MAX_ROWS}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size} ids but the model has "
+            f"vocab_size={model.config.vocab_size}: the tokenizer belongs to another model"
+        )
+    reason = refusal(model)
+    if reason is not None:
+        raise ValueError(f"{name} cannot be served: {reason}")
+    model.eval()
+    flat = FlatStep(model, _cache(model, rows, kv_dtype))
+    drafter: Drafter | None = NGramDrafter() if guess == "ngram" else None
+    if isinstance(guess, GPT2Model):
+        if guess.config.context_size < model.config.context_size:
+            raise ValueError(
+                f"the draft model has context_size={guess.config.context_size} but {name} has "
+                f"{model.config.context_size}: it could not follow to the end"
+            )
+        guess.eval()
+        drafter = DraftModel(FlatStep(guess, _cache(guess, rows, None)), tokenizer.vocab_size)
+    engine = Engine(flat, tokenizer, limits, drafter=drafter)
+    return Served(name, engine, tokenizer, fingerprint(model, engine), template)
+
+
+def _cache(model: GPT2Model, rows: int, kv_dtype: KVDtype) -> RowCache:
+    dtype = model.embed.wte.weight.dtype
+    return RowCache(model.config, rows, kv_dtype=kv_dtype, dtype=dtype, device=model.device)
+
+
+def fingerprint(model: GPT2Model, engine: Engine) -> str:
+    """相同的指纹下，相同的请求给出相同的文字（单精度下除了末位舍入造成的并列）。"""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        # 全部权重要读几百 MB；各张量的和与形状已足以认出是不是同一份。
+        total = float(value.double().sum()) if value.numel() else 0.0
+        digest.update(f"{key} {tuple(value.shape)} {total!r}\n".encode())
+    digest.update(
+        f"{torch.__version__} {torch.get_num_threads()} "
+        f"{torch.backends.cpu.get_cpu_capability()} {engine.drafter is not None}".encode()
+    )
+    return "fp_" + digest.hexdigest()[:12]

@@ -8,6 +8,7 @@ B 行、C 宽度、V 词表、S 键数。
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -84,7 +85,7 @@ class NativeStep:
     def __init__(self, model: GPT2Model) -> None:
         config, self._kept = model.config, list[object]()
         self._solid = min(pattern.solid for pattern in model.patterns)
-        self._shape = (config.vocab_size, config.head_dim)
+        self._vocab = config.vocab_size
         self._layers = (Layer * config.n_layer)(
             *(self._block(cast(Block, block)) for block in model.h.values())
         )
@@ -104,11 +105,15 @@ class NativeStep:
     def takes(self, rows: int, cache: KVCache) -> bool:
         """缓存里的键值按到达的次序、全都看得见，而且是 float32。"""
         start = cache.uniform
-        if start is None or rows > MOST_ROWS or start >= self._solid:
+        return start is not None and self.takes_rows(rows, start + 1, cache.stores)
+
+    def takes_rows(self, rows: int, keys: int, stores: Sequence[tuple[Store, Store]]) -> bool:
+        """rows 行，各至多 keys 个键（含这个词元）：都在自己的槽里，全看得见，是 float32。"""
+        if rows > MOST_ROWS or keys > self._solid:
             return False
         return all(
-            type(keys) is Store and keys.dtype == torch.float32 and start < k.shape[2] - 1
-            for (keys, _), k in zip(cache.stores, cache.keys, strict=True)
+            type(one) is Store and one.dtype == torch.float32 and keys < one.parts[0].shape[2]
+            for one, _ in stores
         )
 
     def __call__(self, x: Tensor, cache: KVCache) -> Tensor:
@@ -117,15 +122,30 @@ class NativeStep:
         Raises:
             MemoryError: 中间结果放不下。
         """
-        assert cache.uniform is not None and x.is_contiguous()
-        vocab, width = self._shape
-        for layer, k, v in zip(self._layers, cache.keys, cache.values, strict=True):
-            layer.keys, layer.values = pointer(k), pointer(v)
-            layer.row_stride, layer.head_stride = k.stride(0), k.stride(1)
-        logits = x.new_empty(len(x), vocab)
+        assert cache.uniform is not None
+        return self.rows(x, [cache.uniform + 1] * len(x), range(len(x)), cache.stores)
+
+    def rows(
+        self,
+        x: Tensor,
+        keys: Sequence[int],
+        places: Sequence[int],
+        stores: Sequence[tuple[Store, Store]],
+    ) -> Tensor:
+        """同上，各行有自己的键数（含这一个词元），在缓存的第 places 行。
+
+        Raises:
+            MemoryError: 中间结果放不下。
+        """
+        assert x.is_contiguous() and x.dtype == torch.float32
+        for layer, (k, v) in zip(self._layers, stores, strict=True):
+            layer.keys, layer.values = pointer(k.parts[0]), pointer(v.parts[0])
+            layer.row_stride, layer.head_stride = k.parts[0].stride(0), k.parts[0].stride(1)
+        logits = x.new_empty(len(x), self._vocab)
+        many = ctypes.c_int64 * len(x)
         failed = self._call(
-            ctypes.byref(self._model), len(x), cache.uniform + 1, x.data_ptr(), logits.data_ptr(),
-            torch.get_num_threads(),
+            ctypes.byref(self._model), len(x), many(*keys), many(*places), x.data_ptr(),
+            logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for one step of {len(x)} rows")

@@ -2,7 +2,7 @@
  *
  * 各线程只在五处等齐（每层：qkv、注意力、投影、c_fc、c_proj 之后）；归一化与取整各线程都做一遍，
  * 比等齐一次便宜。每一行的运算次序与别的行、与线程数无关：成批与单独算，逐位相同。
- * R 行数、C 宽度、H 查询头数、G 键值头数、D 头宽、S 键数（含这一个词元）、V 词表。
+ * R 行数、C 宽度、H 查询头数、G 键值头数、D 头宽、S 一行的键数（含这一个词元）、V 词表。
  */
 #include "step.h"
 
@@ -15,7 +15,8 @@
 
 typedef struct {
     const Model *m;
-    int64_t rows, keys; /* R、S */
+    int64_t rows, most;          /* R，各行里最大的 S */
+    const int64_t *keys, *place; /* (R,)：各行的 S，与它在缓存的第几行 */
     float *x;           /* (R, C)：残差流，进来时是嵌入 */
     float *heads;       /* (R, (H + 2G)·D) */
     float *mixed;       /* (R, H·D) */
@@ -74,19 +75,19 @@ static void outer(Step *s, const Own *own, const Norm *norm) {
 static void attention(const Step *s, const Own *own, const Layer *layer) {
     const Model *m = s->m;
     const int64_t units = s->rows * m->kv_heads, group = m->heads / m->kv_heads;
-    const int64_t D = m->head_dim, last = s->keys - 1;
+    const int64_t D = m->head_dim;
     const int64_t from = units * own->thread / own->threads;
     const int64_t to = units * (own->thread + 1) / own->threads;
     for (int64_t u = from; u < to; u++) {
-        const int64_t r = u / m->kv_heads, g = u % m->kv_heads;
+        const int64_t r = u / m->kv_heads, g = u % m->kv_heads, last = s->keys[r] - 1;
         float *row = s->heads + r * (m->heads + 2 * m->kv_heads) * D;
-        float *k = layer->keys + r * layer->row_stride + g * layer->head_stride;
-        float *v = layer->values + r * layer->row_stride + g * layer->head_stride;
+        float *k = layer->keys + s->place[r] * layer->row_stride + g * layer->head_stride;
+        float *v = layer->values + s->place[r] * layer->row_stride + g * layer->head_stride;
         memcpy(k + last * D, row + (m->heads + g) * D, (size_t)D * sizeof(float));
         memcpy(v + last * D, row + (m->heads + m->kv_heads + g) * D, (size_t)D * sizeof(float));
         for (int64_t h = g * group; h < (g + 1) * group; h++)
             gpt2_attend(row + h * D, k, v, s->mixed + (r * m->heads + h) * D, own->scores,
-                        s->keys, D);
+                        s->keys[r], D);
     }
 }
 
@@ -119,7 +120,7 @@ static void work(Step *s, int thread, int threads) {
     Own own = {.normed = (float *)at, .thread = thread, .threads = threads};
     int64_t begin, end;
     own.scores = own.normed + s->rows * m->width;
-    own.rounded = own.scores + s->keys;
+    own.rounded = own.scores + s->most;
     for (int64_t i = 0; i < m->layers; i++) layer(s, &own, &m->layer[i]);
     product(s, &own, &m->head, inner(s, &own, &m->final), s->logits, &begin, &end);
 }
@@ -137,15 +138,17 @@ static size_t most_rounded(const Model *m, int64_t rows) {
     return most;
 }
 
-/* 残差流 x (R, C) 会被改写；缓存的第 keys - 1 槽写入这个词元。0 = 成功，1 = 没有内存。 */
-int gpt2_step(const Model *m, int64_t rows, int64_t keys, float *x, float *logits, int threads) {
+/* 残差流 x (R, C) 会被改写；各行缓存的第 keys - 1 槽写入这个词元。0 = 成功，1 = 没有内存。 */
+int gpt2_step(const Model *m, int64_t rows, const int64_t *keys, const int64_t *place, float *x,
+              float *logits, int threads) {
     const int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim;
     const int64_t shared = qkv + m->width + m->hidden;
-    Step s = {.m = m, .rows = rows, .keys = keys, .x = x, .logits = logits};
+    Step s = {.m = m, .rows = rows, .keys = keys, .place = place, .x = x, .logits = logits};
+    for (int64_t r = 0; r < rows; r++) s.most = keys[r] > s.most ? keys[r] : s.most;
 #ifndef _OPENMP
     threads = 1;
 #endif
-    s.own_bytes = (size_t)(rows * m->width + keys) * sizeof(float) + most_rounded(m, rows);
+    s.own_bytes = (size_t)(rows * m->width + s.most) * sizeof(float) + most_rounded(m, rows);
     s.own_bytes = (s.own_bytes + 63) / 64 * 64;
     s.heads = malloc((size_t)(rows * shared) * sizeof(float) + s.own_bytes * (size_t)threads);
     if (s.heads == NULL) return 1;

@@ -1,6 +1,7 @@
 """没有填充的一步：许多行的词元排成一列走一次前向，只有注意力按行分开。
 
-慢的孪生是今天左填充的前向（GPT2Model.forward 与 KVCache）。N 一步的词元数、C 宽度、V 词表。
+慢的孪生是今天左填充的前向（GPT2Model.forward 与 KVCache）。每行只有一个词元的一步，能交给原生的
+文件就整步交给它（native_step.py）。N 一步的词元数、C 宽度、V 词表。
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from app.generation.lean_step import LeanStep, why_not_lean
+from app.generation.native_step import NativeStep, why_not_native
 from app.models.transformer import GPT2Model
 from app.models.transformer.block import run_blocks
 from app.models.transformer.cache.row_cache import RowCache, RowStep, Span
 from app.models.transformer.layers.context import build_row_contexts, make_notes
+from app.models.transformer.visibility.positions import Positions
 
 # 几行合成一次注意力，短的行要补到最长；补的超过这个比例就分开算。
 _WASTE = 1.0
@@ -29,6 +32,9 @@ class FlatStep:
         self._notes = make_notes(model.config, loads=False)
         self._lean = LeanStep(model) if why_not_lean(model) is None else None
         self._checked = self._lean is None
+        native = self._lean is not None and why_not_native(model) is None
+        self._native = NativeStep(model) if native else None
+        self._native_checked = False
 
     def __call__(
         self, ids: Sequence[int], spans: Sequence[Span], keep: Sequence[int]
@@ -37,19 +43,63 @@ class FlatStep:
 
         前向中途失败，缓存的长度不变。
         """
-        cache, model = self.cache, self.model
-        step = cache.begin(spans, padded=self._worth_padding(spans))
+        cache, native = self.cache, self._native_for(spans)
+        fast: Tensor | None
         try:
-            flat = torch.tensor(ids, device=model.device)[:, None]
-            x = self._through(model.embed(flat, step.where)[:, 0], step)
-            if keep and len(keep) < len(ids):
-                x = x[torch.tensor(keep, device=x.device)]
-            logits = model.head(x) if keep else None
+            if native is None or not self._native_checked:
+                logits = self._by_operators(ids, spans, keep)
+            if native is not None:
+                fast = self._whole(native, ids, spans)
+                fast = fast[list(keep)] if keep else None
+                logits = fast if self._native_checked else self._agreed(fast, logits)
         except BaseException:
-            cache.abandon(step)
+            cache.abandon(spans)
             raise
-        cache.commit(step)
+        cache.commit(spans)
         return logits
+
+    def _native_for(self, spans: Sequence[Span]) -> NativeStep | None:
+        native, cache = self._native, self.cache
+        if native is None or any(span.count > 1 for span in spans):
+            return None
+        keys = max(cache.lengths[span.row] for span in spans) + 1
+        return native if native.takes_rows(len(spans), keys, cache.stores) else None
+
+    def _whole(self, native: NativeStep, ids: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        cache, device = self.cache, self.model.device
+        cache.reserve(spans)
+        rows = [span.row for span in spans]
+        lengths = [cache.lengths[row] for row in rows]
+        where = Positions(torch.tensor(lengths, device=device)[:, None])
+        x = self.model.embed(torch.tensor(ids, device=device)[:, None], where)[:, 0]
+        return native.rows(x.contiguous(), [n + 1 for n in lengths], rows, cache.stores)
+
+    def _agreed(self, fast: Tensor | None, wanted: Tensor | None) -> Tensor | None:
+        """头一步两条路都走（写的是同样的槽）；差得多就不再用。"""
+        assert self._native is not None
+        if fast is None or wanted is None or not bool(wanted.isfinite().all()):
+            return wanted
+        self._native_checked = True
+        off = float((fast - wanted).detach().abs().max())
+        if not off <= self._native.tolerance * float(wanted.abs().max()):
+            self._native = None
+            warnings.warn(
+                f"the native decoding step differs from the model's forward by {off:.1e}: serving "
+                "takes the operators; was a part of it changed without native_step.py?",
+                stacklevel=2,
+            )
+        return wanted
+
+    def _by_operators(
+        self, ids: Sequence[int], spans: Sequence[Span], keep: Sequence[int]
+    ) -> Tensor | None:
+        model = self.model
+        step = self.cache.begin(spans, padded=self._worth_padding(spans))
+        flat = torch.tensor(ids, device=model.device)[:, None]
+        x = self._through(model.embed(flat, step.where)[:, 0], step)
+        if keep and len(keep) < len(ids):
+            x = x[torch.tensor(keep, device=x.device)]
+        return model.head(x) if keep else None
 
     def _through(self, x: Tensor, step: RowStep) -> Tensor:
         """(N, C) -> 末尾归一化之后的 (N, C)。"""

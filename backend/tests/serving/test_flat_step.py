@@ -14,6 +14,7 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.backends import attend
 from app.models.transformer.cache.row_cache import RowCache, RowStep, Span
 from app.models.transformer.cache.store import Scatter
+from app.native.build import load_native
 from app.serving.flat_step import FlatStep
 from tests.models.helpers import VARIANTS, tiny_model, tokens
 
@@ -235,3 +236,27 @@ def test_planted_mistakes_are_seen(mutant: Any, monkeypatch: pytest.MonkeyPatch)
     assert differs(model) <= EXACT
     mutant(monkeypatch)
     assert not differs(model) <= 1e-6
+
+
+@pytest.mark.skipif(load_native().handle is None, reason=load_native().reason)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_native_step_follows_and_no_row_depends_on_its_neighbours(seed: int) -> None:
+    """各行长短不一；与逐个算子的差舍入，一行单独走与同批走逐位相同。"""
+    model = tiny_model(torch.float32, norm="pre", context_size=CONTEXT)
+    ids, steps = tokens(ROWS, CONTEXT), schedule(seed, 6)
+    native, slow = make(model), make(model)
+    slow._native = None
+    found, wanted = run(native, ids, steps), run(slow, ids, steps)
+    assert native._native is not None and native._native_checked
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).abs().max() <= 2e-6 * want.abs().max()
+    together, alone = make(model), make(model)
+    for flat in (together, alone):
+        run(flat, ids, [{row: 3 + row for row in range(ROWS)}, dict.fromkeys(range(ROWS), 1)])
+    for layer, (keys, values) in enumerate(together.cache.stores):
+        for store, other in zip((keys, values), alone.cache.stores[layer], strict=True):
+            other.parts[0].copy_(store.parts[0])
+    both = together([5] * ROWS, [Span(row, 1) for row in range(ROWS)], range(ROWS))
+    each = [alone([5], [Span(row, 1)], [0]) for row in range(ROWS)]
+    assert both is not None and all(x is not None for x in each)
+    assert torch.equal(both, torch.cat(each))

@@ -144,20 +144,32 @@ class RowCache:
                 if padded
                 else tuple(self._apart(layout, spans, touched.start))
             )
-        for span, start in zip(spans, starts, strict=True):
-            end = start + span.count
-            self._tops[span.row] = max(self._tops[span.row], end)
-            self._clean[span.row] = max(self._clean[span.row], end)
+        self._reach(spans)
         return RowStep(self, tuple(spans), Positions(where), touched, slots, sights)
 
-    def commit(self, step: RowStep) -> None:
+    def reserve(self, spans: Sequence[Span]) -> None:
+        """调用者自己把键值写进 stores，不要 RowStep：先记下写到哪里，之后同样 commit 或 abandon。
+
+        Raises:
+            ValueError: 同 begin。
+        """
+        self._check(spans)
+        self._reach(spans)
+
+    def _reach(self, spans: Sequence[Span]) -> None:
+        for span in spans:
+            end = self.lengths[span.row] + span.count
+            self._tops[span.row] = max(self._tops[span.row], end)
+            self._clean[span.row] = max(self._clean[span.row], end)
+
+    def commit(self, spans: Sequence[Span]) -> None:
         """前向完整之后才让新词元生效。"""
-        for span in step.spans:
+        for span in spans:
             self.lengths[span.row] += span.count
 
-    def abandon(self, step: RowStep) -> None:
+    def abandon(self, spans: Sequence[Span]) -> None:
         """前向中途失败：写了一半的槽里可能是任何数，用之前要清零。"""
-        for span in step.spans:
+        for span in spans:
             self._clean[span.row] = min(self._clean[span.row], self.lengths[span.row])
 
     def truncate(self, row: int, length: int) -> None:

@@ -25,6 +25,7 @@ from app.training.config import TrainConfig
 from app.training.engine import AllReduced, Replicated
 from app.training.machine.runtime import Runtime
 from app.training.step import IGNORE, Sums, accumulate, gradient_norm
+from app.training.whole_model import WholeModel
 
 from ..training.conftest import Make, rows, same_weights
 from .ranks import run_ranks
@@ -65,7 +66,8 @@ def _mine(shape: dict[str, Any], micro: int, exact: bool) -> tuple[dict[str, Ten
     model = model_of(shape)
     config = TrainConfig(model=model.config, batch_size=B, micro_batch=micro)
     kind = Replicated if exact else AllReduced
-    engine = kind(model, config, CPU, build_mesh(config.parallel, "cpu"))
+    mesh = build_mesh(config.parallel, "cpu")
+    engine = kind(model, config, CPU, mesh, WholeModel.of(model))
     inputs, targets = batch()
     sums = engine.gradients(inputs[engine.rows], targets[engine.rows], 0)
     found = [sums.loss, engine.norm(), sums.aux_loss, sums.load, sums.dropped]

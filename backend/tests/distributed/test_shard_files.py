@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from app.distributed.comm import Ranks
-from app.distributed.sharding.shard import shard_model
+from app.distributed.sharding.shard import settle, shard_model
 from app.distributed.sharding.start import empty_model, initialize_shards
 from app.distributed.storage.files import Stream
+from app.distributed.storage.pieces import Part, part_of
 from app.models.transformer import GPT2Model
 from app.training.config import OptimConfig
 from app.training.optim.build import build_optimizer
@@ -30,6 +32,10 @@ def go_on(folder: Path, source: Path | None, first_step: int, steps: int) -> Non
     """几个 rank：从 source（没有就从头）训几步，存到 folder。"""
     ranks = Ranks.world()
     mesh = init_device_mesh("cpu", (ranks.size,))
+
+    def place(_: str, mine: Tensor) -> Part:
+        return part_of(mine, first=ranks.rank == 0)
+
     for name, optim in OPTIMS.items():
         torch.manual_seed(3)
         model = empty_model(CONFIG).train()
@@ -37,12 +43,14 @@ def go_on(folder: Path, source: Path | None, first_step: int, steps: int) -> Non
         initialize_shards(model, CONFIG, torch.device("cpu"))
         optimizer, _ = build_optimizer(model, optim)
         if source is not None:
-            read_shards(source / name, model, optimizer)
+            shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+            read_shards(source / name, model, optimizer, place, shapes)
         for step in range(first_step, first_step + steps):
             step_shards(model, optimizer, optim, step, ranks)
         with torch.no_grad():
             model(batch(0)[0])  # 只前向之后，根的那一组还聚齐着
-        stream = Stream(tables(model, optimizer, first=ranks.rank == 0, copies=True), ranks)
+        settle([model])
+        stream = Stream(tables(model, optimizer, place), ranks)
         (folder / name).mkdir(parents=True, exist_ok=True)
 
         def fill(stream: Stream = stream, to: Path = folder / name) -> list[str]:

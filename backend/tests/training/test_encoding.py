@@ -36,7 +36,14 @@ def config(make: Make, tmp_path: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        "cp1252",
+        "ascii",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp437", "latin-1")),
+    ],
+)
 def test_no_encoding_ends_a_run(config: TrainConfig, tmp_path: Path, encoding: str) -> None:
     code = (
         "import json, sys\n"

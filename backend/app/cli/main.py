@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else "run `gpt2 --help` for the list"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
-    command = cast(Command, import_module(f"app.cli.{_MODULES.get(name, name)}"))
+    command = cast(Command, import_module(f"app.cli.commands.{_MODULES.get(name, name)}"))
     try:
         code = command.run(_parse(name, command, rest)) or 0
         # 盘满时缓冲里的输出到退出才报错，那时已经说过成功了。

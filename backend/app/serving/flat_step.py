@@ -80,7 +80,8 @@ class FlatStep:
         if fast is None or wanted is None or not bool(wanted.isfinite().all()):
             return wanted
         self._native_checked = True
-        off = float((fast - wanted).detach().abs().max())
+        fast, wanted = fast.detach(), wanted.detach()
+        off = float((fast - wanted).abs().max())
         if not off <= self._native.tolerance * float(wanted.abs().max()):
             self._native = None
             warnings.warn(

@@ -56,7 +56,10 @@ class Plain:
         whole: 切开之前的整个模型。
     """
 
-    summing: str = "plain"
+    @property
+    def summing(self) -> str:
+        return "plain"
+
     why_not_compile: str | None = None
 
     def __init__(
@@ -115,9 +118,10 @@ class Plain:
         """rank 0 写，它的错误各 rank 都得到。"""
         self.mesh.world.first(write)
 
-    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        """权重与优化器的文件。"""
+    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+        """权重与优化器的文件；返回边写边算好了的 {文件: sha256}。"""
         write_tensors(folder, self.model, optimizer)
+        return {}
 
     def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """各 rank 自己读。"""
@@ -144,7 +148,9 @@ class Plain:
 class Replicated(Plain):
     """几份副本，在固定的树上相加：W = 1、2、4 给出同样的位。"""
 
-    summing = "tree"
+    @property
+    def summing(self) -> str:
+        return "tree"
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         tree, each = TreeSum(), self._leaves_together() * self.config.rows_at_once
@@ -205,7 +211,9 @@ class Replicated(Plain):
 class AllReduced(Replicated):
     """同上，但各 rank 依次相加、再由后端 all_reduce：快，位随 rank 数而变。"""
 
-    summing = "all_reduce"
+    @property
+    def summing(self) -> str:
+        return "all_reduce"
 
     def _leaves_together(self) -> int:
         return self.config.passes // self.mesh.data.size

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.distributed.mesh import Mesh
 from app.distributed.replicate import (
     TreeSum,
     plain_sum,
@@ -23,33 +22,23 @@ from app.distributed.sharding.rows import local
 from app.distributed.sharding.shard import gathers_now, my_groups, settle
 from app.distributed.storage.files import Stream
 from app.distributed.storage.pieces import Part, part_of
-from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import CONFIG_FILE
 
-from .config import TrainConfig
 from .engine import Replicated
-from .machine.runtime import Runtime
 from .saving.shards import read_shards, read_weights, tables
 from .step import Sums, backward
 from .watch.gradient_norms import norms_of_rows
-from .whole_model import WholeModel
 
 
 class Streamed(Replicated):
     """没有哪个 rank 放下整个模型：检查点流过 rank 0，读时各取所需。"""
 
-    def __init__(
-        self,
-        model: GPT2Model,
-        config: TrainConfig,
-        runtime: Runtime,
-        mesh: Mesh,
-        whole: WholeModel,
-    ) -> None:
-        super().__init__(model, config, runtime, mesh, whole)
-        # 只前向（验证）之后各组的根还是聚齐的，见 settle。
-        self.roots: list[nn.Module] = [model]
-        self._stream: Stream | None = None
+    _stream: Stream | None = None
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """FSDP2 的各组的根；只前向（验证）之后它们还是聚齐的，见 settle。"""
+        return [self.model]
 
     def place(self, name: str, mine: Tensor) -> Part:
         """手里的 name 在整个张量的哪里。"""
@@ -77,11 +66,11 @@ class Streamed(Replicated):
 
         self.mesh.world.first(write_and_close, stream.serve)
 
-    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
-        assert self._stream is not None
-        for file in self._stream.files:
-            self._stream.write(file, folder / file)
+    def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+        stream = self._stream
+        assert stream is not None
         (folder / CONFIG_FILE).write_text(self.model.config.to_json(), encoding="utf-8")
+        return {file: stream.write(file, folder / file) for file in stream.files}
 
     def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         settle(self.roots)
@@ -100,16 +89,9 @@ class Streamed(Replicated):
 class Sharded(Streamed):
     """每份副本切在 mesh.shard 上；副本之间每步加一次（HSDP）。"""
 
-    def __init__(
-        self,
-        model: GPT2Model,
-        config: TrainConfig,
-        runtime: Runtime,
-        mesh: Mesh,
-        whole: WholeModel,
-    ) -> None:
-        super().__init__(model, config, runtime, mesh, whole)
-        self.summing = "tree" if config.parallel.exact else "all_reduce"
+    @property
+    def summing(self) -> str:
+        return "tree" if self.config.parallel.exact else "all_reduce"
 
     @property
     def rows(self) -> np.ndarray:

@@ -35,7 +35,6 @@ from .whole_model import WholeModel
 class SplitModel(Streamed):
     """mesh 里除副本与分片之外，至少有一条轴不止一个 rank。"""
 
-    summing = "all_reduce"
     why_not_compile = "blocks of a split model talk to other ranks"
 
     def __init__(
@@ -48,10 +47,18 @@ class SplitModel(Streamed):
         split: Split,
     ) -> None:
         super().__init__(model, config, runtime, mesh, whole)
-        self.split, self.roots = split, split.roots
+        self.split = split
         self._ways = list(split.ways)
         if not mesh.shard.alone:
             self._ways.append(_Rows(model, mesh.shard))
+
+    @property
+    def summing(self) -> str:
+        return "all_reduce"
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        return self.split.roots
 
     @property
     def readers(self) -> Ranks:

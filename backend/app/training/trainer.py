@@ -299,7 +299,7 @@ class Trainer:
             return False
         return True
 
-    def _fill(self, folder: Path) -> None:
+    def _fill(self, folder: Path) -> dict[str, str]:
         facts = {
             "step": self.step,
             "tokens": self.tokens,
@@ -314,9 +314,10 @@ class Trainer:
             "summing": self.engine.summing,
             "ranks": self.world.size,
         }
-        self.engine.write(folder, self.optimizer)
+        known = self.engine.write(folder, self.optimizer)
         write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
+        return known
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:
         """接上计数；own 说明检查点就在本训练的文件夹里。"""

@@ -326,7 +326,7 @@ def test_progress_lines_and_the_bar(monkeypatch, capsys):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys, app.cli.eval\n"
+        "import sys, app.cli.commands.eval\n"
         "assert not {'torch', 'numpy', 'tokenizers', 'rich'} & set(sys.modules)\n"
         "from app.cli.main import main\n"
         "try: main(['eval', '--help'])\n"

@@ -74,7 +74,7 @@ def test_one_prompt_streams_prompt_and_text(folder, capsys):
 
 def test_text_is_written_piece_by_piece(folder, capsys, monkeypatch):
     pieces = []
-    monkeypatch.setattr("app.cli.generate._write", pieces.append)
+    monkeypatch.setattr("app.cli.commands.generate._write", pieces.append)
     gpt2(capsys, folder, "--prompt", "JO", "--max-new-tokens", "6", "--seed", "2")
     text = expected(folder, "JO", 2, max_new_tokens=6).text
     assert pieces == ["JO" + text[0], *text[1:], "\n"]
@@ -296,7 +296,7 @@ def test_a_reader_that_leaves_is_no_error(folder, capsys, monkeypatch):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys, app.cli.generate\n"
+        "import sys, app.cli.commands.generate\n"
         "assert not {'torch', 'numpy', 'tokenizers', 'rich'} & set(sys.modules)\n"
         "from app.cli.main import main\n"
         "try: main(['generate', '--help'])\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.cli import train, verify
+from app.cli.commands import train, verify
 from app.cli.main import main
 from app.models.transformer.config import GPT2Config
 from app.training.config import TrainConfig

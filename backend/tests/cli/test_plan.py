@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.cli.commands.plan import layer_names, parse
 from app.cli.main import main
-from app.cli.plan import layer_names, parse
 from app.cli.shared.estimates import flop, seconds
 from app.common.units import size
 from app.models.transformer import GPT2Config, GPT2Model, KVCache

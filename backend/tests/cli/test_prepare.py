@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.cli.commands.prepare import _unescaped
 from app.cli.main import main
-from app.cli.prepare import _unescaped
 from app.data.shards import TokenDataset
 from app.data.tokenizers import load_tokenizer
 from app.training.saving.checkpoint import write_checkpoint

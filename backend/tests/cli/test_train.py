@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from app.cli import train as command
+from app.cli.commands import train as command
 from app.cli.shared import runfile
 from app.cli.shared.runfile import find_run_file, load_config
 from app.data.prepare import TokenizerSpec, prepare

@@ -26,6 +26,9 @@ COSTS = Costs(((1, 0.001), (2, 0.002)))
 CHEAP = Costs(((1, 1.0), (16, 1.01)))
 BYTES = ByteTokenizer()
 
+KEYS = ("a-key-of-sixteen-chars", "another-key-of-sixteen")
+LONG = {"prompt": "x", "max_tokens": 120, "ignore_eos": True}
+
 
 class Clock:
     def __init__(self) -> None:

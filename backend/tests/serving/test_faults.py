@@ -5,17 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -27,11 +22,8 @@ from app.serving.api.hub import Timeouts
 from app.serving.engine import Limits
 from app.serving.flat_step import FlatStep
 from tests.serving.conftest import Running, serving, tiny
+from tests.serving.helpers import KEYS, LONG
 from tests.serving.test_http import PATH, check_error, complete
-
-BACKEND = Path(__file__).parents[2]
-KEYS = ("a-key-of-sixteen-chars", "another-key-of-sixteen")
-LONG = {"prompt": "x", "max_tokens": 120, "ignore_eos": True}
 
 
 def slow(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
@@ -321,166 +313,3 @@ def test_draining(running_ones: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for thread in threads:
             thread.join()
         assert all(text.endswith("data: [DONE]\n\n") for text in found)
-
-
-def test_the_command_serves_and_leaves_in_order(model_folder: Path, tmp_path: Path) -> None:
-    """整个命令：钥匙、curl 能问、SIGTERM 之后写完手上的，退出码 0。"""
-    keys = tmp_path / "keys"
-    keys.write_text(KEYS[0] + "\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "serve", str(model_folder), "--port", str(port),
-         "--api-key-file", str(keys), "--kv-memory", "64MiB", "--rows", "2"],
-        cwd=BACKEND, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        url, headers = f"http://127.0.0.1:{port}", {"authorization": f"Bearer {KEYS[0]}"}
-        with httpx.Client(base_url=url, headers=headers, trust_env=False, timeout=30) as client:
-            until = time.monotonic() + 60
-            while True:
-                try:
-                    if client.get("/health/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    assert time.monotonic() < until and process.poll() is None
-                    time.sleep(0.1)
-            assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
-            with client.stream("POST", PATH, json={**LONG, "stream": True}) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                process.send_signal(signal.SIGTERM)
-                assert list(lines)[-2:][0] == "data: [DONE]"
-        assert process.wait(20) == 0
-        assert process.stderr is not None
-        said = process.stderr.read()
-        assert "idle threads: passive" in said and "2 rows of 128 tokens" in said
-        assert "Traceback" not in said
-    finally:
-        process.kill()
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--host", "0.0.0.0"], "give --api-key-file"),
-        (["--speculate", "magic"], "must be 'off' or 'ngram'"),
-        (["--speculate", "ngram", "--draft", "x"], "give one of them"),
-        (["--kv-memory", "many"], "KiB, MiB or GiB"),
-        (["--kv-memory", "1KiB"], "a row of context_size=128 takes"),
-        (["--rows", "65", "--kv-memory", "1GiB"], "at most 64 fit"),
-        (["--port", "70000"], "between 0 and 65535"),
-    ],
-)
-def test_wrong_options_are_refused(
-    words: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from app.cli.main import main
-
-    assert main(["serve", str(model_folder), *words]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_weak_keys_and_equal_names_are_refused(tmp_path: Path) -> None:
-    from app.cli.serve import read_keys, serving_names
-
-    for text in ("", "short\n", "has a space in the key\n", "schl\u00fcssel-schl\u00fcssel\n"):
-        (tmp_path / "keys").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="key"):
-            read_keys(tmp_path / "keys")
-    with pytest.raises(ValueError, match="two models would be called 'mine'"):
-        serving_names(("a/mine", "b/mine"))
-
-
-@pytest.mark.slow
-def test_two_thousand_mixed_requests() -> None:
-    """D16：五分之一半路走开；没有卡住的行，词元不多不少，内存不长。"""
-    import psutil
-
-    with serving([tiny(rows=8, limits=Limits(queue=200), guess="ngram")]) as running:
-        counts, process = running.served["tiny"].engine.counts, psutil.Process()
-        got = [0]
-
-        async def wave(count: int, seed: int) -> None:
-            rng = random.Random(seed)
-            limits = httpx.Limits(max_connections=24)
-            async with httpx.AsyncClient(
-                base_url=running.url, trust_env=False, timeout=60, limits=limits
-            ) as client:
-
-                async def one(i: int) -> None:
-                    body: dict[str, Any] = {
-                        "prompt": f"{rng.choice('abc')} number {i % 40}",
-                        "n": rng.choice([1, 1, 2]), "max_tokens": rng.randint(1, 30), "seed": i,
-                        "stream": rng.random() < 0.5, "echo": rng.random() < 0.1,
-                    }  # fmt: skip
-                    if rng.random() < 0.1:
-                        body["logprobs"] = 2
-                    wait = rng.uniform(0.0, 0.2) if rng.random() < 0.2 else 60.0
-                    try:
-                        await asyncio.wait_for(client.post(PATH, json=body), wait)
-                    except TimeoutError:
-                        return
-                    got[0] += 1
-
-                await asyncio.gather(*(one(i) for i in range(count)))
-
-        asyncio.run(wave(400, 0))
-        running.idle()
-        before = process.memory_info().rss
-        for part in range(4):
-            asyncio.run(wave(400, part + 1))
-            running.idle()
-        assert process.memory_info().rss - before < 30 * 2**20
-        assert got[0] > 1500 and counts.made > 0
-        assert complete(running, prompt="a", max_tokens=3)["choices"]
-
-
-@pytest.mark.slow
-def test_schemathesis_finds_nothing(tiny_server: Running) -> None:
-    """D1：按 OpenAPI 造出的请求，没有 5xx，错误都是同一种形状。"""
-    schemathesis = pytest.importorskip("schemathesis")
-    from hypothesis import HealthCheck, given, settings
-
-    schema = schemathesis.openapi.from_dict(tiny_server.service.api.openapi())
-    seen = 0
-    for operation in schema.get_all_operations():
-        made = operation.ok()
-
-        @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(case=made.as_strategy())
-        def attack(case: Any) -> None:
-            nonlocal seen
-            response = case.call(base_url=tiny_server.url, timeout=30)
-            seen += 1
-            assert response.status_code < 500, (case.body, response.content)
-            if response.status_code >= 400:
-                assert set(json.loads(response.content)["error"]) == {
-                    "message", "type", "param", "code",
-                }  # fmt: skip
-
-        attack()
-    assert seen > 150
-    tiny_server.idle()
-
-
-def test_nothing_here_is_global() -> None:
-    """B7：没有全局的随机源，没有全局的停止标志。"""
-    for path in (BACKEND / "app" / "serving").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert "torch.manual_seed" not in text and "\nglobal " not in text, path
-
-
-def test_a_draft_model_of_other_tokens_is_refused(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from app.cli.main import main
-    from app.data.tokenizers import CharTokenizer
-    from tests.serving.helpers import byte_model
-
-    byte_model(context_size=128, n_layer=1).save_pretrained(tmp_path / "other")
-    CharTokenizer("abc").save(tmp_path / "other")
-    assert main(["serve", str(model_folder), "--draft", str(tmp_path / "other")]) == 2
-    assert "has another tokenizer than" in capsys.readouterr().err

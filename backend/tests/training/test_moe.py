@@ -280,7 +280,7 @@ def test_muon_treats_each_expert_alone() -> None:
 
 
 def test_run_file_and_flags_reach_the_nested_settings(tmp_path: Path) -> None:
-    from app.cli.train import parse
+    from app.cli.commands.train import parse
 
     path = tmp_path / "run.yaml"
     path.write_text(

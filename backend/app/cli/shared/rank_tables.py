@@ -40,6 +40,8 @@ def show_ranks(config: TrainConfig, world: int, bandwidth: float | None) -> None
     )
     print("memory of a rank, as torch counts its tensors; the process itself comes on top")
     print_table(_memory(found))
+    if not config.parallel.exact:
+        print("note: with parallel.exact=false only the traffic was checked against real ranks")
     print("traffic of a rank in a step")
     print_table(_traffic(found, bandwidth))
 

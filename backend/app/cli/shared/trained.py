@@ -12,6 +12,7 @@ from typing_extensions import Doc
 
 from app.common.files import write_folder
 from app.common.tell import to_stderr
+from app.common.waiting import Waiting
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 TrainedName = Annotated[
     tyro.conf.Positional[str],
     Doc("run folder (newest checkpoint), RUN/best, a checkpoint or a saved model"),
+]
+IdleThreads = Annotated[
+    Waiting, Doc("idle threads: passive sleeps, active spins; auto chooses and says why")
 ]
 Device = Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda, cuda:1")]
 

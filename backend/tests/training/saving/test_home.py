@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.cli import train as command
+from app.cli.commands import train as command
 from app.cli.shared.runfile import load_config
 from app.cli.shared.trained import own_data
 from app.training.config import DataConfig

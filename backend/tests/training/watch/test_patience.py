@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.cli import train as command
+from app.cli.commands import train as command
 from app.training import trainer as trainer_module
 from app.training.config import DataConfig
 from app.training.saving.checkpoint import resolve_checkpoint, step_folder

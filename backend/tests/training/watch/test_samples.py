@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import train as command
+from app.cli.commands import train as command
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Sources
 from app.training.config import DataConfig, TrainConfig

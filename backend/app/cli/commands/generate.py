@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import Device, Trained, TrainedName, load_trained
+from app.cli.shared.trained import Device, IdleThreads, Trained, TrainedName, load_trained
 from app.common.escapes import unescape
 from app.common.tell import to_stderr
-from app.common.waiting import Waiting, settle_waiting
+from app.common.waiting import settle_waiting
 from app.generation.config import Options, SamplingConfig
 from app.generation.overflow import Overflow, usable
 from app.models.transformer.cache.kv_dtype import KVDtype
@@ -89,9 +89,7 @@ class Args:
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
     ] = None
-    waiting: Annotated[
-        Waiting, Doc("idle threads: passive sleeps, active spins; auto chooses and says why")
-    ] = "auto"
+    waiting: IdleThreads = "auto"
     device: Device = "auto"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.trained import Device
+from app.cli.shared.trained import Device, IdleThreads
 from app.common.tell import to_stderr
 from app.common.units import size
-from app.common.waiting import Waiting, settle_waiting
+from app.common.waiting import settle_waiting
 from app.models.transformer.cache.kv_dtype import KVDtype
 
 if TYPE_CHECKING:
@@ -74,9 +75,7 @@ class Args:
     chat_template: Annotated[
         Path | None, Doc("Jinja file for /v1/chat/completions; None = the model's own, if any")
     ] = None
-    waiting: Annotated[
-        Waiting, Doc("idle threads: passive sleeps, active spins; auto chooses and says why")
-    ] = "auto"
+    waiting: IdleThreads = "auto"
     device: Device = "auto"
 
 
@@ -96,14 +95,33 @@ def run(args: Args) -> int:
             f"gpt2 serve needs fastapi and uvicorn ({error}): pip install 'gpt2-workbench[serve]'"
         ) from None
     keys = () if args.api_key_file is None else read_keys(args.api_key_file)
-    served = _load(args)
-    address = Address(
-        args.host, args.port, args.allow_host, keys, Timeouts(whole=args.timeout)
-    )  # fmt: skip
-    server = Service(served, address).server()
-    to_stderr(f"serving on http://{args.host}:{args.port} ({len(keys) or 'no'} API keys)")
-    server.run()
+    # 先占住端口：占不到的话，不必等大模型装完才知道。
+    with _bound(args.host, args.port) as door:
+        served, port = _load(args), door.getsockname()[1]
+        address = Address(args.host, port, args.allow_host, keys, Timeouts(whole=args.timeout))
+        server = Service(served, address).server()
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        to_stderr(f"serving on http://{host}:{port} ({len(keys) or 'no'} API keys)")
+        server.run([door])
     return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """
+    Raises:
+        OSError: 端口有人在用，或没有这个地址。
+    """
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+    except OSError as error:
+        door.close()
+        raise OSError(
+            f"cannot listen on host={host} port={port}: {error.strerror or error}; use another "
+            "--port (0 = any free one) or --host"
+        ) from None
+    return door
 
 
 def _check(args: Args) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from app.distributed.comm import Ranks
 from app.distributed.config import ParallelConfig
-from app.distributed.ways.context import Halo, choose_way, split_context
+from app.distributed.ways.context import Halo, choose_way, span, split_context
 from app.distributed.ways.split import Split
 from app.models.transformer.settings.moe_config import MoEConfig
 from app.models.transformer.visibility.pattern_text import parse
+from app.models.transformer.visibility.positions import Positions
 
 from .exact import (
     ROWS,
@@ -213,3 +214,10 @@ def test_what_cannot_be_exact_is_refused() -> None:
     split_context(model, two)
     with pytest.raises(ValueError, match="features and caches need whole sequences"):
         model.features(make_batch().x)
+
+
+def test_a_span_keeps_its_place() -> None:
+    """start 是静态事实：与 pos 不符，选后端的人就被骗了。"""
+    whole = Positions.plain(2, 10, torch.device("cpu"))
+    mine = span(whole, 4, 7)
+    assert mine.pos.tolist() == [[6, 7, 8]] and mine.start == 6 and mine.dense

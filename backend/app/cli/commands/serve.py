@@ -102,6 +102,7 @@ def run(args: Args) -> int:
         server = Service(served, address).server()
         host = f"[{args.host}]" if ":" in args.host else args.host
         to_stderr(f"serving on http://{host}:{port} ({len(keys) or 'no'} API keys)")
+        to_stderr(f"look inside in a browser: http://{host}:{port}/")
         server.run([door])
     return 0
 

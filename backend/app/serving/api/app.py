@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from app.serving.api.assets import Assets
 from app.serving.api.connection import Deadlined, Draining
 from app.serving.api.errors import ApiError
 from app.serving.api.gate import Gate
@@ -53,7 +54,9 @@ class Service:
             title="gpt2-workbench", openapi_url=None, docs_url=None, redoc_url=None,
             lifespan=self._lifespan,
         )  # fmt: skip
-        self.api.include_router(Routes(served, self.hub, metrics).router())
+        page = Assets()
+        self.api.include_router(Routes(served, self.hub, metrics, page.version).router())
+        self.api.include_router(page.router())
         self.api.add_exception_handler(ApiError, _refused)
         self.api.add_exception_handler(HTTPException, _refused)
         self.api.add_exception_handler(Exception, _broken)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,15 @@ MAX_ROWS, DEFAULT_ROWS = 64, 8
 
 @dataclass(frozen=True)
 class Served:
+    """run: 它所在的训练文件夹；不在哪次训练里是 None。"""
+
     name: str
     engine: Engine
     tokenizer: Tokenizer
     fingerprint: str
     template: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    run: Path | None = None
 
     @property
     def context(self) -> int:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.serving.api.errors import ApiError, wrong
 
 MAX_PROMPTS, MAX_CHARS, MAX_STOPS, MAX_BIAS = 64, 64 * 1024, 16, 1024
+MAX_LAYERS = 4096
 _DEPTH = 32
 # 这里没有的字段 -> 与没有给相同的值。
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -101,6 +102,23 @@ class TokenizeBody(_Body):
 class DetokenizeBody(_Body):
     tokens: list[int] = Field(max_length=MAX_CHARS)
     with_pieces: bool | None = None
+
+
+class InspectBody(_Body):
+    prompt: str | list[int]
+    top: int | None = Field(None, ge=0, le=20)
+    attention: list[int] | None = Field(None, max_length=4)
+    patterns: list[int] | None = Field(None, max_length=MAX_LAYERS)
+    lens: bool | None = None
+    norms: bool | None = None
+    routing: bool | None = None
+    next_logits: bool | None = None
+    heads: bool | None = None
+
+
+class HistoryBody(_Body):
+    prompt: str | list[int]
+    steps: list[int] | None = Field(None, min_length=1, max_length=50)
 
 
 T = TypeVar("T", bound=BaseModel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from app.serving.api.fields import (
     ChatBody,
     CompletionBody,
     Sampling,
+    not_found,
 )  # fmt: skip
 from app.serving.request import Ask
 from app.serving.served import Served
@@ -47,13 +48,28 @@ class Job:
     details: int | None = None
 
 
+def pick(served: Mapping[str, Served], name: str | None) -> Served:
+    """点名的模型；只有一个时可以不点。
+
+    Raises:
+        ApiError: 没有点名而有几个，或没有这一个。
+    """
+    if name is None:
+        if len(served) > 1:
+            raise wrong("model", "several models are served: name one, see GET /v1/models")
+        return next(iter(served.values()))
+    if name not in served:
+        raise not_found("model")
+    return served[name]
+
+
 def completion_job(body: CompletionBody, served: Served, space: str) -> Job:
     """
     Raises:
         ApiError: 400，点名字段与边界。
     """
     most = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts = [_prompt(given, served) for given in _split(body.prompt)]
+    prompts = [read_prompt(given, served) for given in _split(body.prompt)]
     if body.truncate_prompt_tokens is not None:
         keep = body.truncate_prompt_tokens
         decode = served.tokenizer.decode
@@ -121,7 +137,11 @@ def _split(prompt: Any) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _prompt(given: str | list[int], served: Served) -> Prompt:
+def read_prompt(given: str | list[int], served: Served) -> Prompt:
+    """
+    Raises:
+        ApiError: 400，太长，编不出，或有词表外的号。
+    """
     tokenizer = served.tokenizer
     if isinstance(given, str):
         if len(given) > MAX_CHARS:

@@ -3,14 +3,17 @@
 import { ApiProblem, json, setKey } from "./api.js";
 import { byId, el, rove, say, settle, translate } from "./dom.js";
 import { focusOn, get, on, set } from "./store.js";
+import { attention } from "./views/attention.js";
 import { branches } from "./views/branches.js";
 import { engine } from "./views/engine.js";
+import { lens } from "./views/lens.js";
 import { notebook } from "./views/notebook.js";
 import { sampling } from "./views/sampling.js";
 import { tokenizer } from "./views/tokenizer.js";
+import { training } from "./views/training.js";
 import { explained, go, stepBack, stepForward, stop } from "./write.js";
 
-const VIEWS = { branches, sampling, tokenizer, engine };
+const VIEWS = { branches, sampling, tokenizer, attention, lens, training, engine };
 
 /** 问一遍有什么；钥匙不对就请人给，服务器换了页面的版本就请人重新载入。 */
 async function load() {

@@ -1,16 +1,16 @@
 // 采样：下一个词元的分布，与每个旋钮切掉了什么。logits 来自服务器一次，其余在这里算（filters.js）。
 
-import { ApiProblem, json, unpack } from "../api.js";
+import { unpack } from "../api.js";
 import { bar, byId, el, opening, percent, rove, say, settle, visible } from "../dom.js";
 import { entropy, ranked, softmax, stages } from "../filters.js";
+import { limit, looking } from "../looking.js";
 import { branch, get, on, set, USUAL } from "../store.js";
-import { explained, pieces } from "../write.js";
+import { pieces } from "../write.js";
 
 /** @typedef {import("../store.js").Sampling} Sampling */
 /** @typedef {import("../filters.js").Numbers} Numbers */
 
 const SHOWN = 16;
-const MOST = 256;
 /** 滑块：名字、最小、最大、一步。 @type {[Exclude<keyof Sampling, "logit_bias" | "seed" | "max_tokens">, number, number, number][]} */
 const KNOBS = [
   ["temperature", 0, 2, 0.05], ["top_k", 0, 200, 1], ["top_p", 0, 1, 0.01], ["min_p", 0, 1, 0.01],
@@ -29,36 +29,17 @@ export function sampling() {
     el("div", { class: "scroll" }, steps), el("p", { class: "fine", say: "next.key" }), list);
   rove(list, ".one", () => 1);
 
-  /** @type {{key: string, logits: ArrayLike<number>} | null} */
-  let held = null;
-  let control = new AbortController();
-
-  async function ask() {
-    const { view, model, writing } = get();
-    if (view !== "sampling" || !model || writing) return;
-    const { ids } = place();
-    const refused = !ids.length ? "next.empty" : ids.length > MOST ? "next.long" : "";
-    if (refused || branch().draft !== null) {
-      empty(say(refused || "next.editing", { n: ids.length, most: MOST }));
-      return;
-    }
-    const key = `${model} ${ids.join(" ")}`;
-    if (held?.key === key) {
-      await draw(held.logits);
-      return;
-    }
-    control.abort();
-    control = new AbortController();
-    try {
-      const body = { model, prompt: ids, next_logits: true };
-      const found = await json("/v1/inspect", body, control.signal);
-      held = { key, logits: unpack(found.next_logits).data };
-      await draw(held.logits);
-    } catch (error) {
-      if (error instanceof ApiProblem) empty(explained(error, () => {}).message);
-      else if (!(error instanceof DOMException)) throw error;
-    }
-  }
+  looking("sampling", ["book", "focus", "sampling"], {
+    body: () => {
+      const { ids } = place();
+      const most = limit("tokens");
+      if (!ids.length) return say("next.empty");
+      if (ids.length > most) return say("next.long", { n: ids.length, most });
+      return { prompt: ids, next_logits: true, top: 0 };
+    },
+    draw: (found) => void draw(unpack(found.next_logits).data),
+    empty,
+  });
 
   /** @param {string} message */
   function empty(message) {
@@ -100,7 +81,6 @@ export function sampling() {
     if (items[0]) settle(list, ".one", items[0]);
   }
 
-  on(["view", "book", "focus", "sampling", "writing", "model", "lang"], () => void ask());
 }
 
 /** 在问哪一个位置：焦点上的词元，或还没有写的那一个。 */

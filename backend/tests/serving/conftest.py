@@ -52,8 +52,10 @@ class Running:
 
 
 @contextmanager
-def serving(models: list[Served], address: Address | None = None) -> Iterator[Running]:
-    service = Service(models, replace(address or Address(), port=0))
+def serving(
+    models: list[Served], address: Address | None = None, port: int = 0
+) -> Iterator[Running]:
+    service = Service(models, replace(address or Address(), port=port))
     server = service.server()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -69,10 +71,10 @@ def serving(models: list[Served], address: Address | None = None) -> Iterator[Ru
         thread.join(timeout=10)
 
 
-def tiny(name: str = "tiny", **options: Any) -> Served:
+def tiny(name: str = "tiny", context: int = 128, **options: Any) -> Served:
     torch.manual_seed(7)
     changes = options.pop("changes", {})
-    model = byte_model(context_size=128, **changes)
+    model = byte_model(context_size=context, **changes)
     return serve_model(name, model, BYTES, **{"rows": 4, "limits": Limits(), **options})
 
 

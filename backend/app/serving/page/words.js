@@ -90,8 +90,8 @@ export const WORDS = {
     "The whole next distribution, and what each knob cuts from it, computed here in the browser from the model's logits. The knobs are the ones that Continue uses.",
     "下一个词元的整个分布，与每个旋钮切掉的，都在浏览器里从模型的 logits 算出。“接着写”用的就是这些旋钮。"],
   "sampling.how": [
-    "The steps run in the order of the table. Bias adds to a logit; the penalties lower tokens that were written (repetition: also those of the prompt); temperature divides the logits: below 1 sharpens, above 1 flattens; top-k keeps the k likeliest; top-p the fewest whose probabilities reach p; min-p those with at least p times the probability of the likeliest. Mass is the share of the model's own probability that is left; entropy is in nats. Presence and frequency count only what one Continue writes, as in the API.",
-    "各步按表里的次序走。偏置加在 logit 上；惩罚压低写过的词元（重复惩罚连提示的也算）；温度除 logits：小于 1 更尖，大于 1 更平；top-k 留下最可能的 k 个；top-p 留下概率和达到 p 的最少几个；min-p 留下概率至少是最大者 p 倍的。质量是模型自己的概率还剩多少；熵以 nat 计。出现与频率惩罚只数一次“接着写”写的，与 API 相同。"],
+    "The steps run in the order of the table. Bias adds to a logit; the penalties lower tokens that were written (repetition: also those of the prompt); temperature divides the logits: below 1 sharpens, above 1 flattens; top-k keeps the k likeliest; top-p the fewest whose probabilities reach p; min-p those with at least p times the probability of the likeliest. Mass is the share of the model's own probability that is left; entropy is in nats; steps that change nothing are left out. Presence and frequency count only what one Continue writes, as in the API.",
+    "各步按表里的次序走。偏置加在 logit 上；惩罚压低写过的词元（重复惩罚连提示的也算）；温度除 logits：小于 1 更尖，大于 1 更平；top-k 留下最可能的 k 个；top-p 留下概率和达到 p 的最少几个；min-p 留下概率至少是最大者 p 倍的。质量是模型自己的概率还剩多少；熵以 nat 计；什么也没有改变的步不画。出现与频率惩罚只数一次“接着写”写的，与 API 相同。"],
   "knobs": ["Sampling knobs", "采样的旋钮"],
   "knob.temperature": ["temperature", "温度"], "knob.top_k": ["top-k", "top-k"],
   "knob.top_p": ["top-p", "top-p"], "knob.min_p": ["min-p", "min-p"],

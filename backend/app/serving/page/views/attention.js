@@ -22,7 +22,7 @@ export function attention() {
   const cell = el("p", { id: "cell", class: "reading", "aria-live": "polite" });
   const list = el("ol", { id: "looked", class: "likely", label: "attention.list", role: "list" });
   const score = el("button", { id: "score", type: "button", say: "attention.score", onclick: () => void scored() });
-  const body = el("div", {}, layers, el("div", { class: "row" }, score), heads,
+  const body = el("div", {}, el("div", { class: "row" }, layers, score), heads,
     el("div", { class: "beside" }, el("div", {}, map, key()), el("div", {}, cell, list)));
   root.append(about, body);
 
@@ -133,10 +133,11 @@ export function attention() {
     const word = shaded === -2 ? "attention.later" : shaded === -1 ? "attention.hidden" : "attention.cell";
     cell.textContent = say(word, { ...given, p: percent(weights[column] ?? 0), sum: weights.reduce((a, b) => a + b, 0).toFixed(2) });
     const order = [...weights.keys()].sort((a, b) => (weights[b] ?? 0) - (weights[a] ?? 0)).slice(0, NEAREST);
+    const top = Math.max(weights[order[0] ?? 0] ?? 0, 1e-9);
     list.replaceChildren(...order.map((k) => el("li", { class: "one", "data-key": k, "data-p": weights[k] ?? 0 },
       el("span", { class: "rank", text: String(k + 1) }),
       el("span", { class: "word", text: visible(tokens[k]?.text ?? "") }),
-      bar(weights[k] ?? 0, "raw"), el("span", { class: "number", text: percent(weights[k] ?? 0) }))));
+      bar((weights[k] ?? 0) / top, "raw"), el("span", { class: "number", text: percent(weights[k] ?? 0) }))));
   }
 
   map.addEventListener("keydown", (event) => {

@@ -209,6 +209,10 @@ function piece(token, at, state) {
   const text = special ? "\u2398" : drawn.decoder.decode(bytes, { stream: true });
   const item = el("span", { role: "option", tabindex: "-1", "data-at": at, "aria-selected": "false" });
   item.setAttribute("aria-label", told(token, at));
+  // 没有约过的数，给要核对的人。
+  if (token.logprob !== null) {
+    Object.assign(item.dataset, { logprob: token.logprob, rank: token.rank, entropy: token.entropy });
+  }
   // 换行既要看得见，也要真的换；没有文字的（半个字符）留一条细的。
   item.textContent = text === "" ? "\u200a\u22ef" : text.replace(/\n/g, "\u21b5\n");
   return item;

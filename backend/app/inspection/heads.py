@@ -7,8 +7,10 @@ H 查询头数、N 层数、n 重复的一段有多长、T = 2n。
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +24,17 @@ from .walk import walk
 _LONGEST, _SHORTEST, _SEED = 64, 4, 0
 
 
+class Words(Protocol):
+    """分词器里这里要的几样。"""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def stop_ids(self) -> Sequence[int]: ...
+    @property
+    def document_separator(self) -> int | None: ...
+
+
 @dataclass(frozen=True)
 class Heads:
     """各 (N, H)，0 到 1：给那个键的权重，各查询平均。length: 重复的一段有多长。"""
@@ -32,39 +45,49 @@ class Heads:
     length: int
 
 
-def repeated(model: GPT2Model, width: int, avoid: Collection[int] = ()) -> list[int]:
-    """一段互不相同的随机词元，写两遍；种子固定，所以各检查点读的是同一段。
+def plain_ids(tokenizer: Words, vocabulary: int) -> list[int]:
+    """可以随机挑的词元：模型认得的，去掉分隔符与结尾（模型见了它们就重新开头）。"""
+    special = {*tokenizer.stop_ids, tokenizer.document_separator}
+    return [i for i in range(min(tokenizer.vocab_size, vocabulary)) if i not in special]
 
-    Args:
-        avoid: 不用的词元，如文档分隔符。
+
+def repeated(context: int, plain: Sequence[int]) -> list[int]:
+    """plain 里互不相同的几个词元，写两遍；种子固定，所以各检查点读的是同一段。
 
     Raises:
         ValueError: 上下文或词表放不下四个词元写两遍。
     """
-    usable = [i for i in range(width) if i not in avoid]
-    length = min(_LONGEST, model.config.context_size // 2, len(usable))
+    length = min(_LONGEST, context // 2, len(plain))
     if length < _SHORTEST:
         raise ValueError(
-            f"head scores need {_SHORTEST} different tokens written twice: "
-            f"context_size={model.config.context_size} and a vocabulary of {len(usable)} hold "
-            f"{length}"
+            f"head scores need {_SHORTEST} different tokens written twice: context_size={context} "
+            f"and a vocabulary of {len(plain)} hold {length}"
         )
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(_SEED))
-    once = [usable[i] for i in order[:length].tolist()]
-    return once * 2
+    return random.Random(_SEED).sample(list(plain), length) * 2
 
 
-def heads(model: GPT2Model, width: int, avoid: Collection[int] = ()) -> Steps[Heads]:
-    """
+def heads(model: GPT2Model, plain: Sequence[int]) -> Steps[Heads]:
+    """plain: 可以随机挑的词元，见 plain_ids。
+
     Raises:
         ValueError: 见 repeated。
     """
-    ids = repeated(model, width, avoid)
+    ids = repeated(model.config.context_size, plain)
     found = yield from walk(model, ids, maps=range(model.config.n_layer))
-    maps = [found.maps[layer] for layer in range(model.config.n_layer)]
-    length = len(ids) // 2
+    return scores([found.maps[layer] for layer in range(model.config.n_layer)])
+
+
+def scores(maps: Sequence[Tensor]) -> Heads:
+    """maps: 每层一个 (H, 2n, 2n)，重复了一遍的 2n 个词元上的。"""
+    length = maps[0].shape[-1] // 2
     rows = [[_mean(one, *pairs) for one in maps] for pairs in _places(length)]
     return Heads(*(np.array([r.tolist() for r in row]) for row in rows), length)
+
+
+def stacked(each: Sequence[Heads]) -> Heads:
+    """几个检查点的：各 (C, N, H)。"""
+    arrays = ([getattr(one, name) for one in each] for name in ("induction", "previous", "first"))
+    return Heads(*(np.stack(one) for one in arrays), each[0].length)
 
 
 def _places(n: int) -> list[tuple[Tensor, Tensor]]:

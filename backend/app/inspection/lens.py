@@ -66,11 +66,15 @@ def lens(
     return Lens(top_id, top_p, rank, kl, entropy)
 
 
+def rank_of(logs: Tensor, tokens: Tensor) -> Tensor:
+    """(T, V) 与 (T,) -> (T,)：有几个词元比它更可能。"""
+    return (logs > logs.gather(-1, tokens[:, None])).sum(-1)
+
+
 def read(logs: Tensor, end: Tensor, following: Tensor) -> tuple[Tensor, ...]:
     """logs、end (T, V) 对数概率，following (T,) 真的下一个（-1 = 没有）-> Lens 的五样。"""
     values, index = logs.topk(min(TOP, logs.shape[-1]), dim=-1)
-    true = logs.gather(-1, following.clamp(min=0)[:, None])
-    rank = (logs > true).sum(-1).masked_fill(following < 0, NO_RANK)
+    rank = rank_of(logs, following.clamp(min=0)).masked_fill(following < 0, NO_RANK)
     # 两个分布相同时，舍入也可能使和略小于零；KL 没有负的。
     kl = (end.exp() * (end - logs)).sum(-1).clamp(min=0)
     return index, values.exp(), rank, kl, -(logs.exp() * logs).sum(-1)

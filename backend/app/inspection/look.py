@@ -16,23 +16,25 @@ from app.models.transformer import GPT2Model
 from .attention import as_arrays, to_numpy
 from .heads import Heads, heads
 from .lens import Lens, lens
+from .patterns import hidden
 from .slices import Slice, Steps
 from .walk import Walk, final, lengths, walk
 
 
 @dataclass(frozen=True)
 class Wish:
-    """要看什么。width：词表里真有词元的部分；rows：lens 一片至多几行。"""
+    """要看什么。cells：哪些层遮住的格子；width：词表里真有词元的部分；heads：给头打分时可以随机挑的词元
+    （heads.plain_ids）；rows：lens 一片至多几行。"""
 
     width: int
     maps: tuple[int, ...] = ()
+    cells: tuple[int, ...] = ()
     routing: tuple[int, ...] = ()
     lens: bool = False
     norms: bool = False
     next: bool = False
-    heads: bool = False
+    heads: tuple[int, ...] = ()
     rows: int = 64
-    avoid: frozenset[int] = frozenset()
 
     @property
     def walks(self) -> bool:
@@ -60,11 +62,13 @@ class Look:
     Attributes:
         next_logits: (V,) 下一个词元的。
         attention: {层: (H, T, T)}。
+        hidden: {层: (T, T)} bool，图样不许看的格子。
         routing: {层: (专家 (T, k)，权重 (T, k))}。
     """
 
     next_logits: np.ndarray | None
     attention: dict[int, np.ndarray]
+    hidden: dict[int, np.ndarray]
     routing: dict[int, tuple[np.ndarray, np.ndarray]]
     lens: Lens | None
     norms: Norms | None
@@ -77,6 +81,11 @@ def look(model: GPT2Model, ids: Sequence[int], wish: Wish) -> Steps[Look]:
         ValueError: 见 walk 与 heads。
     """
     found, logits, prophecy, scores = Walk(), None, None, None
+    cells: dict[int, np.ndarray] = {}
+    if wish.cells:
+        yield Slice(len(ids), len(wish.cells) * len(ids))
+        shown = hidden([model.patterns[layer] for layer in wish.cells], len(ids))
+        cells = dict(zip(wish.cells, shown, strict=True))
     if wish.walks:
         found = yield from walk(model, ids, wish.maps, wish.routing)
     if wish.next:
@@ -85,9 +94,9 @@ def look(model: GPT2Model, ids: Sequence[int], wish: Wish) -> Steps[Look]:
     if wish.lens:
         prophecy = yield from lens(model, found.streams, ids, wish.width, wish.rows)
     if wish.heads:
-        scores = yield from heads(model, wish.width, wish.avoid)
+        scores = yield from heads(model, wish.heads)
     return Look(
-        logits, as_arrays(found.maps), routing_arrays(found), prophecy,
+        logits, as_arrays(found.maps), cells, routing_arrays(found), prophecy,
         norms(model, found) if wish.norms else None, scores,
     )  # fmt: skip
 

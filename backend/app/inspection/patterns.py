@@ -1,6 +1,6 @@
-"""每层的图样：人话，与遮住的格子。
+"""图样：人话，与遮住的格子。
 
-T 词元数、L 点名的层数。
+T 词元数、L 图样数。
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from app.models.transformer.config import GPT2Config
 from app.models.transformer.visibility.atoms import (
     Fixed,
     Global,
@@ -22,9 +21,9 @@ from app.models.transformer.visibility.coverage import seen
 from app.models.transformer.visibility.pattern import And, Causal, Or, Pattern
 
 
-def hidden(config: GPT2Config, layers: Sequence[int], length: int) -> np.ndarray:
+def hidden(patterns: Sequence[Pattern], length: int) -> np.ndarray:
     """(L, T, T) bool：第 q 行里这个查询看不见的键；因果的上半也是。"""
-    return np.stack([~seen(config.patterns[layer], length).numpy() for layer in layers])
+    return np.stack([~seen(pattern, length).numpy() for pattern in patterns])
 
 
 def words(pattern: Pattern) -> str:

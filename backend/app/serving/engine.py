@@ -24,6 +24,7 @@ from app.serving.request import Event, Failure, Order, Scored
 from app.serving.rows import Rows
 from app.serving.running import Running
 from app.serving.schedule import Costs, Need, Pace, share
+from app.serving.speed import Speed
 
 # 打分的行一步至多这么多词元：logits 是 词元数 x 词表（五万时 13 MB）。
 _SCORED = 64
@@ -51,6 +52,7 @@ class Counts:
     steps: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0
+    last_step: float = 0.0
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Engine:
         self.width = min(tokenizer.vocab_size, flat.model.config.vocab_size)
         self.costs = measure(flat) if costs is None else costs
         self.rows = Rows(flat.cache, self.context)
-        self.counts, self.drafter = Counts(), drafter
+        self.counts, self.speed, self.drafter = Counts(), Speed(), drafter
         self._clock = clock
         self._orders: dict[int, Order] = {}
         self._queue: list[Running] = []
@@ -98,6 +100,21 @@ class Engine:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.speed.now(self._clock())
+
+    def slots(self) -> list[dict[str, int | bool]]:
+        """每行一项：在忙没有，缓存里几个词元，占着它的那一段借了几个、写了几个。别的线程也可以问。"""
+        runs = {run.row: run for run in list(self._running)}
+        lengths = self.flat.cache.lengths
+        return [
+            {"row": row, "busy": row in runs, "tokens": tokens}
+            | {"cached": runs[row].cached if row in runs else 0}
+            | {"made": runs[row].made if row in runs else 0}
+            for row, tokens in enumerate(lengths)
+        ]
 
     @property
     def busy(self) -> bool:
@@ -137,7 +154,9 @@ class Engine:
             self._take(turns, self._forward(turns))
             self.counts.steps += 1
             self.counts.step_tokens += sum(len(turn.ids) for turn in turns)
-            self.counts.step_seconds += time.perf_counter() - start
+            self.counts.last_step = time.perf_counter() - start
+            self.counts.step_seconds += self.counts.last_step
+            self.speed.note(self._clock(), self.counts.made)
         return self._told()
 
     def close_queue(self) -> None:

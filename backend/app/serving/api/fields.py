@@ -119,6 +119,7 @@ class InspectBody(_Body):
 class HistoryBody(_Body):
     prompt: str | list[int]
     steps: list[int] | None = Field(None, min_length=1, max_length=50)
+    heads: bool | None = None
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -146,6 +147,12 @@ def parse(raw: bytes, kind: type[T]) -> T:
                  isinstance(part, int)]  # fmt: skip
         param = ".".join(place) or None
         raise wrong(param, f"{param or 'the body'}: {first['msg']}") from None
+
+
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI 里正文的形状；正文由 parse 读，框架不知道。"""
+    content = {"application/json": {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _check_names(data: dict[str, Any], kind: type[BaseModel]) -> None:

@@ -18,6 +18,7 @@ from app.serving.api.fields import (
     DetokenizeBody,
     TokenizeBody,
     parse,
+    schema_of,
 )  # fmt: skip
 from app.serving.api.gate import read_body
 from app.serving.api.hub import Hub, Ticket
@@ -58,10 +59,8 @@ class Routes:
         for path, handler in get.items():
             router.add_api_route(path, handler, methods=["GET"], response_model=None)
         for path, (handler, kind) in post.items():
-            schema = {"application/json": {"schema": kind.model_json_schema()}}
-            extra = {"requestBody": {"required": True, "content": schema}}
             router.add_api_route(
-                path, handler, methods=["POST"], openapi_extra=extra, response_model=None
+                path, handler, methods=["POST"], openapi_extra=schema_of(kind), response_model=None
             )
         return router
 
@@ -92,11 +91,7 @@ class Routes:
         """各行在做什么；没有文字。"""
         rows = []
         for name, served in self.served.items():
-            busy, lengths = set(served.engine.rows.busy), served.engine.flat.cache.lengths
-            rows += [
-                {"model": name, "row": i, "busy": i in busy, "tokens": n}
-                for i, n in enumerate(lengths)
-            ]
+            rows += [{"model": name, **slot} for slot in served.engine.slots()]
         return JSONResponse(rows)
 
     async def scrape(self) -> Response:

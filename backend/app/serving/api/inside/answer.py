@@ -15,11 +15,12 @@ from app.inspection.attention import as_bytes
 from app.inspection.heads import Heads
 from app.inspection.lens import TOP, Lens
 from app.inspection.look import Look, Norms
-from app.inspection.patterns import hidden, words
+from app.inspection.patterns import words
 from app.serving.api.answers import token_text
 from app.serving.api.inside.packed import pack, packed_bytes
 from app.serving.served import Served
 
+FOLDER = "backend/app/inspection/"
 _SOURCES = {
     "attention": "attention.py", "lens": "lens.py", "norms": "walk.py", "routing": "walk.py",
     "patterns": "patterns.py", "head_scores": "heads.py", "next_logits": "walk.py",
@@ -71,6 +72,10 @@ def write(asked: Inspection, look: Look) -> dict[str, Any]:
         "heads": config.n_head,
     }
     parts: dict[str, Any] = {}
+
+    def cells(layers: Sequence[int]) -> dict[str, Any]:
+        return pack(np.stack([look.hidden[layer] for layer in layers]), "uint8")
+
     if asked.top and look.next_logits is not None:
         parts["next"] = _likeliest(served, look.next_logits, asked.top)
     if asked.next_logits:
@@ -82,13 +87,13 @@ def write(asked: Inspection, look: Look) -> dict[str, Any]:
             "weights": pack(
                 np.stack([as_bytes(look.attention[layer]) for layer in asked.attention]), "uint8"
             ),
-            "hidden": pack(hidden(config, asked.attention, len(asked.ids)), "uint8"),
+            "hidden": cells(asked.attention),
         }
     if asked.patterns:
         parts["patterns"] = {
             "layers": list(asked.patterns),
             "text": [words(config.patterns[layer]) for layer in asked.patterns],
-            "hidden": pack(hidden(config, asked.patterns, len(asked.ids)), "uint8"),
+            "hidden": cells(asked.patterns),
         }
     if asked.routing:
         parts["routing"] = _routing(asked, look)
@@ -98,8 +103,7 @@ def write(asked: Inspection, look: Look) -> dict[str, Any]:
         parts["norms"] = _norms(look.norms)
     if look.heads is not None:
         parts["head_scores"] = head_scores(look.heads)
-    folder = "backend/app/inspection/"
-    return answer | parts | {"source": {name: folder + _SOURCES[name] for name in parts}}
+    return answer | parts | {"source": {name: FOLDER + _SOURCES[name] for name in parts}}
 
 
 def token_cards(served: Served, ids: Sequence[int]) -> list[dict[str, Any]]:

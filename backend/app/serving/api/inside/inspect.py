@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.inspection.heads import repeated
+from app.inspection.heads import plain_ids, repeated
 from app.inspection.look import Look, Wish, look
 from app.inspection.slices import Steps, dearest
 from app.serving.api.errors import wrong
@@ -51,10 +51,7 @@ def read_inspection(body: InspectBody, served: Served) -> Inspection:
             f"{len(ids)}: shorten it, or leave lens out",
         )
     if body.heads:
-        try:
-            repeated(served.engine.model, served.engine.width, avoided(served))
-        except ValueError as error:
-            raise wrong("heads", str(error)) from None
+        check_heads(served)
     asked = Inspection(
         served=served,
         ids=ids,
@@ -81,15 +78,36 @@ def read_tokens(prompt: str | list[int], served: Served) -> tuple[int, ...]:
     if not 1 <= len(ids) <= most:
         code = "context_length_exceeded" if ids else "invalid_value"
         raise wrong("prompt", f"the prompt has {len(ids)} tokens: give 1 to {most}", code)
-    engine = served.engine
-    stall = engine.limits.pace.max_stall
-    if price(engine.costs, engine.model.config, dearest(engine.model.config, len(ids))) > stall:
-        raise wrong(
-            "prompt",
-            f"one layer of {len(ids)} tokens would hold up the other texts for more than "
-            f"max_stall={stall} s on this machine: shorten the prompt, or raise --max-stall",
-        )
+    _check_stall("prompt", len(ids), served)
     return ids
+
+
+def _check_stall(name: str, tokens: int, served: Served) -> None:
+    """
+    Raises:
+        ApiError: 400，一片就要超过 max_stall。
+    """
+    engine, config = served.engine, served.engine.model.config
+    stall = engine.limits.pace.max_stall
+    if price(engine.costs, config, dearest(config, tokens)) > stall:
+        raise wrong(
+            name,
+            f"{name}: one layer of {tokens} tokens would hold up the other texts for more than "
+            f"max_stall={stall} s on this machine: ask for less, or raise --max-stall",
+            "too_slow_here",
+        )
+
+
+def check_heads(served: Served) -> None:
+    """
+    Raises:
+        ApiError: 400，放不下重复的一段，或一片就要超过 max_stall。
+    """
+    try:
+        ids = repeated(served.context, usable(served))
+    except ValueError as error:
+        raise wrong("heads", str(error)) from None
+    _check_stall("heads", len(ids), served)
 
 
 def steps_of(asked: Inspection) -> Steps[Look]:
@@ -98,21 +116,19 @@ def steps_of(asked: Inspection) -> Steps[Look]:
     wish = Wish(
         width=engine.width,
         maps=asked.attention,
+        cells=tuple({*asked.attention, *asked.patterns}),
         routing=asked.routing,
         lens=asked.lens,
         norms=asked.norms,
         next=asked.next_logits or asked.top > 0,
-        heads=asked.heads,
+        heads=tuple(usable(asked.served)) if asked.heads else (),
         rows=rows_within(engine.costs, config, engine.width * config.n_embed, stall, MOST_TOKENS),
-        avoid=avoided(asked.served),
     )
     return look(engine.model, asked.ids, wish)
 
 
-def avoided(served: Served) -> frozenset[int]:
-    """随机的词元里不要文档分隔符：模型见了它就重新开头。"""
-    end = served.tokenizer.document_separator
-    return frozenset(served.tokenizer.stop_ids) | ({end} if end is not None else frozenset())
+def usable(served: Served) -> list[int]:
+    return plain_ids(served.tokenizer, served.engine.width)
 
 
 def _layers(name: str, given: list[int] | None, count: int) -> tuple[int, ...]:

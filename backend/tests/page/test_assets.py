@@ -10,8 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from app.serving.api.app import Address
 from app.serving.api.assets import FOLDER, Assets
 from tests.serving.conftest import Running, serving, tiny
@@ -118,14 +116,3 @@ def test_every_word_is_in_both_languages() -> None:
         assert set(re.findall(r"\{(\w+)\}", english)) == set(re.findall(r"\{(\w+)\}", chinese)), (
             name
         )
-
-
-@pytest.mark.slow
-def test_the_types_hold() -> None:
-    tsc = shutil.which("tsc")
-    if tsc is None:
-        pytest.skip("tsc is absent: npm install --global typescript")
-    done = subprocess.run(
-        [tsc, "-p", str(FOLDER / "jsconfig.json")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout

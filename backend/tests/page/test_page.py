@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from app.serving.api.app import Address
-from tests.page.conftest import HOSTILE, Visit, visiting
-from tests.serving.conftest import Running, serving, tiny
+from tests.page.conftest import HOSTILE, Visit, mine, visiting
+from tests.serving.conftest import Running, serving
 from tests.serving.helpers import KEYS
 
 VIEWS = ["branches", "sampling", "tokenizer", "attention", "lens", "training", "engine"]
@@ -156,7 +156,8 @@ def test_everything_with_the_keyboard(visit: Visit) -> None:
     press("Control+Enter")
     visit.done()
     page.locator("#tokens .made").nth(31).wait_for()
-    tab_to("#tokens .tok", "Shift+Tab")
+    assert page.evaluate("document.activeElement.id") == "tokens"
+    press("ArrowRight")
     for key in ("Home", "ArrowRight", "ArrowRight"):
         press(key)
     assert "Token 3" in page.locator("#reading").text_content()
@@ -215,7 +216,7 @@ def test_the_server_goes_and_comes_back(browser: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with serving([tiny()], port=port) as first:
+    with serving([mine()], port=port) as first:
         visits = visiting(browser, first.url)
         visit = next(visits)
         visit.expected = "ERR_CONNECTION_REFUSED|ERR_INCOMPLETE|ERR_EMPTY|net::ERR"
@@ -224,7 +225,7 @@ def test_the_server_goes_and_comes_back(browser: Any) -> None:
     page.click("#continue")
     page.locator("#problem", has_text="does not answer").wait_for()
     assert len(tokens(page)) == 7
-    with serving([tiny()], port=port):
+    with serving([mine()], port=port):
         page.click("#retry")
         page.locator("#tokens .tok").nth(10).wait_for()
         visit.done()
@@ -267,7 +268,7 @@ def test_bad_news_is_told(visit: Visit) -> None:
 
 
 def test_a_key_is_asked_for_and_kept_in_memory(browser: Any) -> None:
-    with serving([tiny()], replace(Address(), keys=KEYS[:1])) as running:
+    with serving([mine()], replace(Address(), keys=KEYS[:1])) as running:
         for visit in visiting(browser, running.url):
             visit.expected = "status of 401"
             page = visit.page
@@ -307,14 +308,30 @@ def test_language_theme_and_width(visit: Visit, width: int) -> None:
 
 
 def test_a_long_text_never_blocks_the_page(visit: Visit) -> None:
-    """256 个词元流进来，没有一个任务超过 50 毫秒（浏览器自己的 longtask）。"""
+    """256 个词元流进来，没有一个任务超过 50 毫秒（浏览器自己的 longtask）。
+
+    别的程序只会使它变长，所以三次里有一次没有就算；真的挡住的页面三次都有。
+    正文只在后面加：没有一个画过的词元被拿掉。
+    """
     page = visit.open()
     visit.write("a", 4)
-    page.wait_for_timeout(200)
-    page.evaluate("window.longest = 0")
+    page.evaluate(
+        """() => { window.removed = 0; new MutationObserver((all) => all.forEach((one) => {
+          window.removed += one.removedNodes.length; }))
+          .observe(document.querySelector("#tokens"), { childList: true }); }"""
+    )
     page.fill("#count", "256")
-    page.keyboard.press("Control+Enter")
-    page.locator("#tokens .tok").nth(200).wait_for(timeout=30_000)
-    visit.done()
-    page.wait_for_timeout(100)
-    assert page.evaluate("window.longest") == 0
+    longest = []
+    for _ in range(3):
+        page.evaluate("window.longest = 0")
+        page.keyboard.press("Control+Enter")
+        page.locator("#tokens .tok").nth(260).wait_for(timeout=60_000)
+        visit.done()
+        page.wait_for_timeout(100)
+        longest.append(page.evaluate("window.longest"))
+        assert page.evaluate("window.removed") == 0
+        if longest[-1] == 0:
+            return
+        page.click("#undo")
+        page.evaluate("window.removed = 0")
+    raise AssertionError(f"every time a task over 50 ms: {longest}")

@@ -71,10 +71,10 @@ def serving(
         thread.join(timeout=10)
 
 
-def tiny(name: str = "tiny", context: int = 128, **options: Any) -> Served:
+def tiny(name: str = "tiny", **options: Any) -> Served:
     torch.manual_seed(7)
     changes = options.pop("changes", {})
-    model = byte_model(context_size=context, **changes)
+    model = byte_model(context_size=128, **changes)
     return serve_model(name, model, BYTES, **{"rows": 4, "limits": Limits(), **options})
 
 

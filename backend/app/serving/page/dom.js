@@ -87,7 +87,14 @@ export function rove(box, selector, columns = () => 0, arrive = () => {}) {
   box.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const all = items();
-    const at = all.indexOf(/** @type {HTMLElement} */ (document.activeElement));
+    const active = document.activeElement;
+    // 焦点在框上：方向键先走进来。
+    if (active === box && event.key.startsWith("Arrow")) {
+      event.preventDefault();
+      (all.find((one) => one.tabIndex === 0) ?? all[0])?.focus();
+      return;
+    }
+    const at = all.indexOf(/** @type {HTMLElement} */ (active));
     if (at < 0) return;
     const row = columns() || 1;
     /** @type {Record<string, number>} */

@@ -18,7 +18,6 @@ const PAUSE = 400;
  * @returns {() => Promise<void>} 再看一遍
  */
 export function looking(view, keys, { body, draw, empty }) {
-  let control = new AbortController();
   let key = "";
   /** @type {any} */
   let found = null;
@@ -28,26 +27,24 @@ export function looking(view, keys, { body, draw, empty }) {
     if (state.view !== view || !state.model || state.writing) return;
     const asked = branch().draft === null ? body(state) : say("looking.editing");
     if (typeof asked === "string") {
-      control.abort();
       key = "";
       empty(asked);
       return;
     }
     const mine = JSON.stringify([state.model, asked]);
     if (mine !== key) {
-      control.abort();
-      control = new AbortController();
       key = mine;
       found = null;
-      const answer = await patient({ model: state.model, ...asked }, control.signal).catch((error) => {
-        if (key !== mine) return null;
-        key = "";
+      try {
+        const answer = await inspect({ model: state.model, ...asked }, () => key === mine);
+        if (key !== mine) return;
+        found = answer;
+      } catch (error) {
         if (!(error instanceof ApiProblem)) throw error;
+        if (key !== mine) return;
+        key = "";
         empty(explained(error, () => {}).message);
-        return null;
-      });
-      if (key !== mine || !answer) return;
-      found = answer;
+      }
     }
     if (found) draw(found);
   }
@@ -56,18 +53,28 @@ export function looking(view, keys, { body, draw, empty }) {
   return look;
 }
 
-/** 别人（或者自己刚放下的那一次）还在看，就等一会儿再问。 @param {object} body @param {AbortSignal} signal */
-async function patient(body, signal) {
-  for (let left = TRIES; ; left -= 1) {
-    try {
-      return await json("/v1/inspect", body, signal);
-    } catch (error) {
-      const busy = error instanceof ApiProblem && error.code === "inspect_busy";
-      if (!busy || left === 0) throw error;
-      await new Promise((wake) => window.setTimeout(wake, PAUSE));
-      signal.throwIfAborted();
+/** @type {Promise<unknown>} */
+let line = Promise.resolve();
+
+/**
+ * 一页一次一个：排到时已经没有人要了，就不问。别人在看，等一会儿再问。
+ * @param {object} body @param {() => boolean} [wanted] @returns {Promise<any>} 没有问是 null
+ */
+export function inspect(body, wanted = () => true) {
+  const turn = line.catch(() => {}).then(async () => {
+    for (let left = TRIES; wanted(); left -= 1) {
+      try {
+        return await json("/v1/inspect", body);
+      } catch (error) {
+        const busy = error instanceof ApiProblem && error.code === "inspect_busy";
+        if (!busy || left === 0) throw error;
+        await new Promise((wake) => window.setTimeout(wake, PAUSE));
+      }
     }
-  }
+    return null;
+  });
+  line = turn;
+  return turn;
 }
 
 /** 正文的前 most 个词元：因果的模型里，前缀的内部与后面有什么无关，所以截短不改变它。 @param {number} most */

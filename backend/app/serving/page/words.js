@@ -189,6 +189,7 @@ export const WORDS = {
   "training.progress": ["Checkpoints read", "读过的检查点"],
   "training.has": ["{n} checkpoints are kept.", "留着 {n} 个检查点。"],
   "training.without": ["There is nothing to look back at:", "没有可以回看的："],
+  "training.skipped": ["These steps could not be read: {steps}.", "这几步读不了：{steps}。"],
   "training.step": ["Step", "步"], "training.at": ["step {step}", "第 {step} 步"],
   "training.text": ["The text as the model of this step saw it", "这一步的模型看这段文字"],
   "training.first": ["Step {step}, token {at} “{name}”: nothing before it, so no probability", "第 {step} 步，第 {at} 个“{name}”：前面没有东西，没有概率"],

@@ -1,13 +1,13 @@
 // 注意力：一层的每个头，一行是一个词元往回看着谁。选中的一行也染在正文上。
 
-import { json, unpack } from "../api.js";
+import { unpack } from "../api.js";
 import { bar, byId, el, opening, percent, rove, say, settle, visible } from "../dom.js";
-import { limit, looking, prefix } from "../looking.js";
+import { inspect, limit, looking, prefix } from "../looking.js";
 import { paint, shades } from "../paint.js";
 import { branch, focusOn, get, on, set } from "../store.js";
 import { fail } from "../write.js";
 
-/** @typedef {{layers: number, heads: number, size: number, weights: Uint8Array, hidden: Uint8Array}} Maps */
+/** @typedef {{layer: number, layers: number, heads: number, size: number, weights: Uint8Array, hidden: Uint8Array}} Maps */
 
 const NEAREST = 8;
 const SIDE = 440;
@@ -44,7 +44,7 @@ export function attention() {
     draw: (found) => {
       const { shape, data } = unpack(found.attention.weights);
       maps = {
-        layers: found.layers, heads: found.heads, size: shape[2] ?? 0,
+        layer: found.attention.layers[0], layers: found.layers, heads: found.heads, size: shape[2] ?? 0,
         weights: /** @type {Uint8Array} */ (data),
         hidden: /** @type {Uint8Array} */ (unpack(found.attention.hidden).data),
       };
@@ -65,7 +65,11 @@ export function attention() {
   function draw() {
     if (!maps || get().view !== "attention") return;
     const { layers: count, size } = maps;
-    strip(layers, count, layer, (at) => { layer = at; void again(); });
+    strip(layers, count, layer, (at) => {
+      layer = at;
+      draw();
+      void again();
+    });
     grid();
     large();
     const query = Math.min(get().focus, size - 1);
@@ -86,7 +90,7 @@ export function attention() {
       const canvas = /** @type {HTMLCanvasElement} */ (button.firstElementChild);
       paint(canvas, size, 1, (q, k) => shade(at, q, k), colours);
       const held = scores?.model === get().model ? scores : null;
-      const i = layer * count + at;
+      const i = maps.layer * count + at;
       const found = held ? say("attention.scores", {
         i: (held.induction[i] ?? 0).toFixed(2), p: (held.previous[i] ?? 0).toFixed(2),
         f: (held.first[i] ?? 0).toFixed(2) }) : "";
@@ -113,7 +117,7 @@ export function attention() {
     const query = Math.min(get().focus, size - 1);
     const each = Math.max(1, Math.floor(SIDE / size));
     paint(map, size, each, (q, k) => shade(head, q, k), shades(), { row: query, column });
-    map.setAttribute("aria-label", say("attention.map", { layer: layer + 1, head: head + 1, n: size }));
+    map.setAttribute("aria-label", say("attention.map", { layer: maps.layer + 1, head: head + 1, n: size }));
   }
 
   /** 一行的权重：8 位的平方根，平方回来。 @param {number} q */
@@ -166,7 +170,7 @@ export function attention() {
     const { model } = get();
     try {
       const ids = branch().tokens.slice(0, 1).map((one) => one.id);
-      const { head_scores: found } = await json("/v1/inspect", { model, prompt: ids, heads: true, top: 0 });
+      const { head_scores: found } = await inspect({ model, prompt: ids, heads: true, top: 0 });
       scores = {
         model, induction: unpack(found.induction).data, previous: unpack(found.previous).data,
         first: unpack(found.first).data,

@@ -40,7 +40,7 @@ export function notebook(choose) {
     id: "draft", label: "text.label", hint: "text.hint", spellcheck: "false", rows: "9",
     oninput: () => amend({ draft: area.value }),
   });
-  const paper = el("div", { id: "tokens", role: "listbox", label: "tokens.label", class: "paper" });
+  const paper = el("div", { id: "tokens", role: "listbox", label: "tokens.label", class: "paper", tabindex: "-1" });
   const reading = el("p", { id: "reading", class: "reading" });
   const count = el("input", {
     id: "count", type: "number", min: "1", max: "1024", label: "count.label",
@@ -95,8 +95,11 @@ export function notebook(choose) {
   on(["book", "colour", "tint", "focus", "lang"], (state) => draw(state, paper));
   on(["book"], (state) => {
     const { draft } = branch(state);
+    const typing = document.activeElement === area;
     area.hidden = draft === null;
     paper.hidden = draft !== null;
+    // 输入框不见了，焦点不该跟着不见。
+    if (typing && draft === null) paper.focus();
     if (draft !== null && area.value !== draft) area.value = draft;
   });
   on(["focus", "book", "lang"], (state) => {
@@ -165,6 +168,7 @@ function draw(state, paper) {
   const { tokens } = branch(state);
   const same = drawn.tokens.every((old, i) => old === tokens[i]);
   if (!same || drawn.lang !== state.lang) {
+    if (paper.contains(document.activeElement)) paper.focus();
     paper.replaceChildren();
     drawn = { tokens: [], lang: state.lang, decoder: fresh() };
   }
@@ -183,7 +187,7 @@ function draw(state, paper) {
     if (item.className !== name) item.className = name;
   }
   const here = items[Math.min(state.focus, items.length - 1)];
-  if (here && !paper.contains(document.activeElement)) settle(paper, ".tok", here);
+  if (here && !document.activeElement?.matches("#tokens .tok")) settle(paper, ".tok", here);
   for (const item of paper.querySelectorAll("[aria-selected=true]")) {
     if (item !== items[state.focus]) item.setAttribute("aria-selected", "false");
   }

@@ -28,6 +28,7 @@ export function sampling() {
   root.append(knobs(), about,
     el("div", { class: "scroll" }, steps), el("p", { class: "fine", say: "next.key" }), list);
   rove(list, ".one", () => 1);
+  let turn = 0;
 
   looking("sampling", ["book", "focus", "sampling"], {
     body: () => {
@@ -55,7 +56,11 @@ export function sampling() {
     const raw = softmax(logits);
     const after = softmax(every.at(-1)?.logits ?? []);
     const ids = [...new Set([...ranked(raw).slice(0, SHOWN), ...ranked(after).slice(0, 4)])];
+    turn += 1;
+    const mine = turn;
     const names = await pieces(ids);
+    // 等名字的时候旋钮又动了：让后来的画。
+    if (mine !== turn) return;
     about.textContent = say(end ? "next.end" : "next.at", { at: at + 1 });
     steps.replaceChildren(...waterfall(every, raw));
     const order = ranked(raw);

@@ -18,7 +18,8 @@ const PAD = 44;
 
 export function training() {
   const root = byId("view-training");
-  opening(root, "training", "backend/app/inspection/through_training.py", "backend/app/training/saving");
+  opening(root, "training", "backend/app/inspection/score.py",
+    "backend/app/serving/api/inside/history.py");
   const second = el("select", { id: "second", label: "training.second", onchange: () => lay() });
   const pair = el("label", { class: "row" }, el("span", { say: "training.second" }), second);
   const runs = el("div", { id: "runs", class: "runs" });
@@ -90,6 +91,8 @@ function run(model) {
           progress.value = event.done;
         } else {
           const found = event.result ?? event;
+          const skipped = (found.skipped ?? []).map((/** @type {{step: number}} */ one) => one.step).join(", ");
+          if (skipped) about.textContent = say("training.skipped", { steps: skipped });
           const scores = { tokens: found.tokens, steps: found.steps, logprob: unpack(found.logprob).data, rank: unpack(found.rank).data };
           shown.replaceChildren(picture(scores, curve));
         }

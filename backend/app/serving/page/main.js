@@ -2,7 +2,7 @@
 
 import { ApiProblem, json, setKey } from "./api.js";
 import { byId, el, rove, say, settle, translate } from "./dom.js";
-import { focusOn, get, on, set } from "./store.js";
+import { adopt, focusOn, get, on, set } from "./store.js";
 import { attention } from "./views/attention.js";
 import { branches } from "./views/branches.js";
 import { engine } from "./views/engine.js";
@@ -11,7 +11,7 @@ import { notebook } from "./views/notebook.js";
 import { sampling } from "./views/sampling.js";
 import { tokenizer } from "./views/tokenizer.js";
 import { training } from "./views/training.js";
-import { explained, go, stepBack, stepForward, stop } from "./write.js";
+import { change, explained, go, stepBack, stepForward, stop, textNow } from "./write.js";
 
 const VIEWS = { branches, sampling, tokenizer, attention, lens, training, engine };
 
@@ -21,8 +21,16 @@ async function load() {
     const [props, info] = await Promise.all([json("/props"), json("/v1/models")]);
     const names = info.data.map((/** @type {{id: string}} */ one) => one.id);
     const model = names.includes(get().model) ? get().model : names[0] ?? "";
-    const { eos_token_id } = await json(`/tokenizer_info?model=${encodeURIComponent(model)}`);
-    set({ models: props.models, model, separator: eos_token_id, problem: null });
+    for (const name of names) {
+      const told = await json(`/tokenizer_info?model=${encodeURIComponent(name)}`);
+      props.models[name].separator = told.eos_token_id;
+    }
+    const before = get().models[model]?.["system_fingerprint"];
+    const text = textNow();
+    set({ models: props.models, problem: null });
+    // 同名而不是同一个模型：词元与概率都要重新问。
+    const other = before !== undefined && before !== props.models[model]?.system_fingerprint;
+    if (model !== get().model || other) adopt(model, text);
     const mine = document.querySelector("meta[name=version]")?.getAttribute("content");
     if (props.page_version !== mine) outdated();
   } catch (error) {
@@ -72,7 +80,7 @@ function help() {
 
 /** 顶上一行：哪个模型，语言，明暗，帮助。 */
 function settings() {
-  const model = el("select", { id: "model", label: "model", onchange: () => set({ model: model.value }) });
+  const model = el("select", { id: "model", label: "model", onchange: () => void change(model.value) });
   const lang = el("button", {
     id: "lang", type: "button", say: "lang", label: "lang.label",
     onclick: () => set({ lang: get().lang === "en" ? "zh" : "en" }),

@@ -13,7 +13,8 @@
  * 一条枝：从 parent 的第 at 个词元处分出，tokens 是从头到尾的全部。draft 是正在改的文字，null = 没有在改。
  * @typedef {{id: number, parent: number | null, at: number, tokens: readonly Token[],
  *   draft: string | null}} Branch
- * @typedef {{branches: readonly Branch[], current: number}} Book
+ * 一本：词元号只对 model 有意义，所以撤销也回到那个模型。
+ * @typedef {{model: string, branches: readonly Branch[], current: number}} Book
  */
 
 /**
@@ -29,7 +30,7 @@
  * tint：别的视图借正文说话（注意力的权重），0 到 1，每个词元一个。
  * @typedef {{
  *   lang: "en" | "zh", theme: "auto" | "light" | "dark", view: string,
- *   models: Record<string, Facts>, model: string, separator: number | null,
+ *   models: Record<string, Facts>, model: string,
  *   book: Book, past: readonly Book[], future: readonly Book[],
  *   focus: number, colour: "probability" | "rank" | "entropy" | "none",
  *   tint: {weights: ArrayLike<number>, from: number} | null,
@@ -47,8 +48,7 @@ export const USUAL = {
 /** @type {State} */
 let state = {
   lang: "en", theme: "auto", view: "branches",
-  models: {}, model: "", separator: null,
-  book: { branches: [{ id: 0, parent: null, at: 0, tokens: [], draft: "" }], current: 0 },
+  models: {}, model: "", book: draftBook("", ""),
   past: [], future: [], focus: 0, colour: "probability", tint: null,
   sampling: USUAL, writing: false, said: "", problem: null,
 };
@@ -59,6 +59,22 @@ const readers = [];
 let changed = new Set();
 
 export const get = () => state;
+
+/** 只有一段还没有读的文字的一本。 @param {string} model @param {string} draft @returns {Book} */
+function draftBook(model, draft) {
+  return { model, branches: [{ id: 0, parent: null, at: 0, tokens: [], draft }], current: 0 };
+}
+
+/** 换一个模型：文字留着，号与概率都不是它的，要重新读。 @param {string} model @param {string} text */
+export function adopt(model, text) {
+  if (state.model) remember();
+  set({ model, book: draftBook(model, text), focus: 0, tint: null });
+}
+
+/** 当前模型的文档分隔符。 */
+export function separator() {
+  return state.models[state.model]?.["separator"] ?? null;
+}
 
 /** @param {Partial<State>} patch */
 export function set(patch) {
@@ -105,14 +121,16 @@ export function remember() {
 export function undo() {
   const last = state.past.at(-1);
   if (!last) return;
-  set({ book: last, past: state.past.slice(0, -1), future: [state.book, ...state.future] });
+  const future = [state.book, ...state.future];
+  set({ book: last, model: last.model, past: state.past.slice(0, -1), future, tint: null });
   clampFocus();
 }
 
 export function redo() {
   const next = state.future[0];
   if (!next) return;
-  set({ book: next, past: [...state.past, state.book], future: state.future.slice(1) });
+  const past = [...state.past, state.book];
+  set({ book: next, model: next.model, past, future: state.future.slice(1), tint: null });
   clampFocus();
 }
 
@@ -132,7 +150,7 @@ export function fork(at, taken) {
   const id = Math.max(...state.book.branches.map((one) => one.id)) + 1;
   const tokens = [...from.tokens.slice(0, at), taken];
   const grown = { id, parent: from.id, at, tokens, draft: null };
-  set({ book: { branches: [...state.book.branches, grown], current: id }, focus: at });
+  set({ book: { ...state.book, branches: [...state.book.branches, grown], current: id }, focus: at });
 }
 
 /** @param {number} id 走到另一条枝。 */

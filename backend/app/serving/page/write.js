@@ -2,7 +2,7 @@
 
 import { ApiProblem, events, json } from "./api.js";
 import { say } from "./dom.js";
-import { amend, branch, fork, get, redo, remember, set, undo } from "./store.js";
+import { adopt, amend, branch, fork, get, redo, remember, separator, set, undo } from "./store.js";
 
 /** @typedef {import("./store.js").Token} Token */
 /** @typedef {import("./store.js").Likely} Likely */
@@ -15,7 +15,7 @@ let finished = Promise.resolve();
 
 /** 枝上的文字；文档的分隔符不是文字。 @param {readonly Token[]} tokens */
 export function textOf(tokens) {
-  const bytes = tokens.filter((one) => one.id !== get().separator).flatMap((one) => one.bytes);
+  const bytes = tokens.filter((one) => one.id !== separator()).flatMap((one) => one.bytes);
   return new TextDecoder("utf-8", { ignoreBOM: true }).decode(new Uint8Array(bytes));
 }
 
@@ -34,6 +34,17 @@ export function go(most) {
 export async function stop() {
   control.abort();
   await finished;
+}
+
+/** 现在的文字：正在改的，或词元写出的。 */
+export function textNow() {
+  return branch().draft ?? textOf(branch().tokens);
+}
+
+/** @param {string} model */
+export async function change(model) {
+  await stop();
+  adopt(model, textNow());
 }
 
 export async function stepBack() {

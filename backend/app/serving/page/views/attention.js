@@ -7,7 +7,7 @@ import { paint, shades } from "../paint.js";
 import { branch, focusOn, get, on, set } from "../store.js";
 import { fail } from "../write.js";
 
-/** @typedef {{layer: number, layers: number, heads: number, size: number, weights: Uint8Array, hidden: Uint8Array}} Maps */
+/** @typedef {{tokens: unknown, layer: number, layers: number, heads: number, size: number, weights: Uint8Array, hidden: Uint8Array}} Maps */
 
 const NEAREST = 8;
 const SIDE = 440;
@@ -35,7 +35,8 @@ export function attention() {
   let scores = null;
 
   const again = looking("attention", ["book"], {
-    body: () => {
+    body: (state) => {
+      layer = Math.min(layer, (state.models[state.model]?.["layers"] ?? 1) - 1);
       const { ids, cut } = prefix(limit("tokens"));
       if (!ids.length) return say("looking.empty");
       about.textContent = cut ? say("looking.cut", { n: ids.length }) : "";
@@ -44,6 +45,7 @@ export function attention() {
     draw: (found) => {
       const { shape, data } = unpack(found.attention.weights);
       maps = {
+        tokens: branch().tokens,
         layer: found.attention.layers[0], layers: found.layers, heads: found.heads, size: shape[2] ?? 0,
         weights: /** @type {Uint8Array} */ (data),
         hidden: /** @type {Uint8Array} */ (unpack(found.attention.hidden).data),
@@ -56,6 +58,7 @@ export function attention() {
       maps = null;
       body.hidden = true;
       about.textContent = message;
+      if (get().view === "attention") set({ tint: null });
     },
   });
 
@@ -70,27 +73,41 @@ export function attention() {
       draw();
       void again();
     });
-    grid();
+    thumbs(size);
+    point();
+  }
+
+  /** 焦点动了：大图、正文的颜色与那一行的话；小图不必重画。 */
+  function point() {
+    // 走到别的枝上、新的图还没有来：不拿旧的图说新的字。
+    if (!maps || get().view !== "attention" || maps.tokens !== branch().tokens) return;
+    captions();
     large();
-    const query = Math.min(get().focus, size - 1);
+    const query = Math.min(get().focus, maps.size - 1);
     set({ tint: { weights: row(query), from: query } });
     read();
   }
 
-  function grid() {
-    if (!maps) return;
-    const { heads: count, size } = maps;
+  /** @param {number} size */
+  function thumbs(size) {
+    const count = maps?.heads ?? 0;
     if (heads.childElementCount !== count) {
       heads.replaceChildren(...Array.from({ length: count }, (_, at) =>
-        el("button", { type: "button", tabindex: "-1", onclick: () => { head = at; draw(); } },
+        el("button", { type: "button", tabindex: "-1", onclick: () => { head = at; point(); } },
           el("canvas", { "aria-hidden": "true" }), el("span", { class: "fine" }))));
     }
     const colours = shades();
     for (const [at, button] of [...heads.children].entries()) {
       const canvas = /** @type {HTMLCanvasElement} */ (button.firstElementChild);
       paint(canvas, size, 1, (q, k) => shade(at, q, k), colours);
+    }
+  }
+
+  function captions() {
+    if (!maps) return;
+    for (const [at, button] of [...heads.children].entries()) {
       const held = scores?.model === get().model ? scores : null;
-      const i = maps.layer * count + at;
+      const i = maps.layer * maps.heads + at;
       const found = held ? say("attention.scores", {
         i: (held.induction[i] ?? 0).toFixed(2), p: (held.previous[i] ?? 0).toFixed(2),
         f: (held.first[i] ?? 0).toFixed(2) }) : "";
@@ -162,7 +179,7 @@ export function attention() {
     const most = (maps?.size ?? 1) - 1;
     column = Math.max(0, Math.min(key, most));
     focusOn(Math.max(0, Math.min(query, most)));
-    draw();
+    point();
   }
 
   /** 每个头在一段重复的随机词元上的分数；与正文无关，一个模型问一次。 */
@@ -181,7 +198,9 @@ export function attention() {
     }
   }
 
-  on(["focus", "theme", "lang"], draw);
+  on(["focus"], point);
+  on(["theme", "lang"], draw);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
 /** 一排按钮，选着一个。 @param {HTMLElement} box @param {number} count @param {number} chosen @param {(at: number) => void} choose */

@@ -7,7 +7,7 @@ import { branch, focusOn, get, on } from "../store.js";
 
 /** @typedef {{data: ArrayLike<number>, shape: number[]}} Numbers */
 /**
- * @typedef {{rows: number, size: number, id: Numbers, p: Numbers, rank: Numbers, kl: Numbers,
+ * @typedef {{tokens: unknown, rows: number, size: number, id: Numbers, p: Numbers, rank: Numbers, kl: Numbers,
  *   entropy: Numbers, text: string[][][], finalNorm: boolean, stream: Numbers, attention: Numbers,
  *   mlp: Numbers, additive: boolean, routing: Routing | null}} Found
  * @typedef {{layers: number[], experts: number, k: number, expert: Numbers, weight: Numbers}} Routing
@@ -86,7 +86,7 @@ export function lens() {
 
   /** 焦点上的一格：五个最可能的，与各层的长度。 */
   function point() {
-    if (!found || get().view !== "lens") return;
+    if (!found || get().view !== "lens" || found.tokens !== branch().tokens) return;
     const at = Math.min(get().focus, found.size - 1);
     const here = table.querySelector(`td[data-layer="${layer}"][data-at="${at}"]`);
     for (const old of table.querySelectorAll(".here")) old.classList.remove("here");
@@ -113,7 +113,7 @@ function read(answer) {
   const { lens: one, norms, routing } = answer;
   const [rows = 0, size = 0] = one.rank.shape;
   return {
-    rows, size, id: unpack(one.top_id), p: unpack(one.top_p), rank: unpack(one.rank),
+    tokens: branch().tokens, rows, size, id: unpack(one.top_id), p: unpack(one.top_p), rank: unpack(one.rank),
     kl: unpack(one.kl), entropy: unpack(one.entropy), text: one.top_text,
     finalNorm: answer.final_norm, stream: unpack(norms.stream), attention: unpack(norms.attention),
     mlp: unpack(norms.mlp), additive: norms.additive !== false,

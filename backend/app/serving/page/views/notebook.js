@@ -1,8 +1,8 @@
 // 正文：改它，或者一个个词元地读它，颜色说模型觉得每一个有多意外。
 
 import { byId, el, percent, rove, say, settle, visible } from "../dom.js";
-import { amend, branch, focusOn, get, on, set } from "../store.js";
-import { go, stepBack, stepForward, stop, textOf } from "../write.js";
+import { amend, branch, focusOn, get, on, separator, set } from "../store.js";
+import { go, stepBack, stepForward, stop, textNow } from "../write.js";
 
 /** @typedef {import("../store.js").Token} Token */
 /** @typedef {import("../store.js").State} State */
@@ -128,7 +128,7 @@ export function notebook(choose) {
 /** 回到改文字。 */
 export async function edit() {
   await stop();
-  if (branch().draft === null) amend({ draft: textOf(branch().tokens) });
+  if (branch().draft === null) amend({ draft: textNow() });
   byId("draft").focus();
 }
 
@@ -173,7 +173,7 @@ function draw(state, paper) {
     drawn = { tokens: [], lang: state.lang, decoder: fresh() };
   }
   for (const [i, token] of tokens.slice(drawn.tokens.length).entries()) {
-    paper.append(piece(token, drawn.tokens.length + i, state));
+    paper.append(piece(token, drawn.tokens.length + i));
   }
   drawn.tokens = tokens;
   const items = /** @type {HTMLCollectionOf<HTMLElement>} */ (paper.children);
@@ -206,9 +206,9 @@ function tinted(tint, i, most) {
   return mark([0.05, 0.2, 0.45, 0.75].filter((edge) => share >= edge).length, "a");
 }
 
-/** @param {Token} token @param {number} at @param {State} state */
-function piece(token, at, state) {
-  const special = token.id === state.separator;
+/** @param {Token} token @param {number} at */
+function piece(token, at) {
+  const special = token.id === separator();
   const bytes = new Uint8Array(token.bytes);
   const text = special ? "\u2398" : drawn.decoder.decode(bytes, { stream: true });
   const item = el("span", { role: "option", tabindex: "-1", "data-at": at, "aria-selected": "false" });

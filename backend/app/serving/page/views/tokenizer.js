@@ -2,8 +2,8 @@
 
 import { ApiProblem, json } from "../api.js";
 import { byId, el, opening, rove, say, settle, visible } from "../dom.js";
-import { branch, get, on } from "../store.js";
-import { explained, textOf } from "../write.js";
+import { get, on } from "../store.js";
+import { explained, textNow } from "../write.js";
 
 const PAUSE = 150;
 
@@ -14,7 +14,7 @@ export function tokenizer() {
     id: "pieces-text", rows: "4", label: "tokenizer.label", spellcheck: "false", hint: "tokenizer.hint",
   });
   const take = el("button", { type: "button", say: "tokenizer.take", onclick: () => {
-    area.value = branch().draft ?? textOf(branch().tokens);
+    area.value = textNow();
     void ask();
   } });
   const counts = el("p", { id: "pieces-count", class: "about", "aria-live": "polite" });
@@ -66,7 +66,7 @@ export function tokenizer() {
 
   on(["view", "model", "models", "lang"], ({ view, model }) => {
     if (view !== "tokenizer" || !model) return;
-    if (!area.value) area.value = branch().draft ?? textOf(branch().tokens);
+    if (!area.value) area.value = textNow();
     void ask();
   });
 }

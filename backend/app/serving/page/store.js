@@ -47,7 +47,7 @@ export const USUAL = {
 
 /** @type {State} */
 let state = {
-  lang: "en", theme: "auto", view: "branches",
+  lang: navigator.language.startsWith("zh") ? "zh" : "en", theme: "auto", view: "branches",
   models: {}, model: "", book: draftBook("", ""),
   past: [], future: [], focus: 0, colour: "probability", tint: null,
   sampling: USUAL, writing: false, said: "", problem: null,

@@ -22,7 +22,7 @@ export function textOf(tokens) {
 /** 接着写至多 most 个；0 = 只给已有的文字打分。 @param {number} most */
 export function go(most) {
   if (get().writing) return finished;
-  set({ writing: true, problem: null });
+  set({ writing: true, problem: null, said: "" });
   control = new AbortController();
   finished = run(most)
     .catch((error) => fail(error, () => go(most)))

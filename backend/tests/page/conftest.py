@@ -20,8 +20,6 @@ from app.serving.served import Served, serve_model
 from tests.serving.conftest import Running, serving
 from tests.serving.helpers import byte_model
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
 HOSTILE = "<img src=x onerror=window.hacked=1>"
 _FLAGS = [
     "--no-sandbox", "--disable-background-networking", "--disable-component-update",
@@ -85,7 +83,8 @@ def server(page_server: Running) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     where = chromium()
-    with playwright.sync_playwright() as driver:
+    driving = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with driving.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=where, args=_FLAGS)
         yield opened
         opened.close()

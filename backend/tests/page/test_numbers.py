@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from app.serving.api.assets import FOLDER
 from app.serving.api.fields import CompletionBody
 from app.serving.api.orders import _sampling
 from app.serving.request import Ask
-from tests.page.conftest import Visit
-from tests.serving.conftest import Running
+from tests.page.conftest import Visit, visiting
+from tests.serving.conftest import Running, serving
+from tests.serving.inside import reviewed, serve_run, train_a_run, unpack
 
 CLOSE = 1e-6
 USUAL: dict[str, Any] = {
@@ -140,7 +142,7 @@ def test_planted_mutants_are_seen(visit: Visit, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "swap",
-    [("top_k", "temperature"), ("min_p", "top_p"), ("top_p", "top_k"), ("repetition", "bias")],
+    [("top_p", "temperature"), ("min_p", "top_p"), ("top_p", "top_k"), ("repetition", "bias")],
 )
 def test_another_order_is_seen(visit: Visit, swap: tuple[str, str]) -> None:
     """两步换了先后。"""
@@ -153,12 +155,6 @@ def test_another_order_is_seen(visit: Visit, swap: tuple[str, str]) -> None:
         lambda route: route.fulfill(body=served, content_type="text/javascript"),
     )
     assert wrong_settings(visit)
-
-
-def unpack(packed: dict[str, Any]) -> np.ndarray:
-    kinds = {"u8": "u1", "u16": "<u2", "u32": "<u4", "f32": "<f4"}
-    raw = np.frombuffer(base64.b64decode(packed["data"]), kinds[packed["dtype"]])
-    return raw.reshape(packed["shape"])
 
 
 def test_the_text_has_the_models_numbers(visit: Visit, server: Running) -> None:
@@ -300,3 +296,29 @@ def test_attention_and_lens_are_the_models(visit: Visit, server: Running) -> Non
     assert [i for i, _ in best] == probs.topk(5).indices.tolist()
     lengths = page.locator("#norms tbody tr").first.locator("td").first.get_attribute("data-x")
     assert math.isclose(float(lengths), unpack(told["norms"]["stream"])[-1, 10], rel_tol=CLOSE)
+
+
+@pytest.mark.slow
+def test_through_training_is_the_checkpoints(browser: Any, tmp_path: Path) -> None:
+    """滑到每一步：读出来的概率与名次就是那个检查点的。"""
+    run = train_a_run(tmp_path)
+    with serving([serve_run(run)]) as running:
+        for visit in visiting(browser, running.url):
+            page = visit.open()
+            visit.write("the cat sat", 1)
+            visit.look("training").locator(".ask").click()
+            page.locator(".slider").wait_for()
+            ids = page.evaluate(
+                """async () => (await import("/assets/store.js")).branch().tokens.map((one) => one.id)"""
+            )
+            _, told = reviewed(running, prompt=ids)
+            logprob, rank = unpack(told["logprob"]), unpack(told["rank"])
+            page.locator(".run .tok").nth(4).click()
+            for c, step in enumerate(told["steps"]):
+                page.locator(".steps").fill(str(c))
+                said = page.locator(".run .reading").text_content()
+                p = 100 * math.exp(logprob[c, 4])
+                assert f"Step {step}, token 5" in said and f"rank {rank[c, 4] + 1}" in said
+                shown = float(re.search(r"probability ([\d.e-]+)%", said)[1])
+                assert math.isclose(shown, p, rel_tol=0.06)
+            assert page.locator(".charts polyline").count() == 3

@@ -167,7 +167,8 @@ def test_everything_with_the_keyboard(visit: Visit) -> None:
     page.locator("#likely .one:focus").wait_for()
     press("ArrowRight")
     assert "Token 4" in page.locator("#about").text_content()
-    press("End")
+    if page.evaluate("document.activeElement.matches('.chosen')"):
+        press("ArrowDown")
     press("Enter")
     page.locator("#tree .twig").nth(1).wait_for()
     visit.done()

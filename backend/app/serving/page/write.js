@@ -178,8 +178,8 @@ export function fail(error, again) {
 
 // 服务器的话是英文的；常见的几种页面自己说，再附上原话。
 const TOLD = new Set([
-  "offline", "invalid_api_key", "queue_full", "shutting_down", "not_ready", "deadline_exceeded",
-  "internal_error", "inspect_off", "model_not_found", "host_not_allowed", "inspect_busy",
+  "offline", "invalid_api_key", "queue_full", "shutting_down", "deadline_exceeded",
+  "internal_error", "inspect_off", "model_not_found", "inspect_busy",
 ]);
 const OWN = new Set(["full", "too_long"]);
 

@@ -49,7 +49,7 @@ function pick(target) {
 function likely(state, about, list) {
   const token = branch(state).draft === null ? branch(state).tokens[state.focus] : undefined;
   if (!token || !token.top.length) {
-    about.textContent = say(token ? "likely.first" : "likely.none");
+    about.textContent = say(token ? "likely.first" : "reading.none");
     list.replaceChildren();
     return;
   }

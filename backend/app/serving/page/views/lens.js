@@ -182,8 +182,8 @@ function told(found, layer, at) {
 /** @param {Found} found @param {number} at */
 function lengths(found, at) {
   const most = Math.max(...Array.from({ length: found.rows }, (_, n) => found.stream.data[n * found.size + at] ?? 0));
-  const head = el("tr", {}, ...["layer", "stream", "attention", "mlp"].map((name) =>
-    el("th", { scope: "col", say: `norms.${name}` })));
+  const head = el("tr", {}, ...["lens.corner", "norms.stream", "norms.attention", "norms.mlp"].map((name) =>
+    el("th", { scope: "col", say: name })));
   /** @param {number | null} x @param {string} kind */
   const cell = (x, kind) => el("td", { "data-x": x },
     x === null ? "" : bar(x / most, kind), el("span", { class: "number", text: x === null ? "" : x.toFixed(2) }));

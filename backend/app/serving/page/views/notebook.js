@@ -44,10 +44,11 @@ export function notebook(choose) {
   const reading = el("p", { id: "reading", class: "reading" });
   const count = el("input", {
     id: "count", type: "number", min: "1", max: "1024", label: "count.label",
-    onchange: () => {
+    oninput: () => {
       const max_tokens = Math.max(1, Math.min(1024, Math.round(count.valueAsNumber) || 32));
       set({ sampling: { ...get().sampling, max_tokens } });
     },
+    onblur: () => { count.value = String(get().sampling.max_tokens); },
   });
   const button = (/** @type {string} */ id, /** @type {() => void} */ act) =>
     el("button", { id, type: "button", say: id, title: `${id}.key`, onclick: act });
@@ -119,7 +120,7 @@ export function notebook(choose) {
     buttons.stop.disabled = !state.writing;
     buttons.undo.disabled = !state.past.length;
     buttons.redo.disabled = !state.future.length;
-    count.value = String(state.sampling.max_tokens);
+    if (document.activeElement !== count) count.value = String(state.sampling.max_tokens);
     byId("edit").setAttribute("aria-pressed", String(editing));
     byId("read").setAttribute("aria-pressed", String(!editing));
   });

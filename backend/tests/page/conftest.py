@@ -122,6 +122,12 @@ class Visit:
         self.page.locator("#stop:disabled").wait_for()
         self.page.locator("#tokens .tok").first.wait_for()
 
+    def ids(self) -> list[int]:
+        """正文的词元号，从页面自己的状态里取。"""
+        script = "async () => (await import('/assets/store.js')).branch().tokens.map((t) => t.id)"
+        found: list[int] = self.page.evaluate(script)
+        return found
+
     def look(self, view: str) -> Any:
         self.page.click(f"#tab-{view}")
         return self.page.locator(f"#view-{view}")

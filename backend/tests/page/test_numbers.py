@@ -164,9 +164,7 @@ def test_the_text_has_the_models_numbers(visit: Visit, server: Running) -> None:
     spans = page.locator("#tokens .tok").evaluate_all(
         "(all) => all.map((one) => ({...one.dataset}))"
     )
-    ids = page.evaluate(
-        """async () => (await import("/assets/store.js")).branch().tokens.map((one) => one.id)"""
-    )
+    ids = visit.ids()
     model = server.served["tiny"].engine.model
     with torch.no_grad():
         logs = model(torch.tensor([ids]))["logits"][0, :, :257].double().log_softmax(-1)
@@ -234,9 +232,7 @@ def test_live_sampling_is_the_servers(visit: Visit, server: Running) -> None:
     page.fill("#knob-bias", "101: 2.5")
     page.keyboard.press("Tab")
     page.locator("#stages [data-stage=bias]:not(.idle)").wait_for()
-    ids = page.evaluate(
-        """async () => (await import("/assets/store.js")).branch().tokens.map((one) => one.id)"""
-    )
+    ids = visit.ids()
     model = server.served["tiny"].engine.model
     with torch.no_grad():
         row = model(torch.tensor([ids]))["logits"][:, -1, :257].float()
@@ -261,9 +257,7 @@ def test_live_sampling_is_the_servers(visit: Visit, server: Running) -> None:
 def test_attention_and_lens_are_the_models(visit: Visit, server: Running) -> None:
     page = visit.open()
     visit.write("the cat the cat", 4)
-    ids = page.evaluate(
-        """async () => (await import("/assets/store.js")).branch().tokens.map((one) => one.id)"""
-    )
+    ids = visit.ids()
     asked = {"model": "tiny", "prompt": ids, "attention": [1], "lens": True, "norms": True}
     told = server.post("/v1/inspect", asked).json()
     page.locator("#tokens .tok").nth(10).click()
@@ -308,9 +302,7 @@ def test_through_training_is_the_checkpoints(browser: Any, tmp_path: Path) -> No
             visit.write("the cat sat", 1)
             visit.look("training").locator(".ask").click()
             page.locator(".slider").wait_for()
-            ids = page.evaluate(
-                """async () => (await import("/assets/store.js")).branch().tokens.map((one) => one.id)"""
-            )
+            ids = visit.ids()
             _, told = reviewed(running, prompt=ids)
             logprob, rank = unpack(told["logprob"]), unpack(told["rank"])
             page.locator(".run .tok").nth(4).click()

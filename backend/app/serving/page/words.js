@@ -121,8 +121,8 @@ export const WORDS = {
     "How text becomes the ids that the model reads: each piece with its id and its bytes in hexadecimal.",
     "文字怎样成为模型读的号：每一片，它的号，它的字节（十六进制）。"],
   "tokenizer.how": [
-    "The tokenizer cuts text into pieces that were frequent in its training text; a frequent word is one piece, a rare one several, and a character outside of its experience falls into single bytes. A dot is a space, ↵ a line break. Fewer tokens for the same bytes means that the model sees more text in its context.",
-    "分词器把文字切成它的训练文字里常见的片：常见的词是一片，少见的是几片，没有见过的字符散成单个字节。点是空格，↵ 是换行。同样的字节，词元越少，模型的上下文里装得下的文字就越多。"],
+    "The tokenizer cuts text into pieces that were frequent in its training text; a frequent word is one piece, a rare one several, an unknown character single bytes. A dot is a space, ↵ a line break. Fewer tokens for the same bytes means that the model sees more text in its context.",
+    "分词器把文字切成它的训练文字里常见的片：常见的词是一片，少见的几片，没见过的字符散成字节。点是空格，↵ 是换行。同样的字节，词元越少，模型的上下文里装得下的文字就越多。"],
   "tokenizer.label": ["Text to tokenize", "要分词的文字"], "tokenizer.hint": ["Type here", "在这里打字"],
   "tokenizer.take": ["Take the text", "取正文"], "tokenizer.list": ["Pieces", "片"],
   "tokenizer.count": [
@@ -158,8 +158,8 @@ export const WORDS = {
     "What the model would say after each token if it stopped at that layer: the stream there, put through the final norm (where the model has one) and the output matrix. The top row is what it really says.",
     "如果模型停在那一层，每个词元之后它会说什么：那里的残差流经过最后的归一化（模型有的话）与输出矩阵。最上面一行是它真说的。"],
   "lens.how": [
-    "Read a column from the bottom up: the guess starts near the token itself and is turned into the answer layer by layer. A bold cell has the true next token in first place. Rank is the place of the true next token; KL, in nats, is how far the layer's distribution is from the final one (0 in the top row by definition); entropy, in nats, is how undecided it is. Early layers need not speak the language of the output matrix: what they say is a hint, not a thought (tuned lens, arXiv:2303.08112).",
-    "一列从下往上读：起初的猜离词元自己很近，一层层变成答案。粗体的格子把真的下一个词元放在第一。名次是真的下一个词元排第几；KL 以 nat 计，是这层的分布离最后的有多远（最上面一行按定义是 0）；熵以 nat 计，是它有多拿不定。早的层不一定说输出矩阵的语言：它说的是线索，不是念头（tuned lens, arXiv:2303.08112）。"],
+    "Read a column from the bottom up: the guess starts near the token itself and is turned into the answer layer by layer. A bold cell has the true next token in first place. Rank is the place of the true next token; KL, in nats, is how far the layer's distribution is from the final one (0 in the top row by definition); entropy, in nats, is how undecided it is. Early layers need not speak the language of the output matrix: take them as a hint (arXiv:2303.08112).",
+    "一列从下往上读：起初的猜离词元自己很近，一层层变成答案。粗体的格子把真的下一个词元放在第一。名次是真的下一个词元排第几；KL 以 nat 计，是这层的分布离最后的有多远（最上面一行按定义是 0）；熵以 nat 计，是它有多拿不定。早的层不一定说输出矩阵的语言，只当线索（arXiv:2303.08112）。"],
   "lens.label": ["Layers by tokens: the likeliest next token", "层乘词元：最可能的下一个词元"],
   "lens.rank": ["rank of the true next", "真的下一个的名次"], "lens.kl": ["KL to the output (nats)", "到输出的 KL（nat）"],
   "lens.entropy": ["entropy (nats)", "熵（nat）"],
@@ -181,8 +181,8 @@ export const WORDS = {
     "The same text under the checkpoints of the run: the probability of each token at each step, beside the loss in nats a token.",
     "同一段文字在这次训练的各个检查点下：每一步上每个词元的概率，旁边是损失（每个词元多少 nat）。"],
   "training.how": [
-    "Move the slider and watch which tokens lose their colour: those are learned by then. Line breaks, spaces and frequent words come first, names and rare words last, and a word that only repeats the text needs an induction head. Choose a token to see its probability over the steps. The loss is that of training (thin) and of the held-out text (thick). Checkpoints are loaded one at a time; gpt2 train --keep-every N keeps more of them.",
-    "移动滑块，看哪些词元的颜色退去：那时已经学会了。换行、空格与常见的词先，名字与少见的词后；只是重复前文的词要等归纳头。选一个词元，看它的概率随步数怎样变。细的是训练的损失，粗的是没有训练过的文字的。检查点一次装一个；gpt2 train --keep-every N 留下更多。"],
+    "Move the slider and watch which tokens lose their colour: those are learned by then. Line breaks and frequent words come first, names last; a word that repeats the text needs an induction head. Choose a token to see its probability over the steps. The loss is that of training (thin) and of the held-out text (thick). Checkpoints are loaded one at a time; gpt2 train --keep-every N keeps more of them.",
+    "移动滑块，看哪些词元的颜色退去：那时已经学会了。换行与常见的词先，名字后；重复前文的词要等归纳头。选一个词元，看它的概率随步数怎样变。细的是训练的损失，粗的是没有训练过的文字的。检查点一次装一个；gpt2 train --keep-every N 留下更多。"],
   "training.second": ["Beside it", "并排看"], "training.alone": ["nothing", "没有"],
   "training.ask": ["Read the text at every step", "在每一步读这段文字"],
   "training.progress": ["Checkpoints read", "读过的检查点"],
@@ -201,8 +201,8 @@ export const WORDS = {
     "What the server is doing now, asked once a second while you look. A row holds the keys and values of one text.",
     "服务器现在在做什么；看着的时候一秒问一次。一行放着一段文字的键与值。"],
   "engine.how": [
-    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step; off unless the server was started with --speculate or --draft. A step is one forward pass over all rows, in milliseconds on average since the start.",
-    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元；服务器没有用 --speculate 或 --draft 开就没有。一步是所有行的一次前向，从开张起的平均毫秒数。"],
+    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows, in milliseconds on average since the start.",
+    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向，从开张起的平均毫秒数。"],
   "engine.rows": ["Rows", "行"], "engine.busy": ["busy", "忙"], "engine.warm": ["warm", "热"], "engine.free": ["free", "空"],
   "engine.tokens": ["{n} of {context} tokens", "{context} 个词元中的 {n} 个"],
   "engine.rate": ["tokens written", "写词元"], "engine.running": ["texts being written", "在写的文字"],

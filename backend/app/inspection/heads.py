@@ -80,14 +80,20 @@ def heads(model: GPT2Model, plain: Sequence[int]) -> Steps[Heads]:
 def scores(maps: Sequence[Tensor]) -> Heads:
     """maps: 每层一个 (H, 2n, 2n)，重复了一遍的 2n 个词元上的。"""
     length = maps[0].shape[-1] // 2
-    rows = [[_mean(one, *pairs) for one in maps] for pairs in _places(length)]
-    return Heads(*(np.array([r.tolist() for r in row]) for row in rows), length)
+    induction, previous, first = (
+        torch.stack([_mean(one, *pairs) for one in maps]).cpu().numpy() for pairs in _places(length)
+    )
+    return Heads(induction, previous, first, length)
 
 
 def stacked(each: Sequence[Heads]) -> Heads:
     """几个检查点的：各 (C, N, H)。"""
-    arrays = ([getattr(one, name) for one in each] for name in ("induction", "previous", "first"))
-    return Heads(*(np.stack(one) for one in arrays), each[0].length)
+    return Heads(
+        np.stack([one.induction for one in each]),
+        np.stack([one.previous for one in each]),
+        np.stack([one.first for one in each]),
+        each[0].length,
+    )
 
 
 def _places(n: int) -> list[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from app.models.transformer import GPT2Model
+from app.models.transformer.block import residuals
 
 from .attention import as_arrays, to_numpy
 from .heads import Heads, heads
@@ -112,7 +113,9 @@ def routing_arrays(found: Walk) -> dict[int, tuple[np.ndarray, np.ndarray]]:
 def norms(model: GPT2Model, found: Walk) -> Norms:
     stream = torch.stack([lengths(x) for x in found.streams])
     additive = all(
-        around.alpha == 1 and not around.outer for b in model.h.values() for around in b.residuals
+        around.alpha == 1 and not around.outer
+        for layer in range(model.config.n_layer)
+        for around in residuals(model.config, layer)
     )
     return Norms(
         to_numpy(stream), to_numpy(torch.stack(found.attention)), to_numpy(torch.stack(found.mlp)),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from app.models.transformer import GPT2Model
-from app.models.transformer.block import Residual
+from app.models.transformer.block import Block, Residual
 from app.models.transformer.layers.context import make_notes
 from app.models.transformer.visibility.positions import Positions
 
@@ -60,17 +61,15 @@ def walk(
     contexts = model.contexts(where, None, notes, x.dtype)
     found.streams.append(x[0])
     for layer, (block, ctx) in enumerate(zip(model.h.values(), contexts, strict=True)):
+        assert isinstance(block, Block)
         around_attn, around_mlp = block.residuals
         yield Slice(len(ids), attention_cost(config, len(ids)))
-        x, added = _through(
-            around_attn, x, lambda h, b=block, c=ctx: b.attn(h, c), block.ln_1, block.ln_1_post
-        )
+        attend = partial(block.attn, ctx=ctx)
+        x, added = _through(around_attn, x, attend, block.ln_1, block.ln_1_post)
         found.attention.append(lengths(added[0]))
         yield Slice(len(ids), feed_forward_cost(config, layer))
-        x, added = _through(
-            around_mlp, x, lambda h, b=block, c=ctx: b.feed_forward(h, c), block.ln_2,
-            block.ln_2_post,
-        )  # fmt: skip
+        feed = partial(block.feed_forward, ctx=ctx)
+        x, added = _through(around_mlp, x, feed, block.ln_2, block.ln_2_post)
         found.mlp.append(lengths(added[0]))
         found.streams.append(x[0])
         if ctx.note.map is not None:

@@ -118,7 +118,7 @@ def test_a_reader_that_never_reads_is_left(
 ) -> None:
     """D5：不读的一方落后太久，就不再为他写。"""
     monkeypatch.setattr("app.serving.api.hub._BEHIND", 0.3)
-    monkeypatch.setattr("app.serving.api.routes._data", lambda value: "x" * 300_000)
+    monkeypatch.setattr("app.serving.api.routes.sse", lambda value: "x" * 300_000)
     host, port = slow_server.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "stream": True}).encode()
     with socket.create_connection((host, int(port))) as reader:

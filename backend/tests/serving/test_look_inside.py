@@ -21,7 +21,18 @@ from tests.serving.inside import serve_run, unpack
 GUIDE = (Path(__file__).parents[3] / "docs" / "look-inside.md").read_text(encoding="utf-8")
 HOME = "http://127.0.0.1:8080"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TOY = ["--steps", "4", "--keep-every", "2", "--eval-every", "0", "--save-every", "0"]
+TOY = [
+    "--steps",
+    "4",
+    "--schedule.warmup-steps",
+    "0",
+    "--keep-every",
+    "2",
+    "--eval-every",
+    "0",
+    "--save-every",
+    "0",
+]
 
 
 def test_the_guide_from_the_data_to_the_api(

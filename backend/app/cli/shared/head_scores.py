@@ -46,7 +46,7 @@ def head_lines(scores: Mapping[str, Heads]) -> Iterator[str]:
             layer, head = np.unravel_index(values.argmax(), values.shape)
             parts.append(f"{kind} {layer}.{head} {values.max():.2f}")
         yield f"  {name}  " + "   ".join(parts)
-    name, last = next(reversed(scores.items()))
+    name, last = list(scores.items())[-1]
     yield f"every head of {name}:"
     for layer, head in np.ndindex(last.induction.shape):
         values = (f"{kind} {getattr(last, kind)[layer, head]:.2f}" for kind in KINDS)

@@ -130,13 +130,13 @@ class Review:
             "logprob": pack(logprob, "float32"),
             "rank": pack(rank, "uint32"),
             "skipped": self.skipped,
-            "source": {"logprob": f"{FOLDER}score.py"},
         }
+        source = {"logprob": f"{FOLDER}score.py"}
         each = [one for _, one in self.found.values() if one is not None]
         if each:
             answer["head_scores"] = head_scores(stacked(each))
-            answer["source"] |= {"head_scores": f"{FOLDER}heads.py"}
-        return answer
+            source["head_scores"] = f"{FOLDER}heads.py"
+        return answer | {"source": source}
 
 
 def read_review(body: HistoryBody, served: Served) -> Review:

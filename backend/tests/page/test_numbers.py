@@ -32,6 +32,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"top_p": 0.9}, {"top_p": 0.05}, {"min_p": 0.2}, {"repetition_penalty": 1.4},
     {"presence_penalty": 1.5, "frequency_penalty": -0.7}, {"logit_bias": {"3": 4.0, "7": -100.0}},
     # 次序看得见：换了先后，分布就不同。
+    {"temperature": 1.5, "top_k": 10, "top_p": 0.7},
+    {"repetition_penalty": 1.4, "logit_bias": {"3": 2.0, "5": 3.0}},
     {"temperature": 0.4, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
     {"temperature": 1.7, "top_k": 30, "top_p": 0.7, "min_p": 0.3, "repetition_penalty": 1.3,
      "presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {"3": 2.0}},

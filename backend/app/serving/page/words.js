@@ -23,8 +23,8 @@ export const WORDS = {
 
   "key.title": ["An API key, please", "请给钥匙"],
   "key.what": [
-    "This server was started with keys. The key stays in the memory of this page and is gone when you close it.",
-    "这个服务器要钥匙。它只留在这个页面的内存里，关上页面就没有了。"],
+    "The key stays in the memory of this page and is gone when you close it.",
+    "它只留在这个页面的内存里，关上页面就没有了。"],
   "key.label": ["API key", "钥匙"], "key.use": ["Use it", "用它"],
 
   "help.title": ["Keys", "按键"],
@@ -73,8 +73,8 @@ export const WORDS = {
     "The ten likeliest tokens at the chosen place, in percent of the model's own distribution. Enter takes one and goes on from there; every branch is kept.",
     "选中的地方最可能的十个词元，占模型自己的分布的百分之几。按 Enter 选一个，从那里接着写；枝都留着。"],
   "branches.how": [
-    "The bar is the probability before temperature and filters, drawn against the likeliest. Left and right move to the token before or after. Taking another token keeps everything before it: the server has the keys and values of that text in a row already, so only one token is new to it. Below is the tree of what you tried: Enter walks to a branch.",
-    "横条是温度与筛选之前的概率，以最可能的为满格。左右键到前后一个词元。换一个词元时，它前面的都留着：服务器的一行里已经有那段文字的键与值，新的只有一个词元。下面是试过的枝：按 Enter 走过去。"],
+    "The bar is the probability before temperature and filters, drawn against the likeliest. Left and right move to the token before or after. What stands before the token is kept: the server still holds its keys and values, so only one token is new to it. Below is the tree of what you tried: Enter walks to a branch.",
+    "横条是温度与筛选之前的概率，以最可能的为满格。左右键到前后一个词元。它前面的都留着：服务器还有那段文字的键与值，新的只有一个词元。下面是试过的枝：按 Enter 走过去。"],
   "likely.label": ["Likeliest tokens here; Enter takes one", "这里最可能的词元；按 Enter 选它"],
   "likely.first": ["Nothing stands before the first token: the model was not asked for it.", "第一个词元前面没有东西：没有问过模型。"],
   "likely.about": ["Token {at} “{name}”: {p}, rank {rank}; entropy here {h} nats", "第 {at} 个词元“{name}”：{p}，名次 {rank}；这里的熵 {h} nat"],
@@ -201,8 +201,8 @@ export const WORDS = {
     "What the server is doing now, asked once a second while you look. A row holds the keys and values of one text.",
     "服务器现在在做什么；看着的时候一秒问一次。一行放着一段文字的键与值。"],
   "engine.how": [
-    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows, in milliseconds on average since the start.",
-    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向，从开张起的平均毫秒数。"],
+    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows, on average.",
+    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向，平均的时间。"],
   "engine.rows": ["Rows", "行"], "engine.busy": ["busy", "忙"], "engine.warm": ["warm", "热"], "engine.free": ["free", "空"],
   "engine.tokens": ["{n} of {context} tokens", "{context} 个词元中的 {n} 个"],
   "engine.rate": ["tokens written", "写词元"], "engine.running": ["texts being written", "在写的文字"],

@@ -43,8 +43,8 @@ export const WORDS = {
     "Your text and what the model writes after it, token by token. The colour is how surprised the model was by each token, yours included.",
     "你的文字，与模型接着写的，一个个词元。颜色是模型对每一个有多意外，你写的也算。"],
   "notebook.how": [
-    "A language model reads left to right and gives every token of its vocabulary a probability before it sees the next one. Plain tokens it expected; coloured ones it did not. Probability is that of the token which stands there (before temperature and filters); rank 1 means no token was likelier; entropy, in nats, is how undecided the model was: 0 = certain, ln(vocabulary) = no idea. The first token has no probability: nothing stands before it. Underlined tokens were written by the model.",
-    "语言模型从左往右读，看见下一个词元之前，先给词表里的每一个一个概率。没有颜色的是它料到的，有颜色的是没有料到的。概率是站在那里的那个词元的（在温度与筛选之前）；名次 1 是没有更可能的；熵以 nat 计，是它有多拿不定：0 = 确定，ln(词表) = 毫无头绪。第一个词元没有概率：它前面什么也没有。下面有线的是模型写的。"],
+    "A language model reads left to right and gives every token of its vocabulary a probability before it sees the next one. Probability is that of the token which stands there (before temperature and filters); rank 1 means no token was likelier; entropy, in nats, is how undecided the model was: 0 = certain, ln(vocabulary) = no idea. The first token has no probability: nothing stands before it. Underlined tokens were written by the model.",
+    "语言模型从左往右读，看见下一个词元之前，先给词表里的每一个一个概率。概率是站在那里的那个词元的（在温度与筛选之前）；名次 1 是没有更可能的；熵以 nat 计，是它有多拿不定：0 = 确定，ln(词表) = 毫无头绪。第一个词元没有概率：它前面什么也没有。下面有线的是模型写的。"],
   "mode": ["Edit or read", "改或读"], "mode.edit": ["Edit", "改"], "mode.read": ["Tokens", "词元"],
   "text.label": ["Text to go on from", "要接着写的文字"],
   "text.hint": ["Write something, then Ctrl+Enter: the model goes on.", "写点什么，再按 Ctrl+Enter：模型接着写。"],
@@ -181,8 +181,8 @@ export const WORDS = {
     "The same text under the checkpoints of the run: the probability of each token at each step, beside the loss in nats a token.",
     "同一段文字在这次训练的各个检查点下：每一步上每个词元的概率，旁边是损失（每个词元多少 nat）。"],
   "training.how": [
-    "Move the slider and watch which tokens lose their colour: those are learned by then. Line breaks and frequent words come first, names last; a word that repeats the text needs an induction head. Choose a token to see its probability over the steps. The loss is that of training (thin) and of the held-out text (thick). Checkpoints are loaded one at a time; gpt2 train --keep-every N keeps more of them.",
-    "移动滑块，看哪些词元的颜色退去：那时已经学会了。换行与常见的词先，名字后；重复前文的词要等归纳头。选一个词元，看它的概率随步数怎样变。细的是训练的损失，粗的是没有训练过的文字的。检查点一次装一个；gpt2 train --keep-every N 留下更多。"],
+    "Move the slider: tokens that lose their colour are learned by then. Line breaks and frequent words come first, names last; a word that repeats the text needs an induction head. Choose a token to see its probability over the steps. The loss is that of training (thin) and of the held-out text (thick). Checkpoints are loaded one at a time; gpt2 train --keep-every N keeps more of them.",
+    "移动滑块：颜色退去的词元，那时已经学会了。换行与常见的词先，名字后；重复前文的词要等归纳头。选一个词元，看它的概率随步数怎样变。细的是训练的损失，粗的是没有训练过的文字的。检查点一次装一个；gpt2 train --keep-every N 留下更多。"],
   "training.second": ["Beside it", "并排看"], "training.alone": ["nothing", "没有"],
   "training.ask": ["Read the text at every step", "在每一步读这段文字"],
   "training.progress": ["Checkpoints read", "读过的检查点"],

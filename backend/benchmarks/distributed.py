@@ -24,7 +24,10 @@ from .common import table, write_result
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GPT2 = [sys.executable, "-m", "app.cli"]
-QUIET = ["--eval-every", "0", "--sample-tokens", "0", "--save-every", "0", "--precision", "float32"]
+QUIET = [
+    "--eval-every", "0", "--eval-batches", "1", "--sample-tokens", "0", "--save-every", "0",
+    "--precision", "float32", "--compile", "off",
+]  # fmt: skip
 TINY = [
     "--model.n-layer", "2", "--model.n-head", "2", "--model.n-embed", "32", "--model.context-size",
     "32", "--batch-size", "8", "--micro-batch", "2", "--schedule.warmup-steps", "5",

@@ -129,9 +129,9 @@ def start_all(
         subprocess.run(
             [*gpt2, "export", str(model), "--to", "gguf", "--out", str(gguf)], check=True
         )
-        (file,) = gguf.glob("*.gguf")
+        (file,), most = gguf.glob("*.gguf"), max(args.clients)
         command = ["llama-server", "-m", str(file), "-t", str(args.threads), "--poll", "0",
-                   "-np", str(max(args.clients))]  # fmt: skip
+                   "-np", str(most), "-c", str(most * 1024)]  # fmt: skip
         wanted["llama-server F32"] = ("any", command, {"ignore_eos": True})
     else:
         missing.append("llama-server")

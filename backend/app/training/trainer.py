@@ -378,9 +378,7 @@ class Trainer:
         if self.engine.why_not_compile is not None and self.config.compile != "off":
             return f"off: {self.engine.why_not_compile}"
         try:
-            return compile_blocks(
-                self.model.h.values(), self.config.compile, self.runtime.device, probe, tell
-            )
+            return compile_blocks(self.model, self.config.compile, self.runtime.device, probe, tell)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

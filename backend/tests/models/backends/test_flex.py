@@ -19,6 +19,7 @@ from app.models.transformer.backends import flex
 from app.models.transformer.backends.flex import (
     attend_flex,
     block_mask,
+    blocks_of,
     mask_mod,
     pattern_block_mask,
     pattern_mask_mod,
@@ -51,6 +52,10 @@ class Plan(NamedTuple):
     q: Positions
     k: Positions
     pattern: Pattern
+
+    @property
+    def blocks(self) -> BlockMask:
+        return blocks_of(self.pattern, self.q, self.k)
 
 
 @st.composite

@@ -11,6 +11,7 @@ import torch
 
 from app.models.transformer import GPT2Model
 from app.models.transformer.config import MoEConfig
+from app.training.config import ScheduleConfig
 from app.training.machine import runtime
 from app.training.machine.feeding import Feed, to_device
 from app.training.saving.checkpoint import step_folder
@@ -108,7 +109,7 @@ def test_a_training_step_waits_for_the_device_once(
         waits.append(syncs.seen)
 
     monkeypatch.setattr(Trainer, "_train_step", step)
-    config = make(steps=3)
+    config = make(steps=3, schedule=ScheduleConfig(warmup_steps=1))
     model = dataclasses.replace(config.model, **shape)
     train(config.replace(model=model, optim=dataclasses.replace(config.optim, name=optim)))
     assert waits == [["tolist"]] * 3
@@ -130,5 +131,5 @@ def test_finite_weights_are_checked_with_one_wait(make: Make) -> None:
     assert syncs.seen == ["tolist"]
     with torch.no_grad():
         model.h["1"].mlp.c_fc.weight[0, 0] = torch.nan
-        model.ln_f.weight[0] = torch.inf
+        model.h["1"].ln_2.weight[0] = torch.inf
     assert first_bad_weight(model) == "h.1.mlp.c_fc.weight"

@@ -200,8 +200,12 @@ def _memory_advice(config: TrainConfig, rows: int) -> str:
             f"{held}: use --micro-batch {rows // 2} (the result stays the same)"
         )
     when = f"with one sequence of {shape.context_size} tokens at once and"
+    recompute = "--activation-checkpointing 1 (slower, the same result), or "
+    if not rows or config.activation_checkpointing == 1:
+        recompute = ""
     return (
-        f"out of memory {when if rows else 'for a model of'} {held}: use a smaller --model.n-layer "
+        f"out of memory {when if rows else 'for a model of'} {held}: use {recompute}a smaller "
+        f"--model.n-layer "
         f"(now {shape.n_layer}), --model.n-embed (now {shape.n_embed}) or --model.context-size; "
         "`gpt2 plan` says what fits"
     )

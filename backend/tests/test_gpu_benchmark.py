@@ -79,6 +79,8 @@ for name in sys.argv[1:]:
     if name == "dies":
         import os; os._exit(7)
     if name == "hangs": time.sleep(60)
+    if name == "breaks":
+        send(row={**row, "part": name, "ok": False}); send(end=name); sys.exit(70)
     print("a word of a library")
     send(row={**row, "part": name})
     send(end=name)
@@ -109,6 +111,12 @@ def test_a_dead_and_a_hanging_process_cost_their_part_alone(
     ]  # fmt: skip
     assert "ended with code 7" in rows[1].value and "past its limit" in rows[3].value
     assert "a word of a library" in capsys.readouterr().out
+
+
+def test_a_broken_context_costs_its_part_alone() -> None:
+    rows, asked = watched(["breaks", "b"])
+    assert asked == [["breaks", "b"], ["b"]]
+    assert [(row.part, row.ok) for row in rows] == [("breaks", False), ("b", True)]
 
 
 def test_what_the_budget_leaves_no_time_for_is_said() -> None:

@@ -70,8 +70,6 @@ def _training(log: Log, size: str, goal: float) -> None:
             planned = training_footprint(config, choose_runtime(config)).peak
             sizes = f"{peak / 2**30:.2f} GiB of the {planned / 2**30:.2f} planned"
             log.near(f"{shown}, {how}: peak {sizes}", peak / planned, within=0.15)
-    if size == "small":
-        _beside_nanogpt(log, config, step)
 
 
 def _one(log: Log, size: str, optim: str, compiling: str) -> tuple[float, TrainConfig, int]:
@@ -127,11 +125,11 @@ def _fitting(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _beside_nanogpt(log: Log, config: TrainConfig, mine: float) -> None:
+def nanogpt(log: Log) -> None:
     """同样的批、AdamW、bfloat16 与编译；clone 由运行的人给。"""
     if not log.nanogpt:
-        log.skip("beside nanoGPT", "give a clone with --nanogpt PATH")
-        return
+        raise Skip("give a clone with --nanogpt PATH")
+    mine, config, _ = _one(log, "small", "adamw", log.pick("on", "off"))
     sys.path.insert(0, log.nanogpt)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 

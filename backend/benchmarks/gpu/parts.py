@@ -46,6 +46,7 @@ PARTS = (
     Part("flex", "check", 90, checks.flex),
     Part("train-small", "figure", 90, figures.train_small),
     Part("decode", "figure", 60, decoding.decode),
+    Part("nanogpt", "figure", 120, figures.nanogpt),
     Part("train-medium", "figure", 75, figures.train_medium),
     Part("sparse", "figure", 70, figures.sparse),
     Part("head", "figure", 25, figures.head),

@@ -78,7 +78,7 @@ class Watch:
         assert process.stdout is not None
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
-        done = 0
+        done, begun = 0, False
         limit = time.monotonic() + START
         while done < len(parts):
             try:
@@ -89,12 +89,16 @@ class Watch:
                 return self._lost(parts[done], done, "it ran past its limit and was ended")
             if line is None:
                 code = process.wait()
+                if done and not begun:
+                    # 上一部分毁了显卡的上下文（那一行已经记下）：换一个进程接着走。
+                    return done
                 return self._lost(parts[done], done, f"its process ended with code {code}")
             if not line.startswith(_MARK):
                 print(line, end="", flush=True)
                 continue
             message = json.loads(line[len(_MARK) :])
             if "begin" in message:
+                begun = True
                 allowed = min(parts[done].seconds, until - time.monotonic())
                 limit = time.monotonic() + max(0.0, allowed) + GRACE
             elif "row" in message:
@@ -102,7 +106,7 @@ class Watch:
                 self.rows.append(row)
                 self._tell(row)
             else:
-                done += 1
+                done, begun = done + 1, False
                 limit = time.monotonic() + GRACE
                 if time.monotonic() >= until:
                     process.kill()

@@ -219,7 +219,7 @@ def rope(log: Log) -> None:
             found = []
             for device, dtype in ((log.device, torch.float32), (torch.device("cpu"), x.dtype)):
                 pos = torch.arange(first, first + 50, device=device)[None]
-                one = x.to(device, dtype).requires_grad_()
+                one = x.detach().clone().to(device, dtype).requires_grad_()
                 y = Rotary.at(pos, RoPEConfig(layout=layout), 64, 1024, dtype).apply(one)  # type: ignore[arg-type]
                 (y * y.detach().cos()).sum().backward()
                 found.append((y, one.grad))

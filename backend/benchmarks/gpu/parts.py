@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -90,7 +92,9 @@ def run_part(part: Part, place: Place, emit: Callable[[Row], object]) -> list[Ro
         log.skip("all of it", str(reason))
     except Exception as error:
         first = str(error).strip().split("\n")[0][:200]
-        log.failed(f"{type(error).__name__}: {first}")
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        log.failed(f"{type(error).__name__}: {first} ({where})")
     finally:
         gc.collect()
     return log.rows

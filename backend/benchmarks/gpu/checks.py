@@ -189,7 +189,7 @@ def loss(log: Log) -> None:
     wanted = F.cross_entropy(logits, labels.flatten(), ignore_index=-100)
     wanted.backward()
     for name, cast, limit in (("float32", False, 2e-5), ("bfloat16", True, HALF)):
-        mine = [x.to(log.device).requires_grad_() for x in (hidden, weight)]
+        mine = [x.clone().to(log.device).requires_grad_() for x in (hidden, weight)]
         half = torch.autocast(log.device.type, torch.bfloat16) if cast else nullcontext()
         # 块小到要切几块。
         with half, mock.patch.object(loss_module, "GPU_CHUNK_BYTES", 2**24):

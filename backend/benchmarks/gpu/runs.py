@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import random
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,9 @@ def _config(log: Log, folder: Path, **changes: Any) -> TrainConfig:
 
 
 def _train(config: TrainConfig) -> Result:
-    return train(config, lambda decisions: None, lambda line: None)
+    # 进度条不是这里要看的。
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return train(config, lambda decisions: None, lambda line: None)
 
 
 def _weights(result: Result) -> dict[str, torch.Tensor]:

@@ -135,12 +135,12 @@ def _candidates(
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
     if config.temperature != 1:
         logits = logits / config.temperature
-    narrows = config.top_k is not None and config.top_k < logits.shape[-1]
-    if narrows and readable(logits):
-        values, ids = _narrow(logits, config.top_k)
+    k = config.top_k if config.top_k is not None and config.top_k < logits.shape[-1] else None
+    if k is not None and readable(logits):
+        values, ids = _narrow(logits, k)
     else:
         # 收窄到几个候选要先数并列的，即等设备一次；加速器上遮住其余的就好。
-        values = top_k(logits, config.top_k) if narrows else logits
+        values = logits if k is None else top_k(logits, k)
         ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     if config.top_p is not None and config.top_p < 1:
         values = top_p(values, config.top_p)

@@ -253,6 +253,12 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.
     Raises:
         ValueError: why_not 给出的理由，或编译过的形状与图样多过 torch 的上限。
     """
+    assert plan.blocks is not None
+    if _inside(q):
+        joined: Tensor = flex_attention(
+            q, k, v, block_mask=plan.blocks, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return joined
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     reason = why_not(
         q.device, q.dtype, grad=grad, dropout=dropout, q_len=q.shape[2], head_dim=q.shape[3]
@@ -260,7 +266,6 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.
     if reason is not None:
         raise ValueError(f"attention_backend='flex': {reason}")
     on_cpu = q.device.type == "cpu"
-    assert plan.blocks is not None
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     try:
@@ -273,6 +278,14 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.
         ) from None
     assert isinstance(y, Tensor)
     return y
+
+
+def _inside(q: Tensor) -> bool:
+    """正在编译的块里：随块一起编译，不断图；能不能做，选后端时已经查过。
+
+    CPU 上不行：块的形状会转为动态，见 _compiled。
+    """
+    return torch.compiler.is_compiling() and not q.is_cpu
 
 
 @functools.cache

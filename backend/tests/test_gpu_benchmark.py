@@ -21,7 +21,7 @@ from benchmarks.gpu.worker import Watch
 
 CPU = torch.device("cpu")
 # 要编译或要几秒的：slow 里都跑。
-QUICK = ("decisions", "sdpa", "optimizers", "caches", "rope", "recompute", "memory", "ranks")
+QUICK = ("decisions", "sdpa", "caches", "rope", "recompute", "memory", "ranks")
 
 
 def rows_of(part: Part, seconds: float = 60) -> list[Row]:

@@ -70,7 +70,12 @@ def step_of(model: GPT2Model) -> Callable[[Tensor, KVCache], Tensor]:
     return lambda chosen, cache: GraphStep.__call__.__wrapped__(step, chosen, cache)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", CASES)
+EVERYDAY = ("rope", "local+global")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in EVERYDAY else pytest.mark.slow) for n in CASES]
+)
 def test_a_recorded_step_is_the_forward(name: str) -> None:
     model = tiny_model(torch.float64, **CASES[name])
     slow, fast = filled(model, 2)

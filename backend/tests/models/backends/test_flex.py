@@ -373,6 +373,7 @@ def test_every_compiled_form_agrees(
         agrees(plan, dtype=dtype, heads=(4, 1), dim=64, close=close)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_compiled_blocks_share_one_block_mask_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """掩码在块之外备好：在编译过的块里求，每层每步都要重来一遍，还断一次图。"""

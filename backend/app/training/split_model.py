@@ -25,6 +25,7 @@ from app.distributed.ways.way import Count, Way, gradient_norm
 from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
+from .machine.feeding import to_device
 from .machine.runtime import Runtime
 from .sharded import Streamed
 from .step import IGNORE, Sums
@@ -67,7 +68,7 @@ class SplitModel(Streamed):
 
     def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
         seed_rows(self.config.seed, step, self.mesh.world.rank)
-        x, y = (torch.from_numpy(rows).to(self.runtime.device) for rows in (inputs, targets))
+        x, y = (to_device(rows, self.runtime.device) for rows in (inputs, targets))
         flow = self.split.gradients(x, y, self.config.rows_at_once, self._valid(targets))
         aux = torch.zeros_like(flow.loss) if flow.aux_loss is None else flow.aux_loss
         small = [flow.loss, aux]

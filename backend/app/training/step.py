@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from app.distributed.sharding.rows import local, whole
 from app.models.transformer import GPT2Model
 
+from .machine.feeding import to_device
 from .machine.runtime import Runtime
 
 IGNORE = -100
@@ -65,8 +66,7 @@ def backward(
     均衡损失按微批定义：各微批在自己的词元上算，再按同样的份额平均。它是两个平均的乘积，所以切法
     不同值也不同（与 transformers、Megatron 的做法一致）；负载则是整批的。
     """
-    x = torch.from_numpy(inputs).to(runtime.device, non_blocking=True)
-    y = torch.from_numpy(targets).to(runtime.device, non_blocking=True)
+    x, y = to_device(inputs, runtime.device), to_device(targets, runtime.device)
     with runtime.autocast():
         out = model(x, targets=y)
     share = count_valid(targets, least=0) / valid
@@ -100,18 +100,22 @@ def clip_gradients(
 
 def first_bad_weight(model: GPT2Model) -> str | None:
     """第一个含非有限数的权重的名字；None = 都是有限数。"""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(local(parameter)).all():
-            return name
-    return None
+    return _first_bad((name, p) for name, p in model.named_parameters())
 
 
 def first_bad_gradient(model: GPT2Model) -> str | None:
     """第一个含非有限数的梯度的名字；None = 都是有限数。"""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-            return name
-    return None
+    named = model.named_parameters()
+    return _first_bad((name, p.grad) for name, p in named if p.grad is not None)
+
+
+def _first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    # 几百个张量只与设备同步一次。
+    found = [(name, torch.isfinite(local(x)).all()) for name, x in named]
+    if not found:
+        return None
+    good = torch.stack([ok for _, ok in found]).tolist()
+    return next((name for (name, _), ok in zip(found, good, strict=True) if not ok), None)
 
 
 def expected_initial_loss(model: GPT2Model) -> float:

@@ -22,6 +22,7 @@ from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
 from .machine.agreed_stop import AgreedStop
+from .machine.feeding import Feed
 from .machine.runtime import compile_blocks
 from .optim.build import build_optimizer
 from .optim.schedule import learning_rate
@@ -80,6 +81,9 @@ class Trainer:
         self.sampler = Sampler(
             data.n_tokens, config.model.context_size, config.batch_size, config.seed
         )
+        self.feed = Feed(
+            lambda step: self.sampler.batch(data, step, engine.rows), self.runtime.device
+        )
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.spikes = SpikeWatch()
         self.plateau = PlateauWatch(unigram_entropy(data), config)
@@ -128,9 +132,10 @@ class Trainer:
         lr = self._learning_rate(self.config.optim.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(group["initial_lr"])
-        inputs, targets = self.sampler.batch(self.data, self.step, self.engine.rows)
+        inputs, targets = self.feed.take(self.step)
         sums = self.engine.gradients(inputs, targets, self.step)
         norm = self.engine.norm()
+        self.feed.look_ahead(self.step + 1)
         # 每步只在这里与设备同步一次。
         three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
         loss, size, aux = torch.stack(three).tolist()
@@ -373,9 +378,7 @@ class Trainer:
         if self.engine.why_not_compile is not None and self.config.compile != "off":
             return f"off: {self.engine.why_not_compile}"
         try:
-            return compile_blocks(
-                self.model.h.values(), self.config.compile, self.runtime.device, probe, tell
-            )
+            return compile_blocks(self.model, self.config.compile, self.runtime.device, probe, tell)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -13,6 +13,7 @@ from app.data.shards import TokenDataset
 from app.distributed.comm import ALONE, Ranks
 from app.models.transformer import GPT2Model
 
+from ..machine.feeding import to_device
 from ..machine.runtime import Runtime
 
 
@@ -69,7 +70,7 @@ class Validation:
             self._starts[first : first + self._rows]
             for first in range(0, len(self._starts), self._rows)
         ]
-        losses, was_training = [], model.training
+        losses, counts, was_training = [], [], model.training
         model.eval()
         with torch.no_grad(), runtime.autocast():
             for first in range(0, len(groups), self._ranks.size):
@@ -78,15 +79,17 @@ class Validation:
                 # 没有轮到的也算一组（不计）：切开的模型要大家一起前向。
                 mine = min(first + self._ranks.rank, len(groups) - 1)
                 losses.append(self._loss(model, runtime, groups[mine]))
+                counts.append(len(groups[mine]))
         model.train(was_training)
         if len(losses) * self._ranks.size < len(groups):
             return None
-        found = self._ranks.gather(torch.stack(losses)).T.flatten().tolist()[: len(groups)]
+        # 各组的损失留在设备上，到这里才等它一次。
+        sums = torch.stack(losses).cpu().double() * torch.tensor(counts)
+        found = self._ranks.gather(sums).T.flatten().tolist()[: len(groups)]
         return sum(found) / len(self._starts)
 
     def _loss(self, model: GPT2Model, runtime: Runtime, starts: np.ndarray) -> Tensor:
-        """一组窗口的损失之和，标量 float64。"""
+        """一组窗口的平均损失，标量，还在设备上。"""
         rows = [self._data.read(int(start), self._length + 1) for start in starts]
-        batch = torch.from_numpy(np.stack(rows)).to(runtime.device)
-        loss = self._forward(model, batch[:, :-1], batch[:, 1:])
-        return loss.double().cpu() * len(rows)
+        batch = to_device(np.stack(rows), runtime.device)
+        return self._forward(model, batch[:, :-1], batch[:, 1:])

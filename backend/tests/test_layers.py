@@ -25,7 +25,7 @@ FLOORS = {
         "experts", "block", "weights", "model", "factory", "__init__",
     ),
     "app": (
-        "models", "common native", "data", "viz", "distributed",
+        "models", "common native", "data inspection", "viz", "distributed",
         "generation evaluation verification quantization", "training",
         "planning equalities", "interop serving", "cli",
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -89,7 +90,26 @@ def scored(logits: Tensor, tokens: Sequence[int], k: int) -> list[Scored]:
 
     选中的与最可能的从同一个张量取数：写成 JSON 之后仍然处处相等。
     """
-    logs = logits.float().log_softmax(-1) if logits.dtype.itemsize < 4 else logits.log_softmax(-1)
+    return _scored(_logs(logits), tokens, k)
+
+
+def detailed(logits: Tensor, tokens: Sequence[int], k: int) -> list[Scored]:
+    """scored，再加名次与熵：多读两遍词表，所以只给要的人。"""
+    logs = _logs(logits)
+    own = logs.gather(1, torch.tensor(list(tokens), device=logs.device)[:, None])
+    ranks = (logs > own).sum(-1).tolist()
+    entropies = torch.special.entr(logs.exp()).sum(-1).tolist()
+    return [
+        replace(one, rank=rank, entropy=entropy)
+        for one, rank, entropy in zip(_scored(logs, tokens, k), ranks, entropies, strict=True)
+    ]
+
+
+def _logs(logits: Tensor) -> Tensor:
+    return (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(-1)
+
+
+def _scored(logs: Tensor, tokens: Sequence[int], k: int) -> list[Scored]:
     index = torch.tensor(list(tokens), device=logs.device)[:, None]
     own = logs.gather(1, index)[:, 0].tolist()
     if k == 0:

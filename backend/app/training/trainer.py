@@ -118,7 +118,7 @@ class Trainer:
             if stop.requested:
                 break
             self._train_step()
-            if _due(self.step, every.save_every) and self.step < last:
+            if every.saves_at(self.step) and self.step < last:
                 self._save()
         if not stop.requested:
             self._save(must=True)
@@ -293,7 +293,8 @@ class Trainer:
         self._prune()
 
     def _prune(self) -> None:
-        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, self.config.keep_last))
+        last, every = self.config.keep_last, self.config.keep_every
+        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, last, every))
 
     def _tidy(self, what: str, action: Callable[[], object]) -> bool:
         """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""

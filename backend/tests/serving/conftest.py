@@ -52,8 +52,10 @@ class Running:
 
 
 @contextmanager
-def serving(models: list[Served], address: Address | None = None) -> Iterator[Running]:
-    service = Service(models, replace(address or Address(), port=0))
+def serving(
+    models: list[Served], address: Address | None = None, port: int = 0
+) -> Iterator[Running]:
+    service = Service(models, replace(address or Address(), port=port))
     server = service.server()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

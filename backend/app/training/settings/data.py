@@ -24,7 +24,6 @@ class DataConfig:
         dict[str, str],
         Doc("more validation sets, name and folder; the first decides best and patience"),
         Mark.SILENT,
-        Mark.ASIDE,
     ] = field(default_factory=dict)
     documents: Annotated[
         Literal["joined", "apart"],

@@ -30,8 +30,8 @@ FLOORS = {
         "planning equalities", "interop serving", "cli",
     ),
     "app.training": (
-        "config", "optim", "saving machine", "step watch ranks", "report whole_model", "engine",
-        "sharded", "split_model", "engines trainer", "describe", "run", "sweep",
+        "settings", "config", "optim", "saving machine", "step watch ranks", "report whole_model",
+        "engine", "sharded", "split_model", "engines trainer", "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "commands", "main", "__main__"),
 }  # fmt: skip

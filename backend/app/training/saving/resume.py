@@ -26,7 +26,7 @@ from .lock import LOCK
 RUN_FILE = "run.yaml"
 SILENT = marked(TrainConfig, Mark.SILENT)
 # 决定优化器状态里有什么。
-_STATE_SHAPE = {"optim.name"}
+_STATE_SHAPE = ("optim.name", "tune.")
 
 
 def check_out(config: TrainConfig) -> None:
@@ -120,9 +120,9 @@ def check_compatible(state: Mapping[str, Any], config: TrainConfig, data: str, t
     free = marked(TrainConfig, Mark.FREE)
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new or name in SILENT:
+        if old == new or any(f"{name}.".startswith(f"{quiet}.") for quiet in SILENT):
             continue
-        if name in _STATE_SHAPE or (name.startswith("model.") and name not in free):
+        if name.startswith(_STATE_SHAPE) or (name.startswith("model.") and name not in free):
             raise ValueError(
                 f"{name}={new!r} but the checkpoint has {old!r}: what it holds does not fit; "
                 f"set it back to {old!r} or start a new run with another --out"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from app.models.transformer import GPT2Model
 from app.models.transformer.experts.grouped import GroupedLinear, sorted_linear
 from app.models.transformer.layers.linear import Linear, linear
+from app.models.transformer.settings.tune_config import TuneConfig
 
 from .rows import new_rows
 
@@ -30,43 +30,16 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class LoraShape:
-    """
-    Raises:
-        ValueError: 秩不是正的，或没有这个目标。
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = tuple(TARGETS)
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora_rank={self.rank} must be at least 1")
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"lora_targets={self.targets} must be some of {', '.join(TARGETS)}")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def ends(self) -> tuple[str, ...]:
-        return tuple(f".{end}" for name in self.targets for end in TARGETS[name])
-
-
 class LoraLinear(Linear):
     """Linear 加一对 A (r, I)、B (O, r)；weight 与 bias 就是原来的那两个参数。"""
 
-    def __init__(self, base: Linear, shape: LoraShape) -> None:
+    def __init__(self, base: Linear, tune: TuneConfig) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A, self.lora_B = _pair(base.weight, shape.rank)
-        self.dropout = nn.Dropout(shape.dropout)
-        self.scale, self.on = shape.scale, True
+        self.lora_A, self.lora_B = _pair(base.weight, tune.lora_rank)
+        self.dropout = nn.Dropout(tune.lora_dropout)
+        self.scale, self.on = tune.lora_alpha / tune.lora_rank, True
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight, self.bias)
@@ -78,11 +51,11 @@ class LoraLinear(Linear):
 class LoraGroupedLinear(GroupedLinear):
     """每个专家一对：A (E, r, I)、B (E, O, r)。"""
 
-    def __init__(self, base: GroupedLinear, shape: LoraShape) -> None:
+    def __init__(self, base: GroupedLinear, tune: TuneConfig) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A, self.lora_B = _pair(base.weight, shape.rank)
-        self.scale, self.on = shape.scale, True
+        self.lora_A, self.lora_B = _pair(base.weight, tune.lora_rank)
+        self.scale, self.on = tune.lora_alpha / tune.lora_rank, True
 
     def forward(self, x: Tensor, ends: Tensor, grouped: bool, complete: bool) -> Tensor:
         y = super().forward(x, ends, grouped, complete)
@@ -102,7 +75,7 @@ class LoraGroupedLinear(GroupedLinear):
 Lora = LoraLinear | LoraGroupedLinear
 
 
-def add_lora(model: GPT2Model, shape: LoraShape) -> list[str]:
+def add_lora(model: GPT2Model, tune: TuneConfig) -> list[str]:
     """就地换叶子；原有的参数全部冻结。返回换了哪些模块，按次序。
 
     Raises:
@@ -110,23 +83,24 @@ def add_lora(model: GPT2Model, shape: LoraShape) -> list[str]:
     """
     if next(loras(model), None) is not None:
         raise ValueError("the model already has adapters: merge them first (gpt2 merge)")
-    found = [(n, m) for n, m in model.named_modules() if n.endswith(shape.ends())]
+    ends = tuple(f".{end}" for target in tune.lora_targets for end in TARGETS[target])
+    found = [(n, m) for n, m in model.named_modules() if n.endswith(ends)]
     for name, leaf in found:
         if type(leaf) not in (Linear, GroupedLinear):
             raise ValueError(
                 f"{name} is {type(leaf).__name__}, not a float layer: adapters need the float "
                 "model that it was made from"
             )
-        if isinstance(leaf, GroupedLinear) and shape.dropout:
+        if isinstance(leaf, GroupedLinear) and tune.lora_dropout:
             raise ValueError(
-                f"lora_dropout={shape.dropout} but {name} holds stacked experts, for which PEFT "
-                "has no dropout: use lora_dropout=0, or lora_targets without up and down"
+                f"tune.lora_dropout={tune.lora_dropout} but {name} holds stacked experts, for which PEFT "
+                "has no dropout: use tune.lora_dropout=0, or tune.lora_targets without up and down"
             )
     model.requires_grad_(False)
     for name, leaf in found:
         parent, _, last = name.rpartition(".")
         kind = LoraLinear if isinstance(leaf, Linear) else LoraGroupedLinear
-        setattr(model.get_submodule(parent), last, kind(leaf, shape).train(leaf.training))  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), last, kind(leaf, tune).train(leaf.training))  # type: ignore[arg-type]
     return [name for name, _ in found]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from app.data.batch import UNSCORED as IGNORE
 from app.data.batch import Batch
 from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
@@ -29,7 +30,7 @@ from .config import TrainConfig
 from .machine.runtime import Runtime
 from .objectives.objective import Objective, Rows, Scored, forward
 from .sharded import Streamed
-from .step import IGNORE, Sums
+from .step import Sums
 from .watch.gradient_norms import group_of
 from .whole_model import WholeModel
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from app.data.batch import UNSCORED as IGNORE
 from app.data.batch import Batch
 from app.distributed.sharding.rows import local, whole
 from app.models.transformer import GPT2Model
 
+from .config import TrainConfig
 from .machine.runtime import Runtime
 from .objectives.language_model import LanguageModel
 from .objectives.objective import Objective, Rows
@@ -24,6 +24,8 @@ from .objectives.objective import Objective, Rows
 LM = LanguageModel()
 # 第一步的损失离公式这么远就不寻常。
 INITIAL_LOSS_OFF = 0.5
+# bfloat16 里两遍前向的舍入。
+DPO_LOSS_OFF = 0.01
 
 
 class Sums(NamedTuple):
@@ -137,6 +139,19 @@ def expected_initial_loss(model: GPT2Model) -> float:
     weight = whole(model.head_weight.detach())
     variance = weight.shape[1] * float(weight.float().pow(2).mean())
     return math.log(weight.shape[0]) + 0.5 * variance
+
+
+def first_loss_line(config: TrainConfig, model: GPT2Model, loss: float, expected: float) -> str:
+    """第一步的损失该是多少，由目标与权重从哪里来说。"""
+    objective = config.objective
+    if objective.kind == "dpo" and objective.reference == "auto":
+        # 一步之前模型就是参考；离 ln 2 远，就是参考不对（trl #1962）。
+        off = abs(loss - math.log(2)) > DPO_LOSS_OFF and not objective.dpo_sft
+        verdict = "UNUSUAL: the reference is not this model" if off else "as it should be"
+        return f"first loss {loss:.4f}, expected ln 2 = {math.log(2):.4f}: {verdict}"
+    if objective.kind != "lm" or config.init_from is not None:
+        return f"first loss {loss:.3f} (weights from {config.init_from or 'a random start'})"
+    return initial_loss_line(model, loss, expected)
 
 
 def initial_loss_line(model: GPT2Model, loss: float, expected: float) -> str:

@@ -109,6 +109,22 @@ class Pairs:
             )
         return Pairs(self._examples, self._plan, self.context, self._time, reference)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """各例的长度：(N,)。"""
+        return self._examples.lengths
+
+    @property
+    def readable(self) -> np.ndarray:
+        """放得进一行的例，按数据里的次序。"""
+        return np.flatnonzero((self.lengths >= 2) & (self.lengths <= self.context + 1))
+
+    def one_each(self, examples: np.ndarray) -> Batch:
+        """这几例，一例一行。"""
+        return _filled(
+            self._examples, [examples[i : i + 1] for i in range(len(examples))], self.context
+        )
+
     def windows(self, step: int) -> int:
         return 2 * self._time.at(step)
 

@@ -30,8 +30,9 @@ FLOORS = {
         "planning equalities", "interop serving", "cli",
     ),
     "app.training": (
-        "settings", "config", "optim", "saving machine", "step watch ranks", "report whole_model",
-        "engine", "sharded", "split_model", "engines trainer", "describe", "run", "sweep",
+        "settings", "config", "optim", "saving machine", "objectives", "step watch ranks",
+        "report whole_model opened", "engine references", "sharded", "split_model",
+        "engines trainer", "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "commands", "main", "__main__"),
 }  # fmt: skip

@@ -11,6 +11,8 @@ import numpy as np
 
 # torch 的 cross_entropy 默认略过的目标；各处的损失都认它。
 UNSCORED = -100
+Rows = slice | np.ndarray
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def rows(self, which: slice | np.ndarray) -> Batch:
+    def rows(self, which: Rows) -> Batch:
         """其中几行；微批与多卡都这样切。"""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{name: None if x is None else x[which] for name, x in held.items()})
+
+
+def restarting(segments: np.ndarray) -> np.ndarray:
+    """每例从 0 起的位置：(B, T)，segments 行内不减。"""
+    places = np.arange(segments.shape[1])
+    fresh = np.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
+    return places - np.maximum.accumulate(np.where(fresh, places, 0), axis=1)

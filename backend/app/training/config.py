@@ -249,7 +249,12 @@ class TrainConfig:
             )
 
     def _check_pairs(self) -> None:
-        """一对两行，不可拆开；与参照比的是同一个模型，所以没有 dropout。"""
+        """一对两行，不可拆开；与参考比的是同一个模型，所以没有 dropout。"""
+        if self.init_from is None:
+            raise ValueError(
+                f"objective.kind=dpo but init_from={self.init_from}: it tunes a trained model; "
+                "name its folder"
+            )
         for name in ("batch_size", "micro_batch"):
             value = getattr(self, name)
             if value is not None and value % 2:

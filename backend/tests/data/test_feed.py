@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.data.batch import UNSCORED, Batch
-from app.data.feed import Windows, restarting
+from app.data.batch import UNSCORED, Batch, restarting
+from app.data.feed import Windows
 from app.data.sampler import Sampler
 
 

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.data.batch import Batch
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime, compile_blocks
@@ -160,7 +161,7 @@ def test_optimizer_matches_the_plain_formula() -> None:
 def _gradients(micro: int, targets: np.ndarray, inputs: np.ndarray) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
     model = GPT2Model(tiny()).double()
-    loss = accumulate(model, inputs, targets, micro, CPU).loss
+    loss = accumulate(model, Batch(inputs, targets), micro, CPU).loss
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return float(loss), flat
 

@@ -82,7 +82,18 @@ def parse_run(
     base = TrainConfig() if file is None else file.config
     if changes:
         base = base.replace(**changes)
+    base = _one_length(base, argv)
     return parse_options(kind, argv, usage, kind(train=base, config=name, file=file))
+
+
+def _one_length(base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    """命令行的 --steps 盖过文件里的 epochs；两个都在命令行就不知听谁的。"""
+    flags = {word.split("=")[0] for word in argv}
+    if "--steps" not in flags:
+        return base
+    if "--epochs" in flags:
+        raise ValueError("--steps and --epochs both say how long: give one")
+    return base.replace(epochs=None)
 
 
 def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.common.tell import Tell
-from app.data.sampler import Sampler
+from app.data.feed import Feed
 from app.models.transformer.settings.fields import Mark, marked
 
 from ..config import TrainConfig, flat
@@ -146,7 +146,7 @@ def windows_read(state: Mapping[str, Any]) -> int:
     return state["step"] * state["config"]["batch_size"] if known is None else known
 
 
-def resume_lines(state: Mapping[str, Any], config: TrainConfig, sampler: Sampler) -> list[str]:
+def resume_lines(state: Mapping[str, Any], config: TrainConfig, feed: Feed) -> list[str]:
     """接着训之前要说清的：学习率在这一步从多少变到多少，数据从哪里读起。"""
     step, lines = state["step"], []
     kept = ("steps", "seed", "optim", "schedule")
@@ -163,10 +163,10 @@ def resume_lines(state: Mapping[str, Any], config: TrainConfig, sampler: Sampler
                 f"warning: the {name} of the next step (step {step + 1}) is {rates[1]:.3g}; with "
                 f"the settings of the checkpoint it was to be {rates[0]:.3g}"
             )
-    done, within = divmod(sampler.windows(step), sampler.n_windows)
+    done, within = divmod(feed.windows(step), feed.rows_in_epoch)
     lines.append(
-        f"data goes on at window {within + 1:,} of {sampler.n_windows:,} in pass {done + 1} "
-        f"({sampler.windows(step):,} windows of {sampler.context} tokens were read)"
+        f"data goes on at window {within + 1:,} of {feed.rows_in_epoch:,} in pass {done + 1} "
+        f"({feed.windows(step):,} windows of {feed.context} tokens were read)"
     )
     if old.seed != config.seed and within:
         lines.append(

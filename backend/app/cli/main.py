@@ -24,6 +24,7 @@ COMMANDS = {
     "serve": "serve trained models over HTTP, for OpenAI clients, lm-eval and curl",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
     "import": "turn weights from Hugging Face or nanoGPT into a model folder",
+    "merge": "add an adapter to its base: one model folder, with nothing left to look up",
     "quantize": "store a model's matrices in 16, 8 or 4 bits: smaller, and faster to decode",
     "export": "write a trained model for transformers, llama.cpp, ONNX or CTranslate2",
     "plan": "what will run: parameters, memory, attention backends and why",

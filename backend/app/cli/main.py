@@ -33,8 +33,11 @@ COMMANDS = {
     "experts": "average a model's experts into a dense one, or prune those little used",
     "verify": "check a configuration: causality, cache, padding, counts, save and load",
 }
-# 模块不能叫 import。
-_MODULES = {"import": "import_weights"}
+# 不与命令同名的模块：模块不能叫 import；由模型造模型的另有一间。
+_MODULES = {
+    "import": "import_weights",
+    **{name: f"models.{name}" for name in ("upcycle", "experts", "merge")},
+}
 
 
 class Command(Protocol):

@@ -16,7 +16,7 @@ from typing_extensions import Doc
 from app.cli.shared.command_line import Usage, parse_options
 from app.common.tell import to_stderr
 from app.training.config import TrainConfig
-from app.training.saving.home import at_home, home_lines
+from app.training.saving.home import at_home, home_lines, is_run
 
 _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
@@ -129,7 +129,7 @@ def data_vocabulary(config: TrainConfig) -> int | None:
 
 
 def start_shape(args: A, argv: Sequence[str]) -> A:
-    """有 init_from 时，没有写明的形状取自那里；词表长到装得下数据的。
+    """新的训练有 init_from 时，没有写明的形状取自那里；词表长到装得下数据的。
 
     写明的照写明的：与权重不合的，开训时点名两个值拒绝。
 
@@ -142,7 +142,8 @@ def start_shape(args: A, argv: Sequence[str]) -> A:
     from app.training.saving.checkpoint import resolve_checkpoint
 
     config = args.train
-    if config.init_from is None:
+    # 续训的形状在 run.yaml 里写全了，那里的权重也许已经不在。
+    if config.init_from is None or is_run(Path(config.out)):
         return args
     found = resolve_checkpoint(config.init_from, to_stderr)
     if not (found / "config.json").is_file():

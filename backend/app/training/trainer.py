@@ -16,6 +16,7 @@ import torch
 
 from app.common.memory import peak_memory
 from app.common.tell import Tell
+from app.data.chat.template import find_template
 from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
@@ -328,6 +329,8 @@ class Trainer:
         known = self.engine.write(folder, self.optimizer)
         write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
+        if (template := find_template(self.data.folder)) is not None:
+            template.save(folder)
         return known
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:

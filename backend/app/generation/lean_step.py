@@ -234,11 +234,11 @@ def _mixture(moe: MoE) -> Layer:
 
 def _expert(layer: GroupedLinear) -> Callable[[int, Tensor], Tensor]:
     """(专家, (1, I)) -> (1, O)。"""
-    weight, bias = layer.weight, layer.bias
 
     def run(expert: int, x: Tensor) -> Tensor:
-        y = few_row_product(x, weight[expert])
-        return y if bias is None else y.add_(bias[expert])
+        weight, bias = layer.of(expert)
+        y = few_row_product(x, weight)
+        return y if bias is None else y.add_(bias)
 
     return run
 

@@ -17,7 +17,7 @@ from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.config import Backend, RoPEConfig
 from app.models.transformer.experts.moe import Experts
 from app.models.transformer.layers import loss as loss_module
-from app.models.transformer.layers.loss import chunk_gradient_fused, head_cross_entropy
+from app.models.transformer.layers.loss import cross_entropy_fused, head_cross_entropy
 from app.models.transformer.layers.rope import Rotary
 from app.models.transformer.visibility.pattern_text import parse
 from app.models.transformer.visibility.positions import Positions
@@ -199,7 +199,7 @@ def loss(log: Log) -> None:
         for what, a, b in zip(("hidden", "weight"), mine, truth, strict=True):
             assert a.grad is not None and b.grad is not None
             log.agrees(f"{name}: gradient of the {what}", a.grad, b.grad, limit)
-    fused = chunk_gradient_fused if log.toy else torch.compile(chunk_gradient_fused)
+    fused = cross_entropy_fused if log.toy else torch.compile(cross_entropy_fused)
     rows = logits.detach().to(log.device, torch.float32)
     target = labels.flatten().to(log.device)
     log.agrees("fused chunk", fused(rows, target)[1], _softmax_less_onehot(logits, labels), 2e-5)

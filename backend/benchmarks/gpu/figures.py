@@ -220,8 +220,9 @@ def experts(log: Log) -> None:
 def head(log: Log) -> None:
     """输出头与损失：分块的大小与融合各买到什么。"""
     from app.models.transformer.layers.loss import (
-        chunk_gradient,
-        chunk_gradient_fused,
+        Chunk,
+        cross_entropy,
+        cross_entropy_fused,
         head_cross_entropy,
     )
 
@@ -229,9 +230,10 @@ def head(log: Log) -> None:
     weight = torch.randn(vocab, 768, device=log.device, requires_grad=True)
     hidden = torch.randn(1, tokens, 768, device=log.device, requires_grad=True)
     labels = torch.randint(0, vocab, (1, tokens), device=log.device)
-    chunks = {"plain": chunk_gradient}
+    chunks: dict[str, Chunk] = {"plain": cross_entropy}
     if not log.toy:
-        chunks["fused"] = torch.compile(chunk_gradient_fused)
+        fused = torch.compile(cross_entropy_fused)
+        chunks["fused"] = lambda logits, labels, rows: fused(logits, labels)
     for name, chunk in chunks.items():
 
         def job(chunk: Callable[..., tuple[Tensor, Tensor]] = chunk) -> None:

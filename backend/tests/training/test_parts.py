@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.data.batch import Batch
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.layers.loss import chunk_gradient
+from app.models.transformer.layers.loss import cross_entropy
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime, compile_blocks
 from app.training.optim.build import build_optimizer
@@ -162,7 +163,7 @@ def test_optimizer_matches_the_plain_formula() -> None:
 def _gradients(micro: int, targets: np.ndarray, inputs: np.ndarray) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
     model = GPT2Model(tiny()).double()
-    loss = accumulate(model, inputs, targets, micro, CPU).loss
+    loss = accumulate(model, Batch(inputs, targets), micro, CPU).loss
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return float(loss), flat
 
@@ -212,7 +213,7 @@ def test_runtime_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def held(*blocks: torch.nn.Module) -> Any:
     """编译要的只是模型的这两样。"""
-    return SimpleNamespace(h=dict(enumerate(blocks)), loss_chunk=chunk_gradient)
+    return SimpleNamespace(h=dict(enumerate(blocks)), loss_chunk=cross_entropy)
 
 
 def test_compile_choices() -> None:

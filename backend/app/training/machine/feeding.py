@@ -16,7 +16,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Feed(Generic[T]):
+class Prefetch(Generic[T]):
     """read(步) -> 一批；不在 CPU 上算时可以先读下一批。
 
     不用线程：前向与反向排进队列之后、取损失之前，主机本来就空着。

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from app.common.tell import Tell
-from app.models.transformer.layers.loss import chunk_gradient, chunk_gradient_fused
+from app.models.transformer.layers.loss import cross_entropy, cross_entropy_fused
 from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 
@@ -135,7 +135,8 @@ def compile_blocks(
         block.compile()
     on_card = device.type == "cuda"
     if on_card:
-        model.loss_chunk = torch.compile(chunk_gradient_fused)
+        fused = torch.compile(cross_entropy_fused)
+        model.loss_chunk = lambda logits, labels, rows: fused(logits, labels)
     devices = [device] if on_card else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -144,7 +145,7 @@ def compile_blocks(
     except Exception as error:
         for block in blocks:
             block._compiled_call_impl = None
-        model.loss_chunk = chunk_gradient
+        model.loss_chunk = cross_entropy
         torch.compiler.reset()
         first = str(error).strip().split("\n")[0][:200]
         tell(f"compile failed, going on without: {type(error).__name__}: {first}")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from app.models.transformer.layers import loss as loss_module
 from app.models.transformer.layers.loss import (
-    chunk_gradient,
-    chunk_gradient_fused,
+    cross_entropy,
+    cross_entropy_fused,
     head_cross_entropy,
 )
 
@@ -70,17 +70,17 @@ def test_float32_gradients_agree_to_1e_6() -> None:
 def test_the_chunk_written_for_the_compiler_is_the_same() -> None:
     logits, labels = torch.randn(9, 37, dtype=torch.float64), torch.randint(0, 37, (9,))
     labels[3] = -100
-    loss, grad = chunk_gradient_fused(logits, labels)
-    wanted = chunk_gradient(logits.clone(), labels)
+    loss, grad = cross_entropy_fused(logits, labels)
+    wanted = cross_entropy(logits.clone(), labels)
     assert torch.allclose(loss, wanted[0], rtol=1e-13, atol=0)
     assert torch.allclose(grad, wanted[1], rtol=1e-13, atol=1e-15)
-    narrow = chunk_gradient_fused(logits.bfloat16(), labels)
+    narrow = cross_entropy_fused(logits.bfloat16(), labels)
     assert narrow[0].dtype == torch.float32 and narrow[1].dtype == torch.bfloat16
     hidden, weight = torch.randn(2, 5, 6).double(), torch.randn(11, 6).double()
     targets = torch.randint(0, 11, (2, 5))
 
     def fused(*given: Tensor) -> Tensor:
-        return head_cross_entropy(*given, chunk_gradient_fused)
+        return head_cross_entropy(*given, cross_entropy_fused)
 
     pairs = [with_gradients(f, hidden, weight, targets, 2.0) for f in (fused, head_cross_entropy)]
     for a, b in zip(*pairs, strict=True):
@@ -127,8 +127,8 @@ import sys, torch
 from pathlib import Path
 rows = int(sys.argv[1])
 from app.models.transformer.layers.loss import (
-    chunk_gradient,
-    chunk_gradient_fused,
+    cross_entropy,
+    cross_entropy_fused,
     head_cross_entropy,
 )
 torch.set_num_threads(2)

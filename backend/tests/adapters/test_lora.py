@@ -78,7 +78,7 @@ def test_q_k_and_v_share_one_a() -> None:
     assert leaf.lora_B.shape == (leaf.weight.shape[0], 3)
 
 
-@pytest.mark.parametrize("name", ["pre", "moe"])
+@pytest.mark.parametrize("name", ["pre", pytest.param("moe", marks=pytest.mark.slow)])
 def test_frozen_tensors_stay_to_the_bit_over_fifty_steps(name: str) -> None:
     model, ids = tuned(torch.float32, **VARIANTS[name]), tokens(2, 9)
     before = {n: p.clone() for n, p in model.named_parameters()}

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from app.data.reading.inventory import counts
+from app.data.reading.sources import NothingToReadError, Reading, Sources
 from app.data.shards import Kind
 
 Format = Literal["auto", "text", "chat", "pairs", "preference"]
@@ -42,6 +44,37 @@ _ALIASES = {
     "chosen": ("accepted", "preferred", "better", "winner", "positive"),
     "rejected": ("refused", "dispreferred", "worse", "loser", "negative"),
 }
+
+
+def detect(
+    paths: Sequence[str], suffixes: tuple[str, ...], wanted: Format, columns: Mapping[str, str]
+) -> Form | None:
+    """来源里的记录是哪种写法；没有记录文件是 None。
+
+    Raises:
+        ValueError: 认不出，或文件夹里既有对话又有纯文本，不知道要哪一种。
+    """
+    as_records = Sources(paths, Reading(suffixes=suffixes, form="records"))
+    sources = as_records
+    if wanted == "auto" and not columns:
+        # 与文本同样的规矩：文件夹里的 json 与 csv 可能只是设置，别无可读的时候才看它们
+        as_text = Sources(paths, Reading(suffixes=suffixes))
+        try:
+            plain = as_text.inventory().plain
+            sources = as_text
+        except NothingToReadError:
+            plain = None
+    first = sources.first_record()
+    if first is None:
+        return None
+    where, record = first
+    form = form_of(renamed(record, columns, where), wanted, where)
+    if wanted == "auto" and form.kind != "text" and sources is not as_records and plain:
+        raise ValueError(
+            f"{where} is of the form {form}, but there are also {counts(plain)} of plain text: "
+            f"choose with --format {form.kind} or --format text"
+        )
+    return form
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:

@@ -107,6 +107,10 @@ class Document:
     plain: bool = field(default=True)
 
 
+class NothingToReadError(ValueError):
+    """文件夹里没有合用的文件。"""
+
+
 class Sources:
     """按给出的次序遍历各来源；文件夹递归，按名字排序。
 
@@ -196,7 +200,7 @@ class Sources:
         if not found:
             wanted = f" with the suffixes {' '.join(self.reading.suffixes)}"
             there = seen.left_out()
-            raise ValueError(
+            raise NothingToReadError(
                 f"{root}: no files{wanted if self.reading.suffixes else ' to read'}"
                 + (f"; there are {there}: choose with --suffixes or --text-key" if there else "")
             )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,48 @@ import numpy as np
 
 from app.data.chat.encode import Encoder, Turn
 from app.data.chat.template import Part, Role, Special, Template
+from app.data.tokenizers import Tokenizer
 
 JINJA_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 _SHOWN = 3
+# 没有用户自己的对话时拿来比的
+_MADE_UP = (
+    (Turn("user", "Hello?"), Turn("assistant", "Yes.")),
+    (Turn("system", "Be brief."), Turn("user", "1 + 1 = ?"), Turn("assistant", "2")),
+    (
+        Turn("user", "a\n\nb"),
+        Turn("assistant", "c\n"),
+        Turn("user", "d"),
+        Turn("assistant", "e f."),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """模型的对话模板，和拿来核对的对话；空的就用几段编造的。"""
+
+    template: Template
+    conversations: Sequence[Sequence[Turn]] = ()
+
+
+def add_chat(folder: Path, chat: Chat, tokenizer: Tokenizer) -> str:
+    """写进 transformers 的文件夹：模板，和生成时停在收尾的记号；返回核对的结果。
+
+    Raises:
+        ValueError: 分词器没有模板的特殊词元。
+    """
+    encoder = Encoder(chat.template, tokenizer)
+    (folder / JINJA_FILE).write_text(jinja(chat.template), encoding="utf-8")
+    path = folder / GENERATION_FILE
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    known = settings.get("eos_token_id")
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    settings["eos_token_id"] = sorted({*ends, *chat.template.stop_ids(tokenizer)})
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    said = str(compare_chat(folder, encoder, chat.conversations or _MADE_UP))
+    return said if chat.conversations else f"{said} (made up: give your own with --data)"
 
 
 def jinja(template: Template) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from app.data.chat.encode import Encoder, Turn
 from app.data.chat.template import NAMES, Role, Special, Template, builtin
 from app.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
-from app.interop.chat import JINJA_FILE, ChatComparison, compare_chat, jinja
+from app.interop.chat import JINJA_FILE, Chat, ChatComparison, compare_chat, jinja
+from app.interop.export import export
 from app.interop.tokens import tokenizer_files
+from app.models.transformer import GPT2Config, GPT2Model
 from tests.data.test_chat import CHARACTERS, TEXT, conversations
 
 pytest.importorskip("transformers")
@@ -76,3 +79,40 @@ def test_odd_text_survives_jinja(tmp_path: Path) -> None:
     rows = [[Turn("user", "x {% if %}"), Turn("assistant", "y")]]
     folder = written(tmp_path, template, tokenizer)
     assert compare_chat(folder, Encoder(template, tokenizer), rows) == ChatComparison(1, ())
+
+
+def test_export_writes_and_checks_the_template(tmp_path: Path) -> None:
+    template = builtin("chatml", BPE)
+    tokenizer = BPE.with_special(template.specials())
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, context_size=32, n_layer=1, n_head=2, n_embd=8
+    )
+    rows = [clean(turns) for turns in conversations(5)]
+    done = export(GPT2Model(config), tokenizer, "hf", tmp_path / "out", chat=Chat(template, rows))
+    assert done.notes[-1] == "chat template: ids and mask of 5 of 5 conversations are the same"
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    special = tokenizer.special_tokens
+    assert settings["eos_token_id"] == [special["<|endoftext|>"], special["<|im_end|>"]]
+    assert special["<|im_end|>"] not in settings["suppress_tokens"]
+    made_up = export(GPT2Model(config), tokenizer, "hf", tmp_path / "2", chat=Chat(template))
+    assert "3 of 3" in made_up.notes[-1] and "--data" in made_up.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["chatml", "alpaca"])
+def test_every_difference_has_a_reason(name: str, tmp_path: Path) -> None:
+    """原样的 50 段，也有写着记号、两头是空白、空的回答：不同的都说得出缘由，其余全同。"""
+    template = builtin(name, BPE)
+    tokenizer = BPE.with_special(template.specials())
+    rows = conversations(50)
+
+    def odd(turn: Turn) -> bool:
+        written = any(text in turn.content for text in tokenizer.special_tokens)
+        return written or turn.content != turn.content.strip()
+
+    compared = compare_chat(
+        written(tmp_path, template, tokenizer), Encoder(template, tokenizer), rows
+    )
+    assert isinstance(compared, ChatComparison)
+    numbers = {int(reason.split()[1].rstrip(":")) - 1 for reason in compared.different}
+    assert numbers and all(any(map(odd, rows[i])) for i in numbers)
+    assert any(not turn.content for turns in rows for turn in turns)

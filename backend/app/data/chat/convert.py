@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from app.common.files import write_atomic
 from app.data.chat.encode import Turn
 from app.data.chat.forms import Form
 from app.data.reading.records import checked
@@ -17,6 +19,8 @@ _SPEAKERS = {
     "assistant": "assistant", "model": "assistant", "system": "system",
 }  # fmt: skip
 _FIX = "fix the record or take it out"
+EXAMPLES_FILE = "examples.json"
+MOST_EXAMPLES = 50
 
 Turns = list[Turn]
 
@@ -56,6 +60,28 @@ def example_of(record: Mapping[str, Any], form: Form, where: str) -> Example:
     for side in sides:
         _check_answers(side, where)
     return Example(where, sides)
+
+
+def save_examples(folder: Path, conversations: Sequence[Turns]) -> None:
+    """前 MOST_EXAMPLES 段对话的原文，留在数据旁边：导出模板时拿来核对。"""
+    data = json.dumps([[asdict(turn) for turn in turns] for turns in conversations])
+    write_atomic(folder / EXAMPLES_FILE, (data + "\n").encode("ascii"))
+
+
+def first_conversations(folder: Path) -> list[Turns]:
+    """
+    Raises:
+        ValueError: 没有，或坏了。
+    """
+    inner = folder / "train" if (folder / "train").is_dir() else folder
+    try:
+        data = json.loads((inner / EXAMPLES_FILE).read_bytes())
+        return [[Turn(**turn) for turn in turns] for turns in data]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{inner}: no conversations in {EXAMPLES_FILE} ({error}): give a folder that "
+            "`gpt2 prepare` wrote from conversations"
+        ) from None
 
 
 def _instruction(record: Mapping[str, Any], where: str) -> Turns:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from app.data.chat.convert import Example, example_of
+from app.data.chat.convert import MOST_EXAMPLES, Example, Turns, example_of, save_examples
 from app.data.chat.encode import Encoder
 from app.data.chat.forms import Form, renamed
 from app.data.chat.shorten import shortened
@@ -224,11 +224,14 @@ class _Survey:
 
     def _read(self) -> Iterator[tuple[Example, Side | None]]:
         known = {*self.spec.form.keys, *self.spec.form.also}
-        for given, side in ((self._val, "val"), (self._sources, "train" if self._val else None)):
-            for where, record in given.records() if given else ():
+        readers: list[tuple[Sources, Side | None]] = [(self._sources, None)]
+        if self._val:
+            readers = [(self._val, "val"), (self._sources, "train")]
+        for given, side in readers:
+            for where, record in given.records():
                 record = renamed(record, self.spec.columns, where)
                 self._extra.update(record.keys() - known)
-                yield example_of(record, self.spec.form, where), side  # type: ignore[misc]
+                yield example_of(record, self.spec.form, where), side
 
 
 def _identity(example: Example) -> bytes:
@@ -283,7 +286,10 @@ def _write(survey: _Survey, encoder: Encoder, out: Path, shard_tokens: int, say:
         side: ExampleWriter(out / side, tokenizer, template, kind, shard_tokens) for side in tally
     }
     try:
+        first: list[Turns] = []
         for example, side in survey.examples():
+            if side == "train" and len(first) < MOST_EXAMPLES:
+                first.append(example.sides[0])
             sides = _encoded(example, encoder, survey.spec, tally[side])
             for turns, (ids, scored) in zip(example.sides, sides, strict=False):
                 n_bytes = sum(len(turn.content.encode("utf-8")) for turn in turns)
@@ -293,6 +299,7 @@ def _write(survey: _Survey, encoder: Encoder, out: Path, shard_tokens: int, say:
             description = {"description": survey.spec.form.kind, "side": side}
             writer.finish({**description, **survey.content(), **asdict(tally[side])})
             writer.sweep()
+        save_examples(out / "train", first)
     finally:
         for writer in writers.values():
             writer.close()

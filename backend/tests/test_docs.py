@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.main import COMMANDS
+from app.cli.main import COMMANDS, main
+from tests.training.conftest import write_dataset
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = [
@@ -80,6 +81,22 @@ def test_the_python_of_the_quantization_guide_runs(
         if kind == "python":
             exec(text, names)
     assert 0 < names["difference"] < 0.05  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_adapter_guide_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("data/letters"))
+    start = (
+        "train --data.folder data/letters --out runs/mine --steps 20 --schedule.warmup-steps 2 "
+        "--model.n-layer 2 --model.n-embed 32 --model.n-head 2 --model.context-size 32"
+    )
+    assert main(shlex.split(start)) == 0
+    (shell,) = [text for kind, text in blocks(ROOT / "docs" / "adapters.md") if kind == "bash"]
+    for line in shell.splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
 
 
 @pytest.mark.slow

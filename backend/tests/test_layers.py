@@ -26,7 +26,7 @@ FLOORS = {
     ),
     "app": (
         "models", "common native", "data", "viz", "distributed",
-        "generation evaluation verification quantization", "training",
+        "generation evaluation verification quantization", "adapters", "training",
         "planning equalities", "interop serving", "cli",
     ),
     "app.training": (

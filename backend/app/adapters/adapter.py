@@ -14,7 +14,7 @@ from torch import Tensor
 from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import assemble
 
-from .lora import LoraGroupedLinear, LoraLinear, loras
+from .lora import loras
 from .rows import grow_vocabulary, new_rows
 
 
@@ -49,8 +49,28 @@ class Adapter:
         return cls(pairs, scale, new, rows)
 
     @torch.no_grad()
+    def put_into(self, model: GPT2Model) -> None:
+        """放回带着同样适配器的模型（续训）。
+
+        Raises:
+            ValueError: 它的适配器在别的层上，或新词元不同。
+        """
+        leaves, grown = dict(loras(model)), dict(new_rows(model))
+        if leaves.keys() != self.pairs.keys() or grown.keys() != self.rows.keys():
+            here, there = sorted(leaves), sorted(self.pairs)
+            raise ValueError(
+                f"the model has adapters on {len(here)} layers {here[:2]} but the file on "
+                f"{len(there)} {there[:2]}: resume with the settings it was trained with"
+            )
+        for name, (a, b) in self.pairs.items():
+            leaves[name].lora_A.copy_(a)
+            leaves[name].lora_B.copy_(b)
+        for name, rows in self.rows.items():
+            grown[name].rows.copy_(rows)
+
+    @torch.no_grad()
     def merge_into(self, model: GPT2Model) -> None:
-        """就地：W + scale·B·A，在 float32（或 float64）里加，再回到 W 的精度：bf16 里加会丢掉小的更新。
+        """就地：W + scale·B·A，至少在 float32 里加，再回到 W 的精度：bf16 里加会丢掉小的更新。
 
         model 是原模型，还没有长过新词元。
         """

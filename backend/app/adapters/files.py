@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from app.common.files import sha256_file
@@ -37,9 +36,9 @@ _VERSION = 1
 _ROWS = ".token_adapter.trainable_tokens_delta"
 # PEFT 的设置里改变函数、而这里没有的：有值就拒绝，不当没看见。
 _UNKNOWN = (
-    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication",
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "velora_config", "monteclora_config",
+    "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 
 
@@ -111,7 +110,7 @@ def read_base(folder: Path) -> Base | None:
     raw = read_json(path)
     known = {"path", "relative", "sha256"}
     if not isinstance(raw, dict) or raw.get("version") != _VERSION or not known <= raw.keys():
-        raise ValueError(f"{path} is not a base.json of version {_VERSION}: train the adapter again")
+        raise ValueError(f"{path} is not a {BASE} of version {_VERSION}: train the adapter again")
     return Base(*(str(raw[key]) for key in ("path", "relative", "sha256")))
 
 
@@ -214,9 +213,7 @@ def _to_peft(adapter: Adapter, config: GPT2Config) -> Iterator[tuple[str, Tensor
         yield f"{PREFIX}{theirs(config, module)}{_ROWS}", rows.cpu().contiguous()
 
 
-def _from_peft(
-    a: Tensor, b: Tensor, shape: tuple[int, ...], where: str
-) -> tuple[Tensor, Tensor]:
+def _from_peft(a: Tensor, b: Tensor, shape: tuple[int, ...], where: str) -> tuple[Tensor, Tensor]:
     *stack, rows, width = shape
     if stack and a.ndim == 2 and len(a) % stack[0] == 0 and b.shape == (rows, len(a)):
         a, b = a.view(stack[0], -1, width), b.view(rows, -1, stack[0]).permute(2, 0, 1)
@@ -230,9 +227,7 @@ def _from_peft(
 
 def _end(module: str) -> str:
     """模块名的末尾，PEFT 按它找层。"""
-    return next(
-        end for group in TARGETS.values() for end in group if module.endswith(f".{end}")
-    )
+    return next(end for group in TARGETS.values() for end in group if module.endswith(f".{end}"))
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

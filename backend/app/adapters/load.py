@@ -56,8 +56,11 @@ def open_model(
     return assemble(GPT2Model, wanted, state, torch.device(device), dtype)
 
 
-def find_base(folder: Path, given: Path | None = None) -> Path:
+def find_base(folder: Path, given: Path | None = None, also: Path | None = None) -> Path:
     """适配器 folder 的原模型；base.json 记着的，权重的 sha256 必须相符。
+
+    Args:
+        given: 只在这里找；also: 记着的地方之外，也找这里。
 
     Raises:
         ValueError: 找不到（说找过哪里），或 sha256 不符（两个都说）。
@@ -66,17 +69,17 @@ def find_base(folder: Path, given: Path | None = None) -> Path:
     known = read_base(folder)
     if known is None and given is None:
         raise ValueError(
-            f"{folder} has no {BASE} (another program wrote it): name the model it was trained on "
-            "with --base"
+            f"{folder} has no {BASE} (another program wrote it): name the model it was trained on, "
+            f"{_how(folder)}"
         )
     places = [given] if given is not None else []
     if known is not None and given is None:
-        places = [Path(known.path), folder / known.relative]
+        places = [Path(known.path), folder / known.relative, *([] if also is None else [also])]
     found = [place.resolve() for place in places if (place / WEIGHTS_FILE).is_file()]
     if not found:
         looked = " and ".join(dict.fromkeys(str(place.resolve()) for place in places))
         raise ValueError(
-            f"the base of the adapter {folder} is not in {looked}: name its folder with --base"
+            f"the base of the adapter {folder} is not in {looked}: say where it is, {_how(folder)}"
         )
     if known is None:
         return found[0]
@@ -87,7 +90,8 @@ def find_base(folder: Path, given: Path | None = None) -> Path:
     place, sha256 = next(iter(hashes.items()))
     raise ValueError(
         f"the adapter {folder} was trained on weights with sha256 {known.sha256[:16]} but "
-        f"{place} has {sha256[:16]}: its sum would be another model; name the right one with --base"
+        f"{place} has {sha256[:16]}: their sum would be another model; name the "
+        f"right one, {_how(folder)}"
     )
 
 
@@ -102,6 +106,10 @@ def check_no_weights_beside(folder: Path) -> None:
         raise ValueError(f"{folder} has no {SETTINGS}: it is not an adapter")
 
 
+def _how(folder: Path) -> str:
+    return f"gpt2 merge {folder} --base FOLDER --out NEW (to go on training: --init-from FOLDER)"
+
+
 def _check_same(found: GPT2Config, wanted: GPT2Config, folder: Path, base: Path) -> None:
     free = marked(GPT2Config, Mark.FREE)
     for name in differing(found, wanted):
@@ -109,5 +117,5 @@ def _check_same(found: GPT2Config, wanted: GPT2Config, folder: Path, base: Path)
             get = attrgetter(name)
             raise ValueError(
                 f"{folder} was trained with {name}={get(wanted)!r} but its base {base} has "
-                f"{get(found)!r}: a {CONFIG_FILE} was changed; name the right base with --base"
+                f"{get(found)!r}: a {CONFIG_FILE} was changed since"
             )

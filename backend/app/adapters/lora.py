@@ -1,7 +1,7 @@
 """LoRA（Hu et al. 2021, arXiv:2106.09685）：y = W·x + (alpha/r)·B·A·x，只训练 A 与 B。
 
-B 从 0 起，所以开始时与原模型逐位相同；A 照 PEFT 的 U(±1/sqrt(I))。q、k、v 拼成的 c_attn 只有一个 A，
-三者共用，B 的各行各归各的：这正是 PEFT 在 GPT-2 的 c_attn 上的形式，文件因此互通。
+B 从 0 起，所以开始时与原模型逐位相同；A 照 PEFT 的 U(±1/sqrt(I))。q、k、v 拼成的 c_attn 只有一个
+A，三者共用，B 的各行各归各的：这正是 PEFT 在 GPT-2 的 c_attn 上的形式，文件因此互通。
 叶子从外面换掉，权重的名字不变；前向一行不改。R 行数、I 输入宽、O 输出宽、E 专家数、r 秩。
 """
 
@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from app.models.transformer import GPT2Model
@@ -93,8 +92,9 @@ def add_lora(model: GPT2Model, tune: TuneConfig) -> list[str]:
             )
         if isinstance(leaf, GroupedLinear) and tune.lora_dropout:
             raise ValueError(
-                f"tune.lora_dropout={tune.lora_dropout} but {name} holds stacked experts, for which PEFT "
-                "has no dropout: use tune.lora_dropout=0, or tune.lora_targets without up and down"
+                f"tune.lora_dropout={tune.lora_dropout} but {name} holds stacked experts, "
+                "for which PEFT has no dropout: use tune.lora_dropout=0, or tune.lora_targets "
+                "without up and down"
             )
     model.requires_grad_(False)
     for name, leaf in found:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.adapters.files import Base
 from app.data.batch import Batch
 from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
@@ -34,6 +35,7 @@ from .config import TrainConfig
 from .machine.runtime import Runtime
 from .objectives.objective import Objective, Rows, Scored
 from .saving.state import load_weights, read_tensors, write_tensors
+from .saving.tuned import read_tuned, read_tuned_weights, write_tuned
 from .step import (
     LM,
     Sums,
@@ -55,6 +57,7 @@ class Plain:
         summing: 梯度怎样相加，记进检查点："plain"、"tree"、"all_reduce"。
         why_not_compile: 各块不能编译的理由；None = 可以。
         whole: 切开之前的整个模型。
+        base: 训练适配器时的原模型；None = 检查点里是整份的权重。
     """
 
     @property
@@ -62,6 +65,7 @@ class Plain:
         return "plain"
 
     why_not_compile: str | None = None
+    base: Base | None = None
 
     def __init__(
         self,
@@ -124,16 +128,21 @@ class Plain:
 
     def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, str]:
         """权重与优化器的文件；返回边写边算好了的 {文件: sha256}。"""
-        write_tensors(folder, self.model, optimizer)
+        if self.base is None:
+            write_tensors(folder, self.model, optimizer)
+        else:
+            write_tuned(folder, self.model, optimizer, self.config.tune, self.base)
         return {}
 
     def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """各 rank 自己读。"""
-        self.mesh.world.together(lambda: read_tensors(folder, self.model, optimizer))
+        read = read_tensors if self.base is None else read_tuned
+        self.mesh.world.together(lambda: read(folder, self.model, optimizer))
 
     def read_weights(self, folder: Path) -> None:
         """只有权重。"""
-        load_weights(folder, self.model)
+        read = load_weights if self.base is None else read_tuned_weights
+        read(folder, self.model)
 
     def whole_parameters(self, pick: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         """{名字: pick(参数) 的整个张量}；pick 给 None 的没有。集合操作，给核验用。"""

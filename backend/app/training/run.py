@@ -56,6 +56,7 @@ from .saving.resume import (
     resume_lines,
 )
 from .saving.state import read_state, set_random_state, versions
+from .saving.tuned import base_again, begin, check_tune
 from .step import LM
 from .trainer import Trainer
 from .watch.guidance import small_step
@@ -114,6 +115,7 @@ def train(
 
     if config.tensorboard:
         world.together(require_tensorboard)
+    check_tune(config)
     if mesh is None:
         check_alone(config.parallel)
     else:
@@ -184,8 +186,11 @@ def _assemble(
     _seed_everything(config.seed)
     blank = start is not None or config.init_from is None
     model = start_model(config, runtime, mesh, blank)
-    if start is None and (source := config.init_from) is not None:
-        world.together(lambda: initialize_from(source, model, tokenizer, tell))
+    started = None
+    if start is not None:
+        started = world.together(lambda: base_again(config, start, model, tokenizer))
+    elif (source := config.init_from) is not None:
+        started = world.together(lambda: initialize_from(source, model, tokenizer, tell))
     known = None
     if config.objective.kind == "dpo":
         comparer = Comparer(config, runtime, tokenizer, world, tell)
@@ -193,7 +198,11 @@ def _assemble(
             data, model if start is None else None, (state or {}).get("reference")
         )
         data = data.compared(known.log_probs)
+    said, base = world.together(lambda: begin(config, model, started))
+    if config.tune.trainable != "all":
+        tell(said.line)
     engine = build_engine(model, config, runtime, mesh, objective)
+    engine.base = base
     validations = [
         Validation(
             held_rows(name, data, config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from app.adapters.load import open_model
 from app.common.tell import Tell
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Model
@@ -46,7 +47,7 @@ def load_other(
             "ids mean different tokens; use a model with the data's tokenizer, or prepare the "
             "data with its own"
         )
-    model = GPT2Model.from_pretrained(found)
+    model = open_model(found)
     check_float(model, f"{what}={found}")
     theirs, ours = model.config, config.model
     if theirs.position == "learned" and theirs.context_size < ours.context_size:

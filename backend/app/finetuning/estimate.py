@@ -46,6 +46,11 @@ def tuned_footprint(config: TrainConfig, runtime: Runtime, share: float) -> Foot
     )
 
 
+def fits(config: TrainConfig, runtime: Runtime, share: float, room: Room) -> bool:
+    needed = room.needs(tuned_footprint(config, runtime, share))
+    return room.available is None or needed <= room.available
+
+
 def check_room(config: TrainConfig, runtime: Runtime, share: float, room: Room) -> None:
     """
     Raises:

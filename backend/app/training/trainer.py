@@ -328,6 +328,8 @@ class Trainer:
         known = self.engine.write(folder, self.optimizer)
         write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
+        if self.data.kind != "text":
+            self.data.template().save(folder)
         return known
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 JOURNAL_FILE = "prepare.json"
 LOCK_FILE = "prepare.lock"
 _OUR_FILES = re.compile(
-    r"(tokens-\d{5}\.bin|(index|scored)\.npy|(meta|chat|tokenizer|tokenizer_meta)\.json)(\.tmp)?"
+    r"(tokens-\d{5}\.bin|(index|scored)\.npy|(meta|chat|examples|tokenizer|tokenizer_meta)\.json)(\.tmp)?"
     r"|(index|scored)\.tmp"
 )
 

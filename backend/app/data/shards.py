@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from app.common.files import sha256_file
+from app.data.chat.template import CHAT_FILE, Template, find_template
 from app.data.tokenizers import Tokenizer, load_tokenizer
 
 SCHEMA_VERSION = 1
@@ -109,6 +110,16 @@ class TokenDataset:
                 f"restore the tokenizer files, or {_AGAIN}"
             )
         return tokenizer
+
+    def template(self) -> Template:
+        """文件夹里的对话模板，须与写下这些词元的是同一个。"""
+        wanted, template = self.meta.get("chat"), find_template(self.folder)
+        if wanted is None or template is None or template.fingerprint() != wanted["fingerprint"]:
+            raise ValueError(
+                f"{self.folder}: the chat template there is not the one that wrote the tokens: "
+                f"restore {CHAT_FILE}, or {_AGAIN}"
+            )
+        return template
 
     def read(self, start: int, length: int) -> np.ndarray:
         """[start, start + length) 的词元，跨分片：(length,) int64。"""

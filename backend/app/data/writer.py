@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from app.common.files import sha256_file, sync_folder, write_atomic
+from app.data.chat.template import Template
 from app.data.shards import (
     CHAT_SCHEMA_VERSION,
     INDEX_FILE,
@@ -182,9 +183,21 @@ class ExampleWriter(ShardWriter):
 
     _arrays = (INDEX_FILE, SCORED_FILE)
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int, kind: Kind) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        template: Template,
+        kind: Kind,
+        shard_tokens: int,
+    ) -> None:
         super().__init__(folder, tokenizer, shard_tokens, NEW)
-        self._form = {"schema_version": CHAT_SCHEMA_VERSION, "kind": kind}
+        self._template = template
+        self._form = {
+            "schema_version": CHAT_SCHEMA_VERSION,
+            "kind": kind,
+            "chat": {"name": template.name, "fingerprint": template.fingerprint()},
+        }
         self._spans = 0
         self._scored = _open_at(folder / SCORED_PART, 0)
 
@@ -200,12 +213,18 @@ class ExampleWriter(ShardWriter):
         super().close()
         self._scored.close()
 
+    def sweep(self) -> None:
+        """写完之后，去掉只在途中用的文件。"""
+        for name in (INDEX_PART, SCORED_PART):
+            (self.folder / name).unlink(missing_ok=True)
+
     def _document_end(self) -> list[int]:
         return []
 
     def _write_arrays(self) -> None:
         super()._write_arrays()
         _write_npy(self.folder / SCORED_FILE, self.folder / SCORED_PART, (self._spans, 2))
+        self._template.save(self.folder)
 
 
 def _write_npy(path: Path, part: Path, shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.data.batch import UNSCORED, Batch
+from app.data.chat.template import builtin
 from app.data.feed import Feed, open_feed
 from app.data.feeding.examples import Pairs
 from app.data.feeding.plan import OneEach, Packed, best_fit
@@ -22,11 +23,12 @@ from app.data.writer import ExampleWriter
 T = 12
 # 每个词元各不相同，数得出谁被读过几次
 TOKENIZER = CharTokenizer(chr(0x4E00 + i) for i in range(3000))
+PLAIN = builtin("plain", TOKENIZER)
 
 
 def dataset(folder: Path, lengths: list[int], kind: Kind = "chat", shard: int = 17) -> TokenDataset:
     """第 k 个词元的号是 k；每例前三分之一是问话，不计分。"""
-    writer, first = ExampleWriter(folder, TOKENIZER, shard, kind), 0
+    writer, first = ExampleWriter(folder, TOKENIZER, PLAIN, kind, shard), 0
     for length in lengths:
         tokens = np.arange(first, first + length, dtype=np.uint32)
         writer.add_example(tokens, np.arange(length) >= max(1, length // 3), n_bytes=3 * length)

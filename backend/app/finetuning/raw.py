@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.common.tell import Tell
-from app.data.chat.forms import form_of, parse_columns, renamed
+from app.data.chat.forms import detect, parse_columns
 from app.data.chat.prepare import ChatSpec, prepare_examples
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Reading, Sources
@@ -60,13 +60,8 @@ def remove_data(out: Path) -> None:
 def _prepare(raw: Raw, out: Path, tokenizer: Tokenizer, tell: Tell) -> None:
     columns = parse_columns(raw.columns)
     val, fraction = _validation(raw.val)
-    sources = Sources((raw.source,), Reading(form="records"))
     spec = TokenizerSpec.of(tokenizer)
-    first = sources.first_record()
-    form = None
-    if first is not None:
-        where, record = first
-        form = form_of(renamed(record, columns, where), "auto", where)
+    form = detect((raw.source,), (), "auto", columns)
     if form is None or form.kind == "text":
         _check_text(raw, columns)
         reading = Reading(text_key=columns.get("text"))

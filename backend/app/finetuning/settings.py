@@ -108,7 +108,8 @@ def with_lengths(config: TrainConfig, feed: Feed, wish: Wish) -> TrainConfig:
         "schedule.warmup_steps": min(steps - 1, max(1, round(_WARM_UP * steps))),
         "eval_every": every,
         "eval_batches": max(1, _EVAL_TOKENS // config.tokens_per_step),
-        "sample_every": every,
+        # 只在最后答一次题：二十个回答要花不少时间。
+        "sample_every": 0,
         "save_every": every,
     }
     known = {name: value for name, value in numbers.items() if name not in wish.given}

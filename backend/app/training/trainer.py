@@ -16,6 +16,7 @@ import torch
 
 from app.common.memory import peak_memory
 from app.common.tell import Tell
+from app.data.chat.template import find_template
 from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
@@ -68,7 +69,8 @@ class Trainer:
         self.world = engine.mesh.world
         config, model = self.config, self.model
         # 第一个决定 best 与 patience。
-        self.validation, *self.others = validations or [None]
+        self.validation = validations[0] if validations else None
+        self.others = validations[1:]
         self.tokenizer, self.reference = tokenizer, reference
         self.run_folder = Path(config.out)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
@@ -219,13 +221,13 @@ class Trainer:
     def _validate(self) -> None:
         if self.validation is None:
             return
-        losses = []
+        found: dict[str, float] = {}
         for one in (self.validation, *self.others):
-            losses.append(one.loss(self.model, self.runtime, self._asked_to_stop))
-            if losses[-1] is None:
+            lost = one.loss(self.model, self.runtime, self._asked_to_stop)
+            if lost is None:
                 return
-        loss = losses[0]
-        assert loss is not None
+            found[one.name] = lost
+        loss = found.pop(self.validation.name)
         memory = peak_memory(self.runtime.device)
         self.metrics.write({"kind": "memory", "step": self.step, **memory})
         row = {"kind": "eval", "step": self.step, "loss": loss, "tokens": self.tokens}
@@ -233,12 +235,15 @@ class Trainer:
         if self.others:
             row["set"] = self.validation.name
             row["sets"] = {
-                other.name: {"loss": found, "measured": other.measured, **other.numbers}
-                for other, found in zip(self.others, losses[1:], strict=True)
-            }
+                other.name: {
+                    "loss": found[other.name], "measured": other.measured, **other.numbers
+                }
+                for other in self.others
+            }  # fmt: skip
         self.metrics.write(row)
         better = self.step > 0 and (self.best is None or loss < self.best[1])
-        self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
+        also = "".join(f", {name} {value:.4f}" for name, value in found.items())
+        self.progress.evaluated(self.step, loss, (" (best so far)" if better else "") + also)
         if better:
             self._save()
             if self.saved == self.step and self._mark_best(self.step, loss):
@@ -341,8 +346,8 @@ class Trainer:
         known = self.engine.write(folder, self.optimizer)
         write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
-        if self.data.kind != "text":
-            self.data.template().save(folder)
+        if (template := find_template(self.data.folder)) is not None:
+            template.save(folder)
         return known
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:

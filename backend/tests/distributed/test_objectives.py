@@ -55,6 +55,8 @@ def test_every_objective_gives_the_same_bits(
 def test_every_objective_gives_the_same_bits_in_shards(
     make: Make, tmp_path: Path, modes: Modes, mode: str
 ) -> None:
+    if "lora" in mode:
+        pytest.skip("frozen weights are not divided: refused (tests/adapters)")
     parallel = ParallelConfig(shard=2)
     config = config_of(make, tmp_path / "cut", modes[mode], parallel=parallel)
     whole = config_of(make, tmp_path / "whole", modes[mode])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from app.adapters.lora import adapters_off
 from app.data.shards import TokenDataset
 from app.data.tokenizers import load_tokenizer
+from app.distributed.comm import ALONE
 from app.models.transformer import GPT2Model
 from app.training.config import DataConfig, ObjectiveConfig, ScheduleConfig, TrainConfig
+from app.training.machine.runtime import Runtime
 from app.training.objectives import reference as reference_module
+from app.training.objectives.reference import log_probs
 from app.training.opened import feed_of, open_data, with_steps
 from app.training.saving.checkpoint import step_folder
+from app.training.saving.tuned import base_again, begin, read_tuned_weights
 from app.training.watch import ending as ending_module
 from app.training.watch.patience import Patience
 
@@ -27,6 +33,7 @@ from .tuned import MODES, T, base, chats, modes, pairs, small, teacher
 __all__ = ["base", "chats", "modes", "pairs", "teacher"]
 
 STEPS = 12
+CPU = Runtime(torch.device("cpu"), "", torch.float32, "")
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -45,7 +52,9 @@ def check_resume(make: Make, tmp_path: Path, starts: Any, change: dict[str, Any]
         branch = tmp_path / f"from-{step}"
         train(make(out=str(branch), resume=str(step_folder(out, step)), **common))
         found = step_folder(branch, STEPS)
-        for name in ("model.safetensors", "optim.safetensors"):
+        weights = "model.safetensors"
+        weights = weights if (end / weights).is_file() else "adapter_model.safetensors"
+        for name in (weights, "optim.safetensors"):
             assert (found / name).read_bytes() == (end / name).read_bytes(), (step, name)
         assert state_of(found) == state_of(end)
         for kind in ("train", "eval"):
@@ -296,6 +305,27 @@ def test_the_reference_is_the_start_to_the_bit(
         each = logp.gather(-1, ids[:, 1:, None])[0, :, 0]
         keep = torch.from_numpy(data.scored(start, end - start)[1:])
         assert found[i] == pytest.approx(float(each[keep].double().sum()), abs=1e-5)
+
+
+def test_the_reference_is_the_model_without_its_adapters(
+    make: Make, modes: dict[str, dict[str, Any]], pairs: Path
+) -> None:
+    """训练过的适配器关着时，就是存着的参考，逐位。"""
+    config = make(**modes["dpo, lora"])
+    result = train(config)
+    (path,) = (pairs / "train").glob("reference-*.npy")
+    data = TokenDataset.open(pairs / "train")
+    tokenizer, quiet = load_tokenizer(pairs / "train"), lambda line: None
+    model = GPT2Model(config.model)
+    base = base_again(config, result.checkpoint, model, tokenizer)
+    begin(config, model, base)
+    read_tuned_weights(result.checkpoint, model)
+    feed = feed_of(data, config, config.rows_at_once, 0, quiet)
+    found = []
+    for off in (adapters_off, contextlib.nullcontext):
+        with off(model):
+            found.append(log_probs(model, feed, config.rows_at_once, CPU, ALONE))
+    assert np.array_equal(found[0], np.load(path)) and not np.allclose(found[1], found[0])
 
 
 # ---- 拒绝 ----

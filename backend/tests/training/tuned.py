@@ -13,7 +13,7 @@ from app.data.shards import Kind
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.data.writer import ExampleWriter
 from app.models.transformer import GPT2Model
-from app.training.config import DataConfig, ObjectiveConfig, TrainConfig
+from app.training.config import DataConfig, ObjectiveConfig, TrainConfig, TuneConfig
 
 T = 8
 
@@ -84,8 +84,16 @@ def modes(chats: Path, pairs: Path, teacher: Path, base: Path) -> dict[str, dict
             "data": DataConfig(folder=str(pairs)), "model": small(), "init_from": str(base),
             "objective": ObjectiveConfig(kind="dpo", dpo_sft=0.1),
         },
+        "lora": {
+            "data": packed, "model": small(), "init_from": str(base),
+            "tune": TuneConfig(trainable="lora", lora_rank=2, lora_dropout=0.2),
+        },
+        "dpo, lora": {
+            "data": DataConfig(folder=str(pairs)), "model": small(), "init_from": str(base),
+            "objective": ObjectiveConfig(kind="dpo"), "tune": TuneConfig(trainable="lora"),
+        },
         "patience": {"data": packed, "patience": 9, "min_delta": 0.01, "eval_every": 1},
     }  # fmt: skip
 
 
-MODES = ("pack, answers", "apart", "distill", "dpo", "patience")
+MODES = ("pack, answers", "apart", "distill", "dpo", "lora", "dpo, lora", "patience")

@@ -16,7 +16,7 @@ from torch import Tensor
 from app.data.batch import Batch
 from app.models.transformer import GPT2Model
 from app.models.transformer.layers.cpu_products import product
-from app.models.transformer.layers.loss import IGNORE, cross_entropy, head_loss
+from app.models.transformer.layers.loss import IGNORE, as_computed, cross_entropy, head_loss
 
 from .objective import Rows, Scored, count_scored, forward
 
@@ -49,7 +49,7 @@ class Distill:
         seen: list[Tensor] = []
 
         def head(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-            seen.extend((hidden.flatten(0, 1), weight.to(hidden.dtype)))
+            seen.extend((as_computed(hidden.flatten(0, 1)), as_computed(weight)))
             return hidden.new_zeros(())
 
         with torch.no_grad():

@@ -75,7 +75,7 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: Chunk) -> Tensor:
-        h, w = _as_computed(hidden), _as_computed(weight)
+        h, w = as_computed(hidden), as_computed(weight)
         needs = ctx.needs_input_grad
         loss, *ctx.ready = _loss_and_gradients(h, w, labels, (hidden, weight), needs, chunk)
         ctx.computed, ctx.chunk = h.dtype, chunk
@@ -100,7 +100,7 @@ class _ChunkedHead(torch.autograd.Function):
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        h, w = _as_computed(hidden), _as_computed(weight)
+        h, w = as_computed(hidden), as_computed(weight)
         ctx.computed = h.dtype
         ctx.save_for_backward(hidden, weight, labels)
         nothing = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
@@ -181,7 +181,7 @@ def _is_one(scale: Tensor) -> bool:
     return readable(scale) and scale.item() == 1.0
 
 
-def _as_computed(x: Tensor) -> Tensor:
+def as_computed(x: Tensor) -> Tensor:
     """autocast 在 autograd.Function 里不缓存转换：在这里转一次，而不是每块一次。"""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

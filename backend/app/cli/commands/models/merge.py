@@ -44,6 +44,7 @@ def run(args: Args) -> None:
     import torch
 
     from app.adapters.files import is_adapter
+    from app.data.chat.template import CHAT_FILE
 
     check_new(args.out)
     model, tokenizer, folder = load_model(args.model, "cpu", args.base)
@@ -53,7 +54,9 @@ def run(args: Args) -> None:
         raise ValueError(f"{folder} has no tokenizer and --base {args.base} has none either")
     if args.dtype is not None:
         model = model.to(getattr(torch, args.dtype))
-    write_trained(model.config, model.state_dict(), tokenizer, args.out)
+    template = folder / CHAT_FILE
+    beside = {CHAT_FILE: template.read_text(encoding="utf-8")} if template.is_file() else {}
+    write_trained(model.config, model.state_dict(), tokenizer, args.out, beside)
     print(
         f"{args.out}: {model.num_parameters():,} parameters in "
         f"{str(next(model.parameters()).dtype).removeprefix('torch.')}, the adapter of {folder} "

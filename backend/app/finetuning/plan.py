@@ -20,6 +20,7 @@ from app.planning.fit import Room
 from app.planning.footprint import largest
 from app.training.config import DataConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime
+from app.training.objectives.build import build_objective, load_other
 from app.training.opened import Data, feed_of, open_data
 from app.training.saving.initial import new_tokens
 from app.training.saving.tuned import check_tune
@@ -99,6 +100,7 @@ def make_plan(
     config = with_lengths(config, feed, wish)
     said = _said(config.model, config.tune, new)
     runtime = choose_runtime(config)
+    _check_others(config, train.tokenizer(), runtime)
     config = _fitting(config, runtime, said, room, wish, notes)
     needed = room.needs(tuned_footprint(config, runtime, _share(said)))
     # 核对内容的那一遍留给训练自己。
@@ -123,6 +125,19 @@ def _validation(start: Start, folder: Path) -> tuple[dict[str, str], list[str]]:
     if start.old is None:
         return {TUNED: str(folder)}, [f"forgetting is not measured: {start.why_not}"]
     return {TUNED: str(folder), BEFORE: str(start.old)}, []
+
+
+def _check_others(config: TrainConfig, tokenizer: Tokenizer, runtime: Runtime) -> None:
+    """教师与参考现在就装一遍：训练里才拒绝的话，文件夹里已经有了东西。
+
+    Raises:
+        ValueError: 不能用。
+    """
+    build_objective(config, tokenizer, runtime, lambda line: None)
+    if config.objective.reference != "auto":
+        load_other(
+            config.objective.reference, "objective.reference", config, tokenizer, lambda line: None
+        )
 
 
 def _fitting(

@@ -14,6 +14,7 @@ from app.generation.generate import complete
 from app.generation.row import Callbacks, Finish
 from app.models.transformer import GPT2Model
 
+Ended = Finish | Literal["interrupted"]
 SYSTEM, USER = "system", "user"
 
 
@@ -26,7 +27,7 @@ class Answer:
     """
 
     text: str
-    ended: Finish | Literal["interrupted"]
+    ended: Ended
     dropped: tuple[Turn, ...]
 
 
@@ -68,13 +69,21 @@ class Conversation:
         Raises:
             ValueError: 问题写不出，或它自己就放不下；这时对话不变。
         """
-        before, pieces = list(self.turns), list[str]()
+        before = list(self.turns)
         self.turns.append(Turn(USER, text))
         try:
             ids, dropped = self._fitting()
+            answer, ended = self._complete(ids, seed, on_text)
         except ValueError:
             self.turns = before
             raise
+        self.turns.append(Turn(self._answerer, answer))
+        return Answer(answer, ended, dropped)
+
+    def _complete(
+        self, ids: list[int], seed: int, on_text: Callable[[str], object]
+    ) -> tuple[str, Ended]:
+        pieces: list[str] = []
 
         def heard(_: int, piece: str) -> None:
             pieces.append(piece)
@@ -82,18 +91,14 @@ class Conversation:
 
         room = self._model.config.context_size - len(ids)
         options = replace(self._options, max_new_tokens=min(self._options.max_new_tokens, room))
-        ended: Finish | Literal["interrupted"] = "interrupted"
         try:
             (done,) = complete(
                 self._model, [ids], options, tokenizer=self._tokenizer, seeds=[seed],
                 names=["the conversation"], calls=Callbacks(on_text=heard),
             )  # fmt: skip
-            ended = done.finish
         except KeyboardInterrupt:
-            pass
-        answer = "".join(pieces)
-        self.turns.append(Turn(self._answerer, answer))
-        return Answer(answer, ended, dropped)
+            return "".join(pieces), "interrupted"
+        return "".join(pieces), done.finish
 
     def undo(self) -> bool:
         """忘掉最后一问一答；没有则 False。"""

@@ -101,9 +101,9 @@ def _some(data: TokenDataset, context: int) -> Iterator[Question]:
 
 
 def answers_of(sets: Iterable[TokenDataset], config: TrainConfig) -> Answers | None:
-    """第一个验证集的；那是文本、不写样文，或没有一个问题放得下，就没有。"""
+    """第一个验证集的；那里没有对话模板（文本）、不写样文，或没有一个问题放得下，就没有。"""
     first = next(iter(sets), None)
-    if first is None or first.kind == "text" or not config.sample_tokens:
+    if first is None or first.meta.get("chat") is None or not config.sample_tokens:
         return None
     found = Answers(first, config.model.context_size, config.sample_tokens)
     return found if found.questions else None

@@ -27,7 +27,7 @@ SAID = [
 def test_serve_feeds_the_ids_of_training_and_of_chat(name: str) -> None:
     template = builtin(name, BYTES)
     tokenizer = BYTES.with_special(template.specials())
-    model = byte_model(vocab_size=264)
+    model = byte_model(vocab_size=264, context_size=256)
     served = serve_model("tuned", model, tokenizer, rows=1, template=Own(template))
     messages = [{"role": role, "content": text} for role, text in SAID]
     job = chat_job(ChatBody.model_validate({"messages": messages, "max_tokens": 4}), served, "")

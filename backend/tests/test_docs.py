@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
@@ -111,7 +112,6 @@ def test_the_commands_of_the_fine_tuning_guide_run(
         Path(f"mail/{number}.txt").write_text(f"a cat sat on the mat and then {number % 2} ran\n")
     (questions,) = [t for kind, t in blocks(ROOT / "docs" / "finetune.md") if kind == "json"]
     Path("questions.jsonl").write_text(questions * 10)
-    Path("questions.txt").write_text("When do you open?\n")
     start = (
         "train --data.folder data/bytes --out runs/first --steps 2 --schedule.warmup-steps 1 "
         "--model.n-layer 1 --model.n-embed 32 --model.n-head 2 --model.context-size 128"
@@ -126,7 +126,7 @@ def test_the_commands_of_the_fine_tuning_guide_run(
             words = shlex.split(line.split("<")[0])[1:]
             if words[0] == "serve":
                 continue
-            monkeypatch.setattr("sys.stdin", Path("questions.txt").open())
+            monkeypatch.setattr("sys.stdin", io.StringIO("When do you open?\n"))
             assert main(words) == 0, line
 
 

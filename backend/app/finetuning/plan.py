@@ -81,6 +81,9 @@ def make_plan(
         ValueError: 数据不合模型或目标，设置不对，或放不下。
     """
     train = TokenDataset.open(folder / "train")
+    if train.kind != "text":
+        # 收尾从不计分的模板在这里就拒绝，不等训练完了才看出它不会停。
+        train.template()
     new = new_tokens(start.tokenizer, train.tokenizer(), str(start.folder))
     shape = grown_config(shape, new.stop) if len(new) else shape
     sets, notes = _validation(start, folder)

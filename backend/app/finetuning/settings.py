@@ -47,11 +47,21 @@ class Wish:
     Attributes:
         epochs: None = 3；偏好数据 1。
         given: --set 的各项，最后盖上。
+
+    Raises:
+        ValueError: 轮数与步数都给了。
     """
 
     trainable: str
     epochs: float | None
     given: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and "steps" in self.given:
+            raise ValueError(
+                f"--epochs {self.epochs:g} and --set steps={self.given['steps']} both say how "
+                "long: give one"
+            )
 
 
 def first_settings(
@@ -117,15 +127,9 @@ def with_lengths(config: TrainConfig, feed: Feed, wish: Wish) -> TrainConfig:
     return applied(config, {**known, **_without_length(wish.given)})
 
 
-def _epochs(wish: Wish, dpo: bool) -> float | None:
-    if "steps" not in wish.given:
-        return wish.epochs or (DPO_EPOCHS if dpo else EPOCHS)
-    if wish.epochs is not None:
-        raise ValueError(
-            f"--epochs {wish.epochs:g} and --set steps={wish.given['steps']} both say how long: "
-            "give one"
-        )
-    return 1.0
+def _epochs(wish: Wish, dpo: bool) -> float:
+    """给了步数时用不到它，但总要有一个。"""
+    return wish.epochs or (DPO_EPOCHS if dpo else EPOCHS)
 
 
 def _without_length(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from app.common.console import say
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
     from app.finetuning.plan import Plan, Start
+    from app.finetuning.settings import Wish
     from app.models.transformer import GPT2Config, GPT2Model
     from app.planning.fit import Room
     from app.training.config import TrainConfig
@@ -123,12 +124,12 @@ def _decide(args: Args) -> TrainConfig | None:
     with _data(args, start, shape.context_size) as data:
         plan = make_plan(start, shape, data, wish, room, say)
         config = plan.config.replace(out=str(args.out), resume=args.resume)
-        going_on = _check_same(config)
-        _tell(start, plan, None if going_on else shaped(model, plan), room)
+        begun = _begun(config, wish)
+        _tell(start, plan, shaped(model, plan) if begun is None else None, room)
     if args.dry_run:
         say("dry run: nothing was written")
         return None
-    return config
+    return begun or config
 
 
 def _check_out(args: Args) -> None:
@@ -217,8 +218,8 @@ def _check_unused(args: Args) -> None:
             )
 
 
-def _check_same(config: TrainConfig) -> bool:
-    """RUN 里是否已有这一次训练，要接着做。
+def _begun(config: TrainConfig, wish: Wish) -> TrainConfig | None:
+    """RUN 里已有的这一次训练的设置，要接着做；没有则 None。
 
     Raises:
         ValueError: 那里的设置与这条命令的不同，点名两个值。
@@ -229,16 +230,19 @@ def _check_same(config: TrainConfig) -> bool:
 
     file = Path(config.out) / RUN_FILE
     if config.resume == "none" or not file.is_file():
-        return False
-    before, now = (dict(flat(one.to_dict())) for one in (load_config(str(file)).config, config))
+        return None
+    found = load_config(str(file)).config
+    # 微批是按此刻的内存选的，不改变结果：照当初的。
+    free = {"resume", "out", "micro_batch"} - wish.given.keys()
+    before, now = (dict(flat(one.to_dict())) for one in (found, config))
     for name, value in now.items():
-        if name not in ("resume", "out") and before.get(name) != value:
+        if name not in free and before.get(name) != value:
             raise ValueError(
                 f"{file} has {name}={before.get(name)!r} but this command makes it {value!r}: "
                 f"repeat the command it was begun with, or change it on purpose with gpt2 train "
                 f"--config {file} --resume auto"
             )
-    return True
+    return found.replace(resume=config.resume)
 
 
 def _tell(start: Start, plan: Plan, model: GPT2Model | None, room: Room) -> None:

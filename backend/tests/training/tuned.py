@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from app.data.chat.template import builtin
 from app.data.shards import Kind
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.data.writer import ExampleWriter
@@ -20,7 +21,7 @@ T = 8
 
 def write_examples(folder: Path, tokenizer: Tokenizer, count: int, kind: Kind, seed: int) -> None:
     random = np.random.default_rng(seed)
-    writer = ExampleWriter(folder, tokenizer, 64, kind)
+    writer = ExampleWriter(folder, tokenizer, builtin("plain", tokenizer), kind, 64)
     for _ in range(count):
         length = int(random.integers(3, T + 2))
         tokens = random.integers(tokenizer.vocab_size, size=length).astype(np.uint32)

@@ -96,7 +96,7 @@ def _one_length(base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
         return base
     if "--epochs" in flags:
         raise ValueError("--steps and --epochs both say how long: give one")
-    return base.replace(epochs=None)
+    return base if base.epochs is None else base.replace(epochs=None)
 
 
 def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:

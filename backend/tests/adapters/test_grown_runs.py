@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from app.adapters.load import open_model
 from app.cli.commands import train as command
 from app.cli.main import main
+from app.data.chat.template import builtin
 from app.data.tokenizers import ByteTokenizer, Tokenizer
 from app.data.writer import ExampleWriter
 from app.models.transformer import GPT2Model
@@ -25,7 +26,7 @@ USED = ByteTokenizer().vocab_size
 
 
 def write(folder: Path, tokenizer: Tokenizer) -> None:
-    writer = ExampleWriter(folder / "train", tokenizer, 1000, "chat")
+    writer = ExampleWriter(folder / "train", tokenizer, builtin("plain", tokenizer), "chat", 1000)
     user, end = (tokenizer.special_tokens[text] for text in SPECIAL)
     for text in (b"to be", b"or not", b"that is") * 4:
         ids = np.array([user, *text, end], dtype=np.uint32)

@@ -10,6 +10,7 @@ from pathlib import Path
 from app.common.tell import Tell
 from app.data.chat.forms import detect, parse_columns
 from app.data.chat.prepare import ChatSpec, prepare_examples
+from app.data.chat.template import Template
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Reading, Sources
 from app.data.tokenizers import Tokenizer
@@ -23,7 +24,7 @@ class Raw:
     Attributes:
         val: 验证用的文件，或要留出的份额；None = 0.1。
         columns: `new=old` 的各项。
-        chat: 对话模板的名字；None = 按写法选。
+        chat: 对话模板的名字；None = known（模型已会的），没有就按写法选。
         context: 对话至多多长，更长的不要，或从前面剪短（long）。
     """
 
@@ -31,6 +32,7 @@ class Raw:
     val: str | None
     columns: Sequence[str]
     chat: str | None
+    known: Template | None
     context: int
     cut: bool
 
@@ -74,7 +76,9 @@ def _prepare(raw: Raw, out: Path, tokenizer: Tokenizer, tell: Tell) -> None:
     reading = Reading(form=str(form))
     prepare_examples(
         Sources((raw.source,), reading), out, spec,
-        ChatSpec(form, raw.chat, columns, raw.context, "cut-prompt" if raw.cut else "drop"),
+        ChatSpec(
+            form, raw.chat, columns, raw.context, "cut-prompt" if raw.cut else "drop", raw.known
+        ),
         val=None if val is None else Sources((val,), reading),
         val_fraction=fraction, say=tell,
     )  # fmt: skip

@@ -58,7 +58,7 @@ class Args:
     context: Annotated[int | None, Doc("tokens at once, at most the model's; None = those")] = None
     chat: Annotated[
         Literal["chatml", "alpaca", "plain"] | None,
-        Doc("how turns are written; None = as the file suggests, and says so"),
+        Doc("how turns are written; None = as the model knows, else by the form, and says so"),
     ] = None
     columns: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]],
@@ -177,6 +177,7 @@ def _old_data(folder: Path) -> tuple[Path | None, str]:
 @contextmanager
 def _data(args: Args, start: Start, context: int) -> Iterator[Path]:
     """准备好的数据在哪里；刚写下的，若随后被拒绝，就不留下。Ctrl-C 则留着，下次接着做。"""
+    from app.data.chat.template import find_template
     from app.data.reading.inventory import is_prepared
     from app.finetuning.raw import Raw, prepare_raw, remove_data
 
@@ -187,7 +188,10 @@ def _data(args: Args, start: Start, context: int) -> Iterator[Path]:
         return
     if not given.exists():
         raise ValueError(f"{given} does not exist: give a file, or a folder of text or records")
-    raw = Raw(args.data, args.val, args.columns, args.chat, context, args.long == "cut-prompt")
+    raw = Raw(
+        args.data, args.val, args.columns, args.chat, find_template(start.folder), context,
+        cut=args.long == "cut-prompt",
+    )  # fmt: skip
     home = tempfile.TemporaryDirectory() if args.dry_run else nullcontext(args.out)
     with home as name:
         out = Path(name) / DATA

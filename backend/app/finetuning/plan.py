@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from app.adapters.files import is_adapter
 from app.adapters.fit import fit_context, shrunk
 from app.adapters.rows import grow_vocabulary, grown_config
 from app.adapters.trainable import Said, apply_trainable
@@ -65,8 +66,13 @@ def check_start(start: Start, context: int | None, trainable: str) -> GPT2Config
     """缩短过的形状；点名的层与张量都在。
 
     Raises:
-        ValueError: 上下文要变长，或 trainable 点名的不在。
+        ValueError: 上下文要变长，trainable 点名的不在，或要在适配器上再加适配器。
     """
+    if trainable == "lora" and is_adapter(start.folder):
+        raise ValueError(
+            f"{start.folder} is an adapter, and an adapter on an adapter has no base of its own: "
+            f"first gpt2 merge {start.folder} --out NEW, then fine-tune NEW; or use --trainable all"
+        )
     shape = start.model if context is None else shrunk(start.model, context, str(start.folder))
     _said(shape, TuneConfig(trainable=trainable), range(0))
     return shape

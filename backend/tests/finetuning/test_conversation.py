@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.cli.commands.chat import _Terminal
 from app.data.chat.encode import Turn, encode_conversation
 from app.data.chat.template import NAMES, Template, builtin
 from app.data.tokenizers import ByteTokenizer, Tokenizer
@@ -124,3 +125,47 @@ def test_ctrl_c_keeps_what_was_said() -> None:
     assert talk.turns[-1].content == answer.text
     again = talk.ask("more", 0, lambda piece: None)
     assert again.ended in ("stop", "length")
+
+
+class Typed:
+    """终端前的人：照稿打字；KeyboardInterrupt 是按下了 Ctrl-C，打完了是 Ctrl-D。"""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
+        self._lines = iter(lines)
+        monkeypatch.setattr("builtins.input", self)
+
+    def __call__(self, prompt: str) -> str:
+        line = next(self._lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+
+def test_commands_and_ctrl_c_at_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, ["one", "two"])
+    talk = talk_with("chatml")
+    Typed(monkeypatch, "/help", "a", "/udno", "//b", "/undo", "")
+    assert _Terminal(talk, 0).run() == 0
+    out, err = capsys.readouterr()
+    assert out == "one\ntwo\n"
+    assert "/reset" in err and "did you mean /undo?" in err and "forgot the last question" in err
+    assert [turn.content for turn in talk.turns] == ["a", "one"]
+    # 一次 Ctrl-C 只提醒；隔着一句话的两次不算两次；连着两次才走。
+    scripted(monkeypatch, ["three"])
+    typed = Typed(monkeypatch, KeyboardInterrupt, "c", KeyboardInterrupt, KeyboardInterrupt, "d")
+    assert _Terminal(talk, 0).run() == 0
+    assert typed("") == "d" and talk.turns[-2].content == "c"
+
+
+def test_ctrl_c_in_an_answer_then_again_leaves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def complete(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "complete", complete)
+    typed = Typed(monkeypatch, "a", KeyboardInterrupt, "never")
+    assert _Terminal(talk_with("chatml"), 0).run() == 0
+    assert typed("") == "never" and "stopped by Ctrl-C" in capsys.readouterr().err

@@ -77,6 +77,8 @@ def test_lora_keeps_the_base_and_chats(
     assert not (found / "model.safetensors").exists() and (found / "chat.json").is_file()
     facts = json.loads((run / "facts.json").read_text())
     assert 0 < facts["trained"] < facts["parameters"] / 2
+    again = ["finetune", str(run), str(questions), "--trainable", "lora"]
+    refused(again, "gpt2 merge", tmp_path / "twice", capsys)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert main(["chat", str(run), "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert main(["compare", str(run), str(base), "--out", str(tmp_path / "c.html")]) == 0
@@ -207,7 +209,13 @@ def test_other_tokenizers_and_bases_are_refused(
 
 
 @pytest.mark.slow
-def test_twenty_pairs_are_memorised_and_ended(base: Path, questions: Path, tmp_path: Path) -> None:
+def test_twenty_pairs_are_memorised_and_ended(
+    base: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """研究里的试验 12：20 个都一字不差、自己收尾；提问不计分，所以它的困惑度不比全计分时低。"""
     words = ["finetune", str(base), str(questions), "--val", str(questions), "--chat", "chatml"]
     words += [*FAST, "--epochs", "150", "--set", "optim.lr=5e-3", "--set", "batch_size=2"]
@@ -218,7 +226,11 @@ def test_twenty_pairs_are_memorised_and_ended(base: Path, questions: Path, tmp_p
     assert (answers["asked"], answers["ended"], answers["exact"]) == (20, 20, 20)
     whole = {score: _whole_loss(run) for score, run in runs.items()}
     assert whole["answers"] > whole["all"] + 0.1, whole
-    assert len(PAIRS) == 20
+    asked = "".join(f"{ask}\n/reset\n" for ask, _ in PAIRS)
+    monkeypatch.setattr("sys.stdin", io.StringIO(asked))
+    capsys.readouterr()
+    assert main(["chat", str(runs["answers"]), "--greedy", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == [answer for _, answer in PAIRS]
 
 
 def _whole_loss(run: Path) -> float:

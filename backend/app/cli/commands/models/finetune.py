@@ -178,11 +178,11 @@ def _old_data(folder: Path) -> tuple[Path | None, str]:
 def _data(args: Args, start: Start, context: int) -> Iterator[Path]:
     """准备好的数据在哪里；刚写下的，若随后被拒绝，就不留下。Ctrl-C 则留着，下次接着做。"""
     from app.data.chat.template import find_template
-    from app.data.reading.inventory import is_prepared
+    from app.data.shards import META_FILE
     from app.finetuning.raw import Raw, prepare_raw, remove_data
 
     given = Path(args.data)
-    if is_prepared(given):
+    if (given / "train" / META_FILE).is_file():
         _check_unused(args)
         yield given
         return

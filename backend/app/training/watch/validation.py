@@ -77,7 +77,11 @@ class Taken:
     """
 
     def __init__(self, feed: Feed, data: TokenDataset, windows: int, how: str) -> None:
-        self._feed, every = feed, feed.steps_of(1.0)
+        self._feed = feed
+        every, rest = divmod(feed.rows_in_epoch, feed.batch_size)
+        # 不满的末一批若以不计分的行补足就要；窗口则会接着读下一轮的，不要。
+        if not every or (rest and feed.windows(every + 1) == feed.rows_in_epoch):
+            every += 1
         self.groups = min(every, -(-windows // feed.batch_size)) if windows else every
         rows = min(self.groups * feed.batch_size, feed.rows_in_epoch)
         self.measured = {

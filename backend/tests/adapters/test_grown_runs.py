@@ -15,14 +15,15 @@ from app.adapters.load import open_model
 from app.cli.commands import train as command
 from app.cli.main import main
 from app.data.chat.template import builtin
-from app.data.tokenizers import ByteTokenizer, Tokenizer
+from app.data.tokenizers import CharTokenizer, Tokenizer, train_bpe
 from app.data.writer import ExampleWriter
 from app.models.transformer import GPT2Model
 from app.models.transformer.config import GPT2Config
 from app.training.run import train
 
 SPECIAL = ["<|user|>", "<|end|>"]
-USED = ByteTokenizer().vocab_size
+TOKENIZER = train_bpe(["to be or not to be, that is the question"], 262)
+USED = TOKENIZER.vocab_size
 
 
 def write(folder: Path, tokenizer: Tokenizer) -> None:
@@ -38,7 +39,7 @@ def write(folder: Path, tokenizer: Tokenizer) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("app.training.run.plot_losses", lambda run: None)
-    write(Path("chats"), ByteTokenizer().with_special(SPECIAL))
+    write(Path("chats"), TOKENIZER.with_special(SPECIAL))
     return tmp_path
 
 
@@ -50,7 +51,7 @@ def start(vocabulary: int, tied: bool = True) -> GPT2Model:
     )  # fmt: skip
     model = GPT2Model(shape)
     model.save_pretrained("base")
-    ByteTokenizer().save("base")
+    TOKENIZER.save("base")
     return model
 
 
@@ -117,12 +118,12 @@ def test_exports_read_the_new_ids() -> None:
 
 def test_another_tokenizer_and_layers_that_leave_them_alone_are_refused() -> None:
     start(USED)
-    with pytest.raises(ValueError, match=r"2 new tokens \(257\.\.258\) but tune\.trainable=last:1"):
+    with pytest.raises(
+        ValueError, match=rf"2 new tokens \({USED}\.\.{USED + 1}\) but tune\.trainable=last:1"
+    ):
         tune("--tune.trainable", "last:1")
     meta = json.loads(Path("chats/train/meta.json").read_text())
     assert meta["tokenizer"]["vocab_size"] == USED + 2
-    from app.data.tokenizers import CharTokenizer
-
     CharTokenizer("abcdefgh").save("base")
     with pytest.raises(ValueError, match="was trained with the tokenizer"):
         tune("--tune.trainable", "lora", "--out", "other")

@@ -99,6 +99,17 @@ def _one_length(base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
     return base if base.epochs is None else base.replace(epochs=None)
 
 
+def fit_model(args: A, argv: Sequence[str]) -> A:
+    """没有写明的形状：有 init_from 时取自那里；否则只有词表大小，取数据集的。
+
+    Raises:
+        ValueError: 见 start_shape。
+    """
+    if args.train.init_from is not None:
+        return start_shape(args, argv)
+    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
+
+
 def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:
     """运行文件或命令行是否写明了词表大小。"""
     flags = (word.split("=")[0].replace("_", "-") for word in argv)

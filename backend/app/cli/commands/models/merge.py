@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.trained import load_model, write_trained
-from app.common.files import check_new
+from app.common.files import check_free
 
 SUMMARY = "add an adapter to its base: one model folder, with nothing left to look up"
 EXAMPLES = """\
@@ -46,7 +46,7 @@ def run(args: Args) -> None:
     from app.adapters.files import is_adapter
     from app.data.chat.template import CHAT_FILE
 
-    check_new(args.out)
+    check_free(args.out)
     model, tokenizer, folder = load_model(args.model, "cpu", args.base)
     if not is_adapter(folder):
         raise ValueError(f"{folder} holds a whole model and no adapter: there is nothing to merge")

@@ -27,7 +27,7 @@ FLOORS = {
     "app": (
         "models", "common native", "data inspection", "viz", "distributed",
         "generation evaluation verification quantization", "adapters", "training",
-        "planning equalities", "interop serving", "cli",
+        "planning equalities", "interop serving finetuning", "cli",
     ),
     "app.training": (
         "settings", "config", "optim", "saving machine", "objectives", "step watch ranks",

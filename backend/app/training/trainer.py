@@ -33,6 +33,7 @@ from .saving.checkpoint import mark_best, prune, step_folder, write_checkpoint
 from .saving.resume import windows_read
 from .saving.state import write_state
 from .step import Sums, accumulate, first_loss_line
+from .watch.answers import Answers, answers_line, answers_of
 from .watch.ending import Ending
 from .watch.expert_load import balance_row, update_selection_bias
 from .watch.patience import Patience
@@ -78,6 +79,7 @@ class Trainer:
         self.spikes = SpikeWatch()
         self.plateau = PlateauWatch(data.entropy, config)
         self.ending = Ending(config)
+        self.answers = answers_of(data.val.values(), config)
         self.step = self.tokens = self.skipped = 0
         self.best: tuple[int, float] | None = None
         measured = None if self.validation is None else self.validation.measured
@@ -272,9 +274,20 @@ class Trainer:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
             return
         self._sampled = self.step
-        self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        if self.answers is None:
+            self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        else:
+            self.last_sample = self._answer(self.answers)
         self.metrics.write({"kind": "sample", "step": self.step, "text": self.last_sample})
         self.progress.tell(f"--- sample at step {self.step} ---\n{self.last_sample}\n---")
+
+    def _answer(self, answers: Answers) -> str:
+        """问几个验证集里的问题，记下答完了几个；返回头一个的问与答。"""
+        row = answers.row(self.model, self.runtime)
+        self.metrics.write({"kind": "answers", "step": self.step, **row})
+        self.progress.tell(answers_line(row))
+        first = row["shown"][0]
+        return f"{first['asked']}{first['said']}"
 
     def _save(self, must: bool = False) -> None:
         """存下此刻；途中存不下（盘满）只警告，训练继续，旧检查点还在。

@@ -17,7 +17,6 @@ from app.data.writer import ExampleWriter
 from app.training.trainer import Trainer
 from tests.finetuning.conftest import FAST, PAIRS
 
-
 SHORT = ["--epochs", "1"]
 
 
@@ -101,7 +100,8 @@ def test_killed_and_resumed_equals_straight(
 ) -> None:
     """先在准备数据时按 Ctrl-C，再在训练到一半时死掉；每次都是同一条命令。"""
     words = ["finetune", str(base), str(questions), "--chat", "chatml", *FAST]
-    words += ["--set", "steps=4", "--set", "eval_every=2", "--set", "optim.lr=1e-3"]
+    words += ["--set", "steps=4", "--set", "eval_every=2", "--set", "save_every=2"]
+    words += ["--set", "optim.lr=1e-3"]
     assert main([*words, "--out", str(tmp_path / "straight")]) == 0
     run = tmp_path / "stopped"
     with monkeypatch.context() as patch:

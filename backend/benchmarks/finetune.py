@@ -135,12 +135,23 @@ def trl(size: Size, steps: int) -> Callable[[int], float]:
     import threading
     from queue import Queue
 
-    go, done = Queue[int](), Queue[float]()
-    threading.Thread(target=_train_trl, args=(size, steps, go, done), daemon=True).start()
+    go, done = Queue[int](), Queue[float | Exception]()
+
+    def run() -> None:
+        try:
+            _train_trl(size, steps, go, done)
+        # 什么错都要送回去：否则等着的那一步永远等下去。
+        except Exception as error:
+            done.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
 
     def step(number: int) -> float:
         go.put(number)
-        return done.get()
+        found = done.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     return step
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.common.tell import Tell
 from app.data.chat.forms import detect, parse_columns
 from app.data.chat.prepare import ChatSpec, prepare_examples
 from app.data.chat.template import Template
@@ -15,6 +14,7 @@ from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Reading, Sources
 from app.data.tokenizers import Tokenizer
 
+Say = Callable[[str], None]
 _VAL_FRACTION = 0.1
 
 
@@ -37,7 +37,7 @@ class Raw:
     cut: bool
 
 
-def prepare_raw(raw: Raw, out: Path, tokenizer: Tokenizer, tell: Tell) -> None:
+def prepare_raw(raw: Raw, out: Path, tokenizer: Tokenizer, tell: Say) -> None:
     """写 out/train 与 out/val；已经写好就不再写。
 
     Raises:
@@ -59,7 +59,7 @@ def remove_data(out: Path) -> None:
         out.parent.rmdir()
 
 
-def _prepare(raw: Raw, out: Path, tokenizer: Tokenizer, tell: Tell) -> None:
+def _prepare(raw: Raw, out: Path, tokenizer: Tokenizer, tell: Say) -> None:
     columns = parse_columns(raw.columns)
     val, fraction = _validation(raw.val)
     spec = TokenizerSpec.of(tokenizer)

@@ -75,7 +75,9 @@ def first_settings(
     dpo = kind == "preference"
     rates = DPO_RATES if dpo else RATES
     rate = rates.get(wish.trainable.partition(":")[0], rates["all"])
-    rows = _even(STEP_TOKENS // model.context_size, dpo)
+    rows = wish.given.get("batch_size")
+    if not isinstance(rows, int) or rows < 1:
+        rows = _even(STEP_TOKENS // model.context_size, dpo)
     config = TrainConfig(
         # CPU 的融合内核不做 dropout；三轮也用不着它（nanoGPT 微调同此）。
         model=model.replace(dropout=0.0),

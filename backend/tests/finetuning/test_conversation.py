@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,14 +36,19 @@ def made(name: str) -> tuple[Template, Tokenizer]:
     return template, plain.with_special(template.specials())
 
 
+@cache
+def model_of(context: int) -> GPT2Model:
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=264, context_size=context, n_layer=1, n_head=1, n_embed=8)
+    return GPT2Model(shape).eval()
+
+
 def talk_with(
     name: str, context: int = 256, system: str | None = None, most: int = 20
 ) -> Conversation:
     template, tokenizer = made(name)
-    torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=264, context_size=context, n_layer=1, n_head=1, n_embed=8)
     options = Options(max_new_tokens=most, sampling=SamplingConfig(temperature=0.0))
-    return Conversation(GPT2Model(shape).eval(), tokenizer, template, options, system)
+    return Conversation(model_of(context), tokenizer, template, options, system)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, answers: list[str]) -> list[list[int]]:

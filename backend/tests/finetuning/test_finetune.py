@@ -17,6 +17,8 @@ from app.data.writer import ExampleWriter
 from app.training.trainer import Trainer
 from tests.finetuning.conftest import FAST, PAIRS
 
+SHORT = ["--epochs", "1"]
+
 
 def rows(run: Path, kind: str) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -41,7 +43,9 @@ def test_a_raw_csv_becomes_a_chatting_model_in_one_command(
 ) -> None:
     run = tmp_path / "answers"
     columns = ["--columns", "prompt=question,completion=answer", "--chat", "chatml"]
-    assert main(["finetune", str(base), str(table), *columns, "--out", str(run), *FAST]) == 0
+    assert (
+        main(["finetune", str(base), str(table), *columns, "--out", str(run), *FAST, *SHORT]) == 0
+    )
     said = capsys.readouterr().out
     for word in ("trained ", "frozen", "tokens scored", "epochs", "memory", "time", "2 new tokens"):
         assert word in said, word
@@ -70,7 +74,7 @@ def test_lora_keeps_the_base_and_chats(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "lora"
-    words = ["--chat", "chatml", "--trainable", "lora", "--epochs", "1"]
+    words = ["--chat", "chatml", "--trainable", "lora", "--set", "steps=2"]
     assert main(["finetune", str(base), str(questions), "--out", str(run), *words, *FAST]) == 0
     found = sorted(run.glob("step-*"))[-1]
     assert (found / "adapter_model.safetensors").is_file()
@@ -96,7 +100,8 @@ def test_killed_and_resumed_equals_straight(
 ) -> None:
     """先在准备数据时按 Ctrl-C，再在训练到一半时死掉；每次都是同一条命令。"""
     words = ["finetune", str(base), str(questions), "--chat", "chatml", *FAST]
-    words += ["--set", "steps=6", "--set", "save_every=2", "--set", "optim.lr=1e-3"]
+    words += ["--set", "steps=4", "--set", "eval_every=2", "--set", "save_every=2"]
+    words += ["--set", "optim.lr=1e-3"]
     assert main([*words, "--out", str(tmp_path / "straight")]) == 0
     run = tmp_path / "stopped"
     with monkeypatch.context() as patch:

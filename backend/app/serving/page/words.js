@@ -23,8 +23,8 @@ export const WORDS = {
 
   "key.title": ["An API key, please", "请给钥匙"],
   "key.what": [
-    "This server was started with keys. The key stays in the memory of this page and is gone when you close it.",
-    "这个服务器要钥匙。它只留在这个页面的内存里，关上页面就没有了。"],
+    "The key stays in the memory of this page and is gone when you close it.",
+    "它只留在这个页面的内存里，关上页面就没有了。"],
   "key.label": ["API key", "钥匙"], "key.use": ["Use it", "用它"],
 
   "help.title": ["Keys", "按键"],
@@ -43,8 +43,8 @@ export const WORDS = {
     "Your text and what the model writes after it, token by token. The colour is how surprised the model was by each token, yours included.",
     "你的文字，与模型接着写的，一个个词元。颜色是模型对每一个有多意外，你写的也算。"],
   "notebook.how": [
-    "A language model reads left to right and gives every token of its vocabulary a probability before it sees the next one. Plain tokens it expected; coloured ones it did not. Probability is that of the token which stands there (before temperature and filters); rank 1 means no token was likelier; entropy, in nats, is how undecided the model was: 0 = certain, ln(vocabulary) = no idea. The first token has no probability: nothing stands before it. Underlined tokens were written by the model.",
-    "语言模型从左往右读，看见下一个词元之前，先给词表里的每一个一个概率。没有颜色的是它料到的，有颜色的是没有料到的。概率是站在那里的那个词元的（在温度与筛选之前）；名次 1 是没有更可能的；熵以 nat 计，是它有多拿不定：0 = 确定，ln(词表) = 毫无头绪。第一个词元没有概率：它前面什么也没有。下面有线的是模型写的。"],
+    "A language model reads left to right and gives every token of its vocabulary a probability before it sees the next one. Probability is that of the token which stands there (before temperature and filters); rank 1 means no token was likelier; entropy, in nats, is how undecided the model was: 0 = certain, ln(vocabulary) = no idea. The first token has no probability: nothing stands before it. Underlined tokens were written by the model.",
+    "语言模型从左往右读，看见下一个词元之前，先给词表里的每一个一个概率。概率是站在那里的那个词元的（在温度与筛选之前）；名次 1 是没有更可能的；熵以 nat 计，是它有多拿不定：0 = 确定，ln(词表) = 毫无头绪。第一个词元没有概率：它前面什么也没有。下面有线的是模型写的。"],
   "mode": ["Edit or read", "改或读"], "mode.edit": ["Edit", "改"], "mode.read": ["Tokens", "词元"],
   "text.label": ["Text to go on from", "要接着写的文字"],
   "text.hint": ["Write something, then Ctrl+Enter: the model goes on.", "写点什么，再按 Ctrl+Enter：模型接着写。"],
@@ -73,8 +73,8 @@ export const WORDS = {
     "The ten likeliest tokens at the chosen place, in percent of the model's own distribution. Enter takes one and goes on from there; every branch is kept.",
     "选中的地方最可能的十个词元，占模型自己的分布的百分之几。按 Enter 选一个，从那里接着写；枝都留着。"],
   "branches.how": [
-    "The bar is the probability before temperature and filters, drawn against the likeliest. Left and right move to the token before or after. Taking another token keeps everything before it: the server has the keys and values of that text in a row already, so only one token is new to it. Below is the tree of what you tried: Enter walks to a branch.",
-    "横条是温度与筛选之前的概率，以最可能的为满格。左右键到前后一个词元。换一个词元时，它前面的都留着：服务器的一行里已经有那段文字的键与值，新的只有一个词元。下面是试过的枝：按 Enter 走过去。"],
+    "The bar is the probability before temperature and filters, drawn against the likeliest. Left and right move to the token before or after. What stands before the token is kept: the server still holds its keys and values, so only one token is new to it. Below is the tree of what you tried: Enter walks to a branch.",
+    "横条是温度与筛选之前的概率，以最可能的为满格。左右键到前后一个词元。它前面的都留着：服务器还有那段文字的键与值，新的只有一个词元。下面是试过的枝：按 Enter 走过去。"],
   "likely.label": ["Likeliest tokens here; Enter takes one", "这里最可能的词元；按 Enter 选它"],
   "likely.first": ["Nothing stands before the first token: the model was not asked for it.", "第一个词元前面没有东西：没有问过模型。"],
   "likely.about": ["Token {at} “{name}”: {p}, rank {rank}; entropy here {h} nats", "第 {at} 个词元“{name}”：{p}，名次 {rank}；这里的熵 {h} nat"],
@@ -181,8 +181,8 @@ export const WORDS = {
     "The same text under the checkpoints of the run: the probability of each token at each step, beside the loss in nats a token.",
     "同一段文字在这次训练的各个检查点下：每一步上每个词元的概率，旁边是损失（每个词元多少 nat）。"],
   "training.how": [
-    "Move the slider and watch which tokens lose their colour: those are learned by then. Line breaks and frequent words come first, names last; a word that repeats the text needs an induction head. Choose a token to see its probability over the steps. The loss is that of training (thin) and of the held-out text (thick). Checkpoints are loaded one at a time; gpt2 train --keep-every N keeps more of them.",
-    "移动滑块，看哪些词元的颜色退去：那时已经学会了。换行与常见的词先，名字后；重复前文的词要等归纳头。选一个词元，看它的概率随步数怎样变。细的是训练的损失，粗的是没有训练过的文字的。检查点一次装一个；gpt2 train --keep-every N 留下更多。"],
+    "Move the slider: tokens that lose their colour are learned by then. Line breaks and frequent words come first, names last; a word that repeats the text needs an induction head. Choose a token to see its probability over the steps. The loss is that of training (thin) and of the held-out text (thick). Checkpoints are loaded one at a time; gpt2 train --keep-every N keeps more of them.",
+    "移动滑块：颜色退去的词元，那时已经学会了。换行与常见的词先，名字后；重复前文的词要等归纳头。选一个词元，看它的概率随步数怎样变。细的是训练的损失，粗的是没有训练过的文字的。检查点一次装一个；gpt2 train --keep-every N 留下更多。"],
   "training.second": ["Beside it", "并排看"], "training.alone": ["nothing", "没有"],
   "training.ask": ["Read the text at every step", "在每一步读这段文字"],
   "training.progress": ["Checkpoints read", "读过的检查点"],
@@ -201,8 +201,8 @@ export const WORDS = {
     "What the server is doing now, asked once a second while you look. A row holds the keys and values of one text.",
     "服务器现在在做什么；看着的时候一秒问一次。一行放着一段文字的键与值。"],
   "engine.how": [
-    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows, in milliseconds on average since the start.",
-    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向，从开张起的平均毫秒数。"],
+    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows, on average.",
+    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向，平均的时间。"],
   "engine.rows": ["Rows", "行"], "engine.busy": ["busy", "忙"], "engine.warm": ["warm", "热"], "engine.free": ["free", "空"],
   "engine.tokens": ["{n} of {context} tokens", "{context} 个词元中的 {n} 个"],
   "engine.rate": ["tokens written", "写词元"], "engine.running": ["texts being written", "在写的文字"],

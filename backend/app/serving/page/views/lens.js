@@ -96,10 +96,11 @@ export function lens() {
     const i = layer * found.size + at;
     best.replaceChildren(...Array.from({ length: BEST }, (_, n) => {
       const p = found?.p.data[i * BEST + n] ?? 0;
+      const most = found?.p.data[i * BEST] ?? 1;
       return el("li", { class: "one", "data-p": p, "data-id": found?.id.data[i * BEST + n] ?? 0 },
         el("span", { class: "rank", text: String(n + 1) }),
         el("span", { class: "word", text: visible(found?.text[layer]?.[at]?.[n] ?? "") }),
-        bar(p, "raw"), el("span", { class: "number", text: percent(p) }));
+        bar(p / most, "raw"), el("span", { class: "number", text: percent(p) }));
     }));
     norms.replaceChildren(...lengths(found, at));
     additive.textContent = say(found.additive ? "norms.additive" : "norms.scaled");

@@ -211,7 +211,7 @@ function tinted(tint, i, most) {
 function piece(token, at) {
   const special = token.id === separator();
   const bytes = new Uint8Array(token.bytes);
-  const text = special ? "\u2398" : drawn.decoder.decode(bytes, { stream: true });
+  const text = special ? "\u22a3" : drawn.decoder.decode(bytes, { stream: true });
   const item = el("span", { role: "option", tabindex: "-1", "data-at": at, "aria-selected": "false" });
   item.setAttribute("aria-label", told(token, at));
   // 没有约过的数，给要核对的人。

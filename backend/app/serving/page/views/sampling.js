@@ -64,6 +64,7 @@ export function sampling() {
     about.textContent = say(end ? "next.end" : "next.at", { at: at + 1 });
     steps.replaceChildren(...waterfall(every, raw));
     const order = ranked(raw);
+    const most = Math.max(...ids.map((id) => Math.max(raw[id] ?? 0, after[id] ?? 0)));
     const items = ids.map((id, i) => {
       const p = raw[id] ?? 0;
       const q = after[id] ?? 0;
@@ -76,7 +77,7 @@ export function sampling() {
       },
       el("span", { class: "rank", text: String(order.indexOf(id) + 1) }),
       el("span", { class: "word", text: name }),
-      el("span", { class: "pair" }, bar(p, "raw"), bar(q, "after")),
+      el("span", { class: "pair" }, bar(p / most, "raw"), bar(q / most, "after")),
       el("span", { class: "number", text: percent(p) }),
       el("span", { class: "number strong", text: result }));
       item.setAttribute("aria-label", say("next.one", { name, p: percent(p), result }));

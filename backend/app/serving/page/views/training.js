@@ -12,8 +12,8 @@ import { explained, textOf } from "../write.js";
  */
 
 const EDGES = [0.5, 0.1, 0.01, 0.001];
-const WIDE = 560;
-const HIGH = 150;
+const WIDE = 340;
+const HIGH = 170;
 const PAD = 44;
 
 export function training() {

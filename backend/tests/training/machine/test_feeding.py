@@ -13,7 +13,7 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.config import MoEConfig
 from app.training.config import ScheduleConfig
 from app.training.machine import runtime
-from app.training.machine.feeding import Feed, to_device
+from app.training.machine.feeding import Prefetch, to_device
 from app.training.saving.checkpoint import step_folder
 from app.training.step import first_bad_weight
 from app.training.trainer import Trainer
@@ -31,7 +31,7 @@ def test_what_was_read_ahead_is_the_batch_of_its_step_and_nothing_is_read_twice(
         read.append(step)
         return 10 * step
 
-    feed = Feed(batch, CARD)
+    feed = Prefetch(batch, CARD)
     taken = []
     for step in (0, 1, 2):
         taken.append(feed.take(step))
@@ -48,7 +48,7 @@ def test_a_batch_that_cannot_be_read_fails_at_its_own_step() -> None:
             raise ValueError("the shard was cut")
         return step
 
-    feed = Feed(batch, CARD)
+    feed = Prefetch(batch, CARD)
     assert feed.take(0) == 0
     feed.look_ahead(1)
     with pytest.raises(ValueError, match="cut"):
@@ -56,7 +56,7 @@ def test_a_batch_that_cannot_be_read_fails_at_its_own_step() -> None:
 
 
 def test_a_cpu_reads_nothing_ahead_and_copies_nothing() -> None:
-    feed = Feed(lambda step: pytest.fail("read ahead"), torch.device("cpu"))
+    feed = Prefetch(lambda step: pytest.fail("read ahead"), torch.device("cpu"))
     feed.look_ahead(1)
     array = np.arange(6)
     assert to_device(array, torch.device("cpu")).data_ptr() == array.ctypes.data

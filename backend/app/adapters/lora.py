@@ -100,7 +100,7 @@ def add_lora(model: GPT2Model, tune: TuneConfig) -> list[str]:
     for name, leaf in found:
         parent, _, last = name.rpartition(".")
         kind = LoraLinear if isinstance(leaf, Linear) else LoraGroupedLinear
-        setattr(model.get_submodule(parent), last, kind(leaf, tune).train(leaf.training))  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), last, kind(leaf, tune).train(leaf.training))
     return [name for name, _ in found]
 
 

@@ -89,7 +89,7 @@ class _NewRows(nn.Module):
         weight = base.weight
         assert isinstance(weight, nn.Parameter)
         self.first, self.on = new.start, True
-        self._parameters["weight"] = weight.requires_grad_(False)
+        self._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
         self.rows = nn.Parameter(weight.detach()[new.start : new.stop].clone())
 
     @property

@@ -66,12 +66,12 @@ def test_reading_ahead_changes_no_bit_also_over_a_resume(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = train(make(out=str(tmp_path / "plain")))
-    start = Feed.__init__
+    start = Prefetch.__init__
 
-    def eager(self: Feed, read: object, device: object) -> None:
+    def eager(self: Prefetch, read: object, device: object) -> None:
         start(self, read, CARD)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Feed, "__init__", eager)
+    monkeypatch.setattr(Prefetch, "__init__", eager)
     half = make(out=str(tmp_path / "ahead"), steps=6, save_every=3)
     train(half)
     middle = str(step_folder(tmp_path / "ahead", 3))

@@ -81,6 +81,7 @@ def test_odd_text_survives_jinja(tmp_path: Path) -> None:
     assert compare_chat(folder, Encoder(template, tokenizer), rows) == ChatComparison(1, ())
 
 
+@pytest.mark.slow
 def test_export_writes_and_checks_the_template(tmp_path: Path) -> None:
     template = builtin("chatml", BPE)
     tokenizer = BPE.with_special(template.specials())

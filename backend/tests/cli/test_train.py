@@ -163,6 +163,7 @@ def test_kill_nine_resumes_bitwise(tmp_path: Path, data: Path, whole: Path) -> N
     assert_same(whole, tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_two_trainers(tmp_path: Path, data: Path) -> None:
     """A11"""
     path = write_run_file(tmp_path, data, "run", steps=100_000)

@@ -165,6 +165,8 @@ def start_shape(args: A, argv: Sequence[str]) -> A:
     fields = config.model.to_dict()
     given = {flag if flag in fields else flag.removeprefix("no_") for flag in flags}
     given |= args.file.shape if args.file is not None else set()
+    # 模型文件夹记下的版本号，不是形状。
+    given.discard("schema_version")
     if "context_size" in given:
         shape = shrunk(shape, config.model.context_size, f"init_from={found}")
     if "vocab_size" not in given and (size := data_vocabulary(config)) is not None:

@@ -63,7 +63,7 @@ def open_feed(
     score: Score = "auto",
     pack: bool = False,
     documents: Documents = "joined",
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Feed:
     """按数据的种类选读法；文本切成窗口，对话一例一行或几例一行，偏好成对。
 
@@ -121,7 +121,7 @@ def _check(dataset: TokenDataset, batch_size: int, score: Score, pack: bool) -> 
 
 
 def _fitting(
-    dataset: TokenDataset, examples: Examples, context: int, say: Callable[[str], None]
+    dataset: TokenDataset, examples: Examples, context: int, say: Callable[[str], object]
 ) -> np.ndarray:
     """哪些例放得进一行：(N,) bool。"""
     fitting = (examples.lengths >= 2) & (examples.lengths <= context + 1)

@@ -227,7 +227,9 @@ class TrainConfig:
         for name in ("out", "resume", "device", "init_from"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty: give a value or leave it out")
-        if self.init_from is not None and self.resume not in ("none", "auto"):
+        # 它若也是 DPO 的参考、适配器的原模型，续训时还要。
+        weights_only = self.objective.kind != "dpo" and self.tune.trainable == "all"
+        if weights_only and self.init_from is not None and self.resume not in ("none", "auto"):
             raise ValueError(
                 f"init_from={self.init_from} and resume={self.resume} both give the weights: use "
                 "resume to go on exactly, init_from to start anew at step 0"

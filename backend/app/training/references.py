@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Comparer:
         for part in (data.train, *data.val.values()):
             if part.kind != "preference":
                 continue
-            known = self.world.first(lambda part=part: stored(part, key))
+            known = self.world.first(partial(stored, part, key))
             if known is None:
                 model = self._same(key) if model is None else model
                 self.tell(
@@ -67,7 +68,7 @@ class Comparer:
                 )
                 feed = feed_of(part, config, config.rows_at_once, 0)
                 known = log_probs(model, feed, config.rows_at_once, self.runtime, self.world)
-                self.world.first(lambda part=part, k=known: store(part, key, k, self.tell))
+                self.world.first(partial(store, part, key, known, self.tell))
             found[part.fingerprint] = known
         return Known(key, found)
 

@@ -26,6 +26,7 @@ from .machine.agreed_stop import AgreedStop
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
 from .objectives.build import build_objective
+from .objectives.objective import Objective
 from .opened import Data, held_rows, open_data, with_steps
 from .ranks import (
     changed_summing,
@@ -131,12 +132,15 @@ def train(
     runtime = choose_runtime(config)
     check_peers(world, peer_facts(config, data.fingerprints, runtime.device))
     world.first(lambda: check_out(config))
-    run = Path(config.out)
+    ready, run = config, Path(config.out)
+    # 先于种子（装入教师会用掉随机数），也先于写下任何东西。
+    with memory_error(config, 0):
+        objective = world.together(lambda: build_objective(ready, tokenizer, runtime, note))
     with StopSignal() as signal, contextlib.ExitStack() as held:
         world.first(lambda: _open_folder(run, held, note))
         world.together(lambda: check_shared(run))
         with memory_error(config, 0):
-            trainer = _assemble(config, runtime, data, note, mesh)
+            trainer = _assemble(config, runtime, data, objective, note, mesh)
         if warning := small_step(config, trainer.engine.whole.parameters, preset):
             note(warning)
         decisions = describe(trainer, _compile(trainer, signal, note))
@@ -162,7 +166,12 @@ def _write_settings(trainer: Trainer, data: Data, decisions: Decisions, notes: l
 
 
 def _assemble(
-    config: TrainConfig, runtime: Runtime, data: Data, tell: Tell, mesh: Mesh | None
+    config: TrainConfig,
+    runtime: Runtime,
+    data: Data,
+    objective: Objective,
+    tell: Tell,
+    mesh: Mesh | None,
 ) -> Trainer:
     world = Mesh().world if mesh is None else mesh.world
     start = world.first(lambda: find_start(config, tell))
@@ -181,8 +190,6 @@ def _assemble(
         }
         check_same_machine(state, now, tell)
     tokenizer = data.train.tokenizer()
-    # 先于种子：装入教师会用掉随机数。
-    objective = world.together(lambda: build_objective(config, tokenizer, runtime, tell))
     _seed_everything(config.seed)
     blank = start is not None or config.init_from is None
     model = start_model(config, runtime, mesh, blank)

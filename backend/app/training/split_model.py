@@ -82,14 +82,16 @@ class SplitModel(Streamed):
         found = take_gradients(self.parameters)
         plain_sum([local(one) for one in found], self.mesh.replicate)
         give_gradients(self.parameters, found)
-        sums = Sums(small[0], aux, None, None) if len(small) < 4 else Sums(*small)
-        return sums._replace(weight=weight)
+        loss, aux, *loads = small
+        load, dropped = loads if loads else (None, None)
+        return Sums(loss, aux, load, dropped, weight=weight)
 
     def score(self, model: GPT2Model, rows: Rows, objective: Objective) -> Scored:
         """只有语言模型：别的目标在开始之前就拒绝了（distributed/check.py）。"""
         valid = max(1, int((rows.targets != IGNORE).sum()))
         if (context := self.split.context) is not None:
-            rows = Rows(*(None if x is None else context.batch(x) for x in rows))
+            segments = None if rows.segments is None else context.batch(rows.segments)
+            rows = Rows(context.batch(rows.inputs), context.batch(rows.targets), segments)
         if self.split.pipe is None:
             out = forward(model, rows)
             loss = out["loss"] * (int((rows.targets != IGNORE).sum()) / valid)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,9 @@ class Sums(NamedTuple):
 
     def filled(self, tensors: Sequence[Tensor], weight: int) -> Sums:
         """同样几项，换成 tensors 里的。"""
-        given = iter(tensors)
-        return Sums(*(None if x is None else next(given) for x in self[:-1]), weight)  # type: ignore[arg-type]
+        names = [name for name in self._fields[:-1] if getattr(self, name) is not None]
+        found: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        return self._replace(weight=weight, **found)
 
 
 def accumulate(

@@ -36,7 +36,8 @@ def reference_key(model: GPT2Model, runtime: Runtime, context: int) -> str:
     """权重的内容与怎样算；同样的键就是同样的数。"""
     digest = hashlib.sha256(model.config.to_json().encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     precision = str(runtime.dtype).removeprefix("torch.")
     return f"{digest.hexdigest()[:16]}-{precision}-{context}"
 

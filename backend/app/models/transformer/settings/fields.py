@@ -118,8 +118,10 @@ def normalise_types(config: Any, prefix: str = "") -> None:
         elif get_origin(kind) is dict:
             pairs = _checked(value, (dict,), name).items()
             of_key, of_value = get_args(kind)
-            fixed = {_checked(k, (of_key,), name): _checked(v, (of_value,), name) for k, v in pairs}
-            object.__setattr__(config, field, fixed)
+            entries = {
+                _checked(k, (of_key,), name): _checked(v, (of_value,), name) for k, v in pairs
+            }
+            object.__setattr__(config, field, entries)
         else:
             kinds = get_args(kind) or (kind,)
             object.__setattr__(config, field, _checked(value, kinds, name))

@@ -309,6 +309,7 @@ def test_what_was_not_written_is_no_success(tmp_path: Path, data: Path) -> None:
     assert done.returncode == 0 and report.is_file() and "not written" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on_from_anywhere(tmp_path: Path, data: Path) -> None:
     """真的进程：复制出来的训练从别的文件夹续，原来的一个字节也不动。"""
     path = write_run_file(tmp_path, data, "run", steps=12)

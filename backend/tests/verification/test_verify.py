@@ -379,6 +379,7 @@ def test_default_parameters_equal_the_published_formula():
     assert checks.expected_parameters(Subject(config, config, "")) == wanted == 124_475_904
 
 
+@pytest.mark.slow
 def test_the_script_prints_one_line_a_check_and_exits_0():
     backend = Path(__file__).parents[2]
     done = subprocess.run(

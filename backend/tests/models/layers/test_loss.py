@@ -145,6 +145,7 @@ print((peak_kib() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_peak_memory_for_the_gpt2_vocabulary(rows: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app.generation.config import SamplingConfig
-from app.generation.sampling import sample
+from app.generation.sampling import check_picked, pick
 from app.serving.request import Ask, Scored
 
 
@@ -45,13 +45,15 @@ def draw(logits: Tensor, runs: Sequence[Drawing]) -> list[int]:
         rows = logits if whole else torch.stack([_adjusted(logits[i], runs[i]) for i in members])
         points = [_point(runs[i]) for i in members]
         masks = [mask for i in members if (mask := runs[i].seen) is not None]
-        picked = sample(
+        picked = pick(
             rows,
             sampling,
             None if sampling.greedy else torch.tensor(points, dtype=torch.float64),
             torch.stack(masks) if masks else None,
         )
-        for i, token in zip(members, picked.tolist(), strict=True):
+        tokens = picked.tolist()
+        check_picked(tokens, rows)
+        for i, token in zip(members, tokens, strict=True):
             chosen[i] = token
     return chosen
 

@@ -80,8 +80,9 @@ def server(page_server: Running) -> Iterator[Running]:
     page_server.idle()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
+    """离开这个文件夹就关：它在主线程里留着一个事件循环，别的测试的 asyncio.run 容不下。"""
     where = chromium()
     driving = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with driving.sync_playwright() as driver:

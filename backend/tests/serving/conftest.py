@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from app.serving.api.app import Address, Service
+from app.serving.api.template import Jinja
 from app.serving.engine import Limits
 from app.serving.served import Served, serve_model
 from tests.serving.helpers import BYTES, byte_model
@@ -81,7 +82,7 @@ def tiny(name: str = "tiny", **options: Any) -> Served:
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """两个模型：tiny 有对话模板，other 没有；float64，所以文字处处可比。"""
-    with serving([tiny(template=CHAT)]) as running:
+    with serving([tiny(template=Jinja(CHAT))]) as running:
         yield running
 
 

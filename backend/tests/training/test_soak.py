@@ -27,6 +27,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("steps", [120, pytest.param(2000, marks=pytest.mark.slow)])

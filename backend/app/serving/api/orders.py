@@ -96,8 +96,6 @@ def chat_job(body: ChatBody, served: Served, space: str) -> Job:
     Raises:
         ApiError: 400：模型没有模板，模板不收这些话，或别的越界。
     """
-    from app.serving.api.template import render
-
     if served.template is None:
         raise wrong(
             "messages",
@@ -107,7 +105,7 @@ def chat_job(body: ChatBody, served: Served, space: str) -> Job:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
-    ids = tuple(render(served.template, body.messages, served.tokenizer))
+    ids = tuple(served.template.ids(body.messages, served.tokenizer))
     given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     most = max(1, served.context - len(ids)) if given is None else given
     top = (body.top_logprobs or 0) if body.logprobs else None
@@ -250,6 +248,8 @@ def _bias(body: Sampling, served: Served) -> dict[int, float]:
 def _stop_ids(body: Sampling, served: Served) -> frozenset[int]:
     check_ids("stop_token_ids", body.stop_token_ids or [], served)
     own = () if body.ignore_eos else served.tokenizer.stop_ids
+    if isinstance(body, ChatBody) and served.template is not None and not body.ignore_eos:
+        own = (*own, *served.template.stop_ids(served.tokenizer))
     return frozenset([*own, *(body.stop_token_ids or [])])
 
 

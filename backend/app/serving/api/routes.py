@@ -112,7 +112,7 @@ class Routes:
                 "bos_token": token_text(tokenizer, start[0]) if start else None,
                 "pad_token": None,
                 "vocab_size": tokenizer.vocab_size,
-                "chat_template": served.template,
+                "chat_template": served.template.source if served.template else None,
             }
         )
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from app.data.feeding.plan import best_fit
 
-RESULT = Path(__file__).parent / "results" / "packing.md"
+from .common import table, write_result
+
+MANY = 1_000_000
 Lengths = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
@@ -73,26 +74,13 @@ def first_fit(lengths: np.ndarray, context: int) -> int:
     return len(rooms) + closed
 
 
-def table(n: int, context: int, seed: int = 0) -> str:
-    lines = [
-        f"# Packing {n:,} examples into rows of {context}",
-        "",
-        "Share of the places that hold tokens; `padded` is one example a row. Counts, the same on "
-        "every machine.",
-        "",
-        "| lengths | best fit decreasing | first fit | in order | padded | padded rows / best fit |"
-        " examples cut by joining |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, draw in DISTRIBUTIONS.items():
-        lengths = draw(np.random.default_rng(seed), n, context)
-        best = int(best_fit(-np.sort(-lengths), context).max()) + 1
-        rows = [best, first_fit(lengths, context), beside(lengths, context), n]
-        shares = " | ".join(f"{lengths.sum() / (r * context):.1%}" for r in rows)
-        ends = np.cumsum(lengths)
-        cut = ((ends - 1) // context != (ends - lengths) // context).mean()
-        lines.append(f"| {name} | {shares} | {n / best:.2f} | {cut:.1%} |")
-    return "\n".join([*lines, ""])
+def row(name: str, lengths: np.ndarray, context: int) -> list[object]:
+    best = int(best_fit(-np.sort(-lengths), context).max()) + 1
+    rows = [best, first_fit(lengths, context), beside(lengths, context), len(lengths)]
+    ends = np.cumsum(lengths)
+    cut = ((ends - 1) // context != (ends - lengths) // context).mean()
+    shares = [f"{lengths.sum() / (r * context):.1%}" for r in rows]
+    return [name, *shares, f"{len(lengths) / best:.2f}", f"{cut:.1%}"]
 
 
 def main() -> None:
@@ -100,13 +88,23 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20_000)
     parser.add_argument("--context", type=int, default=1024)
     given = parser.parse_args()
-    text = table(given.examples, given.context)
-    print(text)
-    RESULT.write_text(text, encoding="utf-8")
-    lengths = lognormal(0.2, 0.8)(np.random.default_rng(0), 1_000_000, given.context)
+    rows = [
+        row(name, draw(np.random.default_rng(0), given.examples, given.context), given.context)
+        for name, draw in DISTRIBUTIONS.items()
+    ]
+    header = [
+        "lengths", "best fit decreasing", "first fit", "in order", "padded",
+        "padded rows / best fit", "examples cut by joining",
+    ]  # fmt: skip
+    many = lognormal(0.2, 0.8)(np.random.default_rng(0), MANY, given.context)
     start = time.perf_counter()
-    best_fit(-np.sort(-lengths), given.context)
-    print(f"planning 1,000,000 examples: {time.perf_counter() - start:.2f} s")
+    best_fit(-np.sort(-many), given.context)
+    print(f"planning {MANY:,} examples: {time.perf_counter() - start:.1f} s")
+    body = (
+        f"{given.examples:,} examples, context {given.context}: share of the places that hold "
+        f"tokens. Counts, the same on every machine.\n\n{table(header, rows)}"
+    )
+    write_result("packing", "cd backend && python -m benchmarks.packing", body)
 
 
 if __name__ == "__main__":

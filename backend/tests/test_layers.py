@@ -25,9 +25,9 @@ FLOORS = {
         "experts", "block", "weights", "model", "factory", "__init__",
     ),
     "app": (
-        "models", "common native", "data", "viz", "distributed",
+        "models", "common native", "data inspection", "viz", "distributed",
         "generation evaluation verification quantization", "adapters", "training",
-        "planning equalities", "interop serving", "cli",
+        "planning equalities", "interop serving finetuning", "cli",
     ),
     "app.training": (
         "settings", "config", "optim", "saving machine", "objectives", "step watch ranks",

@@ -42,7 +42,8 @@ class Adapter:
         if not pairs:
             raise ValueError("the model has no adapters: it is saved whole (save_pretrained)")
         scale = next(leaf.scale for _, leaf in loras(model))
-        rows, new = {}, range(0)
+        rows: dict[str, Tensor] = {}
+        new = range(0)
         for name, leaf in new_rows(model):
             rows[name] = leaf.rows.detach()
             new = range(leaf.first, leaf.first + len(leaf.rows))

@@ -18,7 +18,7 @@ from app.models.transformer.experts.grouped import GroupedLinear, sorted_linear
 from app.models.transformer.layers.linear import Linear, linear
 from app.models.transformer.settings.tune_config import TuneConfig
 
-from .rows import new_rows
+from .rows import NewRows, new_rows
 
 # 目标 -> 模块名字的末尾；叠起来的专家与共享专家也在 up、down 里。
 TARGETS = {
@@ -100,7 +100,7 @@ def add_lora(model: GPT2Model, tune: TuneConfig) -> list[str]:
     for name, leaf in found:
         parent, _, last = name.rpartition(".")
         kind = LoraLinear if isinstance(leaf, Linear) else LoraGroupedLinear
-        setattr(model.get_submodule(parent), last, kind(leaf, tune).train(leaf.training))  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), last, kind(leaf, tune).train(leaf.training))
     return [name for name, _ in found]
 
 
@@ -118,7 +118,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: 模型没有适配器：那样得到的参照就是它自己。
     """
-    found = [leaf for _, leaf in (*loras(model), *new_rows(model))]
+    found: list[Lora | NewRows] = [leaf for _, leaf in loras(model)]
+    found += [leaf for _, leaf in new_rows(model)]
     if not found:
         raise ValueError("the model has no adapters to switch off: its reference is another model")
     before = [leaf.on for leaf in found]

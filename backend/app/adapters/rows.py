@@ -78,7 +78,7 @@ def _grow(leaf: Embedding | Linear, used: int, stop: int, wanted: int) -> None:
         leaf.out_features = wanted
 
 
-class _NewRows(nn.Module):
+class NewRows(nn.Module):
     """weight 的 first 起的 n 行换成另一个参数 rows，只有它训练；别的行连权重衰减也碰不到。
 
     冻结的整张仍叫 weight，检查点里的名字才不变；所以它只在 _parameters 里，属性是拼好的那一张。
@@ -89,7 +89,7 @@ class _NewRows(nn.Module):
         weight = base.weight
         assert isinstance(weight, nn.Parameter)
         self.first, self.on = new.start, True
-        self._parameters["weight"] = weight.requires_grad_(False)
+        self._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
         self.rows = nn.Parameter(weight.detach()[new.start : new.stop].clone())
 
     @property
@@ -109,12 +109,12 @@ class _NewRows(nn.Module):
         return len(whole)
 
 
-class NewRowsEmbedding(_NewRows):
+class NewRowsEmbedding(NewRows):
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
 
 
-class NewRowsLinear(_NewRows):
+class NewRowsLinear(NewRows):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
@@ -127,9 +127,9 @@ def train_new_rows(model: GPT2Model, new: range) -> None:
         setattr(model.get_submodule(parent), last, kind(leaf, new))
 
 
-def new_rows(model: nn.Module) -> Iterator[tuple[str, _NewRows]]:
+def new_rows(model: nn.Module) -> Iterator[tuple[str, NewRows]]:
     for name, module in model.named_modules():
-        if isinstance(module, _NewRows):
+        if isinstance(module, NewRows):
             yield name, module
 
 

@@ -18,9 +18,11 @@ from app.common.console import forget_reader, tolerant_output
 COMMANDS = {
     "prepare": "turn text files, folders, json, csv or ready tokens into token shards",
     "train": "train a model, with exact resume",
+    "finetune": "tune a trained model on your own text, answers, conversations or preferences",
     "sweep": "train the same data and seeds with one switch changed",
     "compare": "draw runs over tokens and time, with a table and the seeds' spread",
     "generate": "continue prompts with a trained model",
+    "chat": "talk to a model that was tuned on conversations",
     "serve": "serve trained models over HTTP, for OpenAI clients, lm-eval and curl",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
     "import": "turn weights from Hugging Face or nanoGPT into a model folder",
@@ -36,7 +38,7 @@ COMMANDS = {
 # 不与命令同名的模块：模块不能叫 import；由模型造模型的另有一间。
 _MODULES = {
     "import": "import_weights",
-    **{name: f"models.{name}" for name in ("upcycle", "experts", "merge")},
+    **{name: f"models.{name}" for name in ("finetune", "upcycle", "experts", "merge")},
 }
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Batch:
     def rows(self, which: Rows) -> Batch:
         """其中几行；微批与多卡都这样切。"""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: None if x is None else x[which] for name, x in held.items()})
+        return replace(self, **{k: x[which] for k, x in held.items() if x is not None})
 
 
 def restarting(segments: np.ndarray) -> np.ndarray:

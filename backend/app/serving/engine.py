@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.cache.row_cache import Span
 from app.serving.costs import measure
 from app.serving.drafting import Drafter
-from app.serving.draws import draw, scored
+from app.serving.draws import detailed, draw, scored
 from app.serving.flat_step import FlatStep
 from app.serving.request import Event, Failure, Order, Scored
 from app.serving.rows import Rows
 from app.serving.running import Running
 from app.serving.schedule import Costs, Need, Pace, share
+from app.serving.speed import Speed
 
 # 打分的行一步至多这么多词元：logits 是 词元数 x 词表（五万时 13 MB）。
 _SCORED = 64
@@ -51,6 +52,7 @@ class Counts:
     steps: int = 0
     step_tokens: int = 0
     step_seconds: float = 0.0
+    last_step: float = 0.0
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Engine:
         self.width = min(tokenizer.vocab_size, flat.model.config.vocab_size)
         self.costs = measure(flat) if costs is None else costs
         self.rows = Rows(flat.cache, self.context)
-        self.counts, self.drafter = Counts(), drafter
+        self.counts, self.speed, self.drafter = Counts(), Speed(), drafter
         self._clock = clock
         self._orders: dict[int, Order] = {}
         self._queue: list[Running] = []
@@ -98,6 +100,21 @@ class Engine:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.speed.now(self._clock())
+
+    def slots(self) -> list[dict[str, int | bool]]:
+        """每行一项：在忙没有，缓存里几个词元，占着它的那一段借了几个、写了几个。别的线程也可以问。"""
+        runs = {run.row: run for run in list(self._running)}
+        lengths = self.flat.cache.lengths
+        return [
+            {"row": row, "busy": row in runs, "tokens": tokens}
+            | {"cached": runs[row].cached if row in runs else 0}
+            | {"made": runs[row].made if row in runs else 0}
+            for row, tokens in enumerate(lengths)
+        ]
 
     @property
     def busy(self) -> bool:
@@ -137,7 +154,9 @@ class Engine:
             self._take(turns, self._forward(turns))
             self.counts.steps += 1
             self.counts.step_tokens += sum(len(turn.ids) for turn in turns)
-            self.counts.step_seconds += time.perf_counter() - start
+            self.counts.last_step = time.perf_counter() - start
+            self.counts.step_seconds += self.counts.last_step
+            self.speed.note(self._clock(), self.counts.made)
         return self._told()
 
     def close_queue(self) -> None:
@@ -292,9 +311,10 @@ class Engine:
         found: list[Scored | None] = [None] * len(runs)
         if wanted:
             k = max(runs[i].ask.logprobs or 0 for i in wanted)
-            some = scored(rows[torch.tensor(wanted)], [chosen[i] for i in wanted], k)
+            measure = detailed if any(runs[i].ask.details for i in wanted) else scored
+            some = measure(rows[torch.tensor(wanted)], [chosen[i] for i in wanted], k)
             for i, one in zip(wanted, some, strict=True):
-                found[i] = Scored(one.id, logprob=one.logprob, top=one.top[: runs[i].ask.logprobs])
+                found[i] = replace(one, top=one.top[: runs[i].ask.logprobs])
         return found
 
     def _score(self, run: Running, logits: Tensor) -> Tensor | None:
@@ -305,7 +325,8 @@ class Engine:
         if not run.scores:
             run.scores.append(Scored(run.ask.prompt[0]))
         if targets:
-            run.scores += scored(logits[: len(targets)], targets, run.ask.logprobs or 0)
+            measure = detailed if run.ask.details else scored
+            run.scores += measure(logits[: len(targets)], targets, run.ask.logprobs or 0)
         if end < len(run.ask.prompt):
             return None
         if run.ask.max_tokens == 0:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 
 from app.data.tokenizers import Tokenizer
+from app.inspection.patterns import words
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.cache.kv_dtype import KVDtype
 from app.models.transformer.cache.row_cache import RowCache
@@ -20,14 +23,29 @@ from app.serving.flat_step import FlatStep
 MAX_ROWS, DEFAULT_ROWS = 64, 8
 
 
+class ChatForm(Protocol):
+    """对话怎样变成词元；source 是它的 Jinja，没有则 None。"""
+
+    @property
+    def source(self) -> str | None: ...
+
+    def ids(self, messages: Sequence[Any], tokenizer: Tokenizer) -> list[int]: ...
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """分词器自己的之外，写到哪些算答完。"""
+
+
 @dataclass(frozen=True)
 class Served:
+    """run: 它所在的训练文件夹；不在哪次训练里是 None。"""
+
     name: str
     engine: Engine
     tokenizer: Tokenizer
     fingerprint: str
-    template: str | None = None
+    template: ChatForm | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    run: Path | None = None
 
     @property
     def context(self) -> int:
@@ -36,9 +54,11 @@ class Served:
     def facts(self) -> dict[str, Any]:
         """/props 里这个模型的一项。"""
         cache, limits = self.engine.flat.cache, self.engine.limits
-        return {
+        return self.shape() | {
             "context": self.context,
             "vocab_size": self.engine.width,
+            "run": None if self.run is None else self.run.name,
+            "engine": self.working(),
             "rows": cache.rows,
             "kv_bytes": cache.nbytes,
             "speculate": "off" if self.engine.drafter is None else self.engine.drafter.name,
@@ -46,6 +66,43 @@ class Served:
             "step_seconds": [list(point) for point in self.engine.costs.points],
             "chat": self.template is not None,
             "system_fingerprint": self.fingerprint,
+        }
+
+    def shape(self) -> dict[str, Any]:
+        """模型的形状；说的是它算什么，不是它在哪里。"""
+        model, config = self.engine.model, self.engine.model.config
+        return {
+            "layers": config.n_layer,
+            "heads": config.n_head,
+            "kv_heads": config.kv_heads,
+            "width": config.n_embed,
+            "parameters": model.num_parameters(),
+            "norm": config.norm,
+            "norm_type": config.norm_type,
+            "final_norm": config.has_final_norm,
+            "position": config.position,
+            "activation": config.activation,
+            "patterns": [words(pattern) for pattern in model.patterns],
+            "experts": config.moe_num_experts,
+            "experts_per_token": config.moe_top_k if config.moe_layers else 0,
+            "moe_layers": list(config.moe_layers),
+        }
+
+    def working(self) -> dict[str, Any]:
+        """引擎此刻与从开张起；秒数是单调钟的，两次之差除得出速度。"""
+        engine, counts = self.engine, self.engine.counts
+        return {
+            "running": engine.running,
+            "waiting": engine.waiting,
+            "tokens_per_second": engine.tokens_per_second,
+            "last_step_ms": 1000 * counts.last_step,
+            "steps": counts.steps,
+            "prompt_tokens": counts.prompt,
+            "cached_tokens": counts.borrowed,
+            "generated_tokens": counts.made,
+            "drafted_tokens": counts.drafted,
+            "accepted_tokens": counts.accepted,
+            "seconds": time.monotonic(),
         }
 
 
@@ -88,7 +145,7 @@ def serve_model(
     kv_dtype: KVDtype = None,
     limits: Limits | None = None,
     guess: Literal["off", "ngram"] | GPT2Model = "off",
-    template: str | None = None,
+    template: ChatForm | None = None,
 ) -> Served:
     """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。
 

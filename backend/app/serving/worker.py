@@ -1,7 +1,8 @@
 """引擎的线程：模型、缓存与一切 torch 的调用都在这里，别处只投信与收信。
 
 HTTP 的循环投一个动作进信箱；每一轮各引擎走一步，事件合成一次送出。取消、开门、关门都是
-两步之间的信，所以没有锁跨过前向，也没有人在半路改状态。
+两步之间的信，所以没有锁跨过前向，也没有人在半路改状态。看里面的活（tasks.py）排在各步之间，
+一轮至多 max_stall 秒。
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from functools import partial
 
 from app.serving.engine import Engine
 from app.serving.request import Event
+from app.serving.tasks import Tasks
 
 _LOG = logging.getLogger(__name__)
 # 这么久没有走完一步就是卡住了；步子本来就慢的模型按预计的倍数。
 _HUNG, _TIMES = 10.0, 20
+
+
+class Closing(Exception):
+    """关门时手上的活没有做完。"""
 
 
 class Worker:
@@ -27,6 +33,7 @@ class Worker:
         self, engines: Mapping[str, Engine], deliver: Callable[[Sequence[Event]], None]
     ) -> None:
         self.engines, self._deliver = engines, deliver
+        self.tasks = Tasks()
         self._inbox: list[Callable[[], object]] = []
         self._wake = threading.Condition()
         self._stop = False
@@ -46,6 +53,7 @@ class Worker:
         """在写的都不等了：要关门。"""
         for engine in self.engines.values():
             self.post(partial(self._give_up, engine))
+        self.post(lambda: self.tasks.drop_all(Closing()))
 
     def stop(self) -> None:
         """走完手上的一步就停。"""
@@ -65,7 +73,8 @@ class Worker:
         return None
 
     def _working(self) -> bool:
-        return bool(self._inbox) or any(engine.busy for engine in self.engines.values())
+        busy = self.tasks.busy or any(engine.busy for engine in self.engines.values())
+        return bool(self._inbox) or busy
 
     def _run(self) -> None:
         while True:
@@ -78,13 +87,18 @@ class Worker:
                 inbox, self._inbox = self._inbox, []
             for act in inbox:
                 self._guarded(act)
-            events: list[Event] = []
-            for engine in self.engines.values():
-                if engine.busy:
-                    events += self._step(engine)
+            self.round()
             self._beat = time.monotonic()
-            if events:
-                self._deliver(events)
+
+    def round(self) -> None:
+        """各引擎一步，说出事件，再做几片看里面的活。"""
+        events: list[Event] = []
+        for engine in self.engines.values():
+            if engine.busy:
+                events += self._step(engine)
+        if events:
+            self._deliver(events)
+        self.tasks.run(min(e.limits.pace.max_stall for e in self.engines.values()))
 
     def _give_up(self, engine: Engine) -> None:
         self._deliver(engine.abandon("closing"))

@@ -183,6 +183,12 @@ class TrainConfig:
     keep_last: Annotated[
         int, Doc("newest checkpoints kept; the best one is kept besides"), Mark.SILENT, Mark.ASIDE
     ] = 2
+    keep_every: Annotated[
+        int,
+        Doc("also save every so many steps, and keep those: the history to look into; 0 = none"),
+        Mark.SILENT,
+        Mark.ASIDE,
+    ] = 0
     tensorboard: Annotated[
         bool,
         Doc("also write TensorBoard events; needs the extra 'tensorboard'"),
@@ -201,6 +207,7 @@ class TrainConfig:
             "sample_every",
             "sample_tokens",
             "save_every",
+            "keep_every",
             "activation_checkpointing",
         ):
             between(self, name, 0, 1 << 40)
@@ -276,6 +283,10 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.model.context_size
+
+    def saves_at(self, step: int) -> bool:
+        """途中做完 step 步要不要存。"""
+        return any(every and step % every == 0 for every in (self.save_every, self.keep_every))
 
     @property
     def rows_at_once(self) -> int:

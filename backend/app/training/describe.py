@@ -26,6 +26,7 @@ def describe(trainer: Trainer, compiled: str) -> Decisions:
     return [
         ("device", str(runtime.device), runtime.device_why),
         ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
+        *([] if runtime.products is None else [("float32 products", *runtime.products)]),
         ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
         *_recompute_line(config),
         *(

@@ -14,6 +14,7 @@ from app.data.shards import TokenDataset
 
 from .config import TrainConfig
 from .objectives.reference import with_reference
+from .saving.initial import new_tokens
 from .settings.data import OWN
 from .watch.plateau import unigram_entropy
 from .watch.validation import Held, Spread, Taken
@@ -131,7 +132,8 @@ def held_rows(name: str, opened: Data, config: TrainConfig) -> Held:
 
 
 def _validation_sets(config: TrainConfig) -> Iterator[tuple[str, TokenDataset]]:
-    """点名的在前；最后是数据集自己的验证部分，有的话。"""
+    """点名的在前；最后是数据集自己的验证部分，有的话，而且还没有点过名。"""
+    seen: set[Path] = set()
     for name, place in config.data.val.items():
         found = [path for path in (Path(place) / "val", Path(place)) if path.is_dir()]
         if not found:
@@ -139,20 +141,26 @@ def _validation_sets(config: TrainConfig) -> Iterator[tuple[str, TokenDataset]]:
                 f"data.val.{name}={place} is no folder: give a dataset folder of `gpt2 prepare`, "
                 "or one part of it"
             )
+        seen.add(found[0].resolve())
         yield name, TokenDataset.open(found[0], config.data.verify)
     own = Path(config.data.folder) / "val"
-    if own.is_dir():
+    if own.is_dir() and own.resolve() not in seen:
         yield OWN, TokenDataset.open(own, config.data.verify)
 
 
 def _check_tokenizer(part: TokenDataset, train: TokenDataset) -> None:
+    """训练集的可以是验证集的加上特殊词元：同样的号仍是同样的词元（微调前的数据就是这样）。"""
     written, used = (one.meta["tokenizer"]["fingerprint"] for one in (part, train))
-    if written != used:
+    if written == used:
+        return
+    try:
+        new_tokens(part.tokenizer(), train.tokenizer(), str(part.folder))
+    except ValueError:
         raise ValueError(
             f"{part.folder} was written with the tokenizer {written[:12]} but "
             f"{train.folder} with {used[:12]}: their losses "
             "have nothing to do with each other; prepare both parts together into a new folder"
-        )
+        ) from None
 
 
 def _check_kind(data: TokenDataset, config: TrainConfig) -> None:

@@ -307,7 +307,15 @@ def _facts(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str])
         steps=trainer.config.steps,
         expected_loss=trainer.engine.whole.expected_loss,
         unigram=trainer.plateau.entropy,
+        trained=_trained(trainer),
     )
+
+
+def _trained(trainer: Trainer) -> int:
+    """训练全部时模型也许已经切开，数不到；只训练一部分时每个 rank 都有整个。"""
+    if trainer.config.tune.trainable == "all":
+        return trainer.engine.whole.parameters
+    return sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 
 def _as_yaml(config: TrainConfig) -> bytes:

@@ -117,18 +117,22 @@ def clip_gradients(
 
 def first_bad_weight(model: GPT2Model) -> str | None:
     """第一个含非有限数的权重的名字；None = 都是有限数。"""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(local(parameter)).all():
-            return name
-    return None
+    return _first_bad((name, p) for name, p in model.named_parameters())
 
 
 def first_bad_gradient(model: GPT2Model) -> str | None:
     """第一个含非有限数的梯度的名字；None = 都是有限数。"""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-            return name
-    return None
+    named = model.named_parameters()
+    return _first_bad((name, p.grad) for name, p in named if p.grad is not None)
+
+
+def _first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    # 几百个张量只与设备同步一次。
+    found = [(name, torch.isfinite(local(x)).all()) for name, x in named]
+    if not found:
+        return None
+    good = torch.stack([ok for _, ok in found]).tolist()
+    return next((name for (name, _), ok in zip(found, good, strict=True) if not ok), None)
 
 
 def expected_initial_loss(model: GPT2Model) -> float:

@@ -21,6 +21,7 @@ from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
 from .machine.agreed_stop import AgreedStop
+from .machine.feeding import Prefetch
 from .machine.runtime import compile_blocks
 from .opened import Data
 from .optim.build import build_optimizer
@@ -32,6 +33,7 @@ from .saving.checkpoint import mark_best, prune, step_folder, write_checkpoint
 from .saving.resume import windows_read
 from .saving.state import write_state
 from .step import Sums, accumulate, first_loss_line
+from .watch.answers import Answers, answers_line, answers_of
 from .watch.ending import Ending
 from .watch.expert_load import balance_row, update_selection_bias
 from .watch.patience import Patience
@@ -72,10 +74,12 @@ class Trainer:
         self.others = validations[1:]
         self.tokenizer, self.reference = tokenizer, reference
         self.run_folder = Path(config.out)
+        self.ahead = Prefetch(lambda step: self.feed.batch(step, engine.rows), self.runtime.device)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.spikes = SpikeWatch()
         self.plateau = PlateauWatch(data.entropy, config)
         self.ending = Ending(config)
+        self.answers = answers_of(data.val.values(), config)
         self.step = self.tokens = self.skipped = 0
         self.best: tuple[int, float] | None = None
         measured = None if self.validation is None else self.validation.measured
@@ -108,7 +112,7 @@ class Trainer:
                 break
             self._mind_time()
             self._train_step()
-            if _due(self.step, every.save_every) and self.step < self.ending.last:
+            if every.saves_at(self.step) and self.step < self.ending.last:
                 self._save()
         if not stop.requested:
             self._save(must=True)
@@ -122,8 +126,9 @@ class Trainer:
         lr = self.ending.learning_rate(self.step, self.config.optim.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self.ending.learning_rate(self.step, group["initial_lr"])
-        sums = self.engine.gradients(self.feed.batch(self.step, self.engine.rows), self.step)
+        sums = self.engine.gradients(self.ahead.take(self.step), self.step)
         norm = self.engine.norm()
+        self.ahead.look_ahead(self.step + 1)
         # 每步只在这里与设备同步一次。
         three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
         loss, size, aux = torch.stack(three).tolist()
@@ -269,9 +274,20 @@ class Trainer:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
             return
         self._sampled = self.step
-        self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        if self.answers is None:
+            self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        else:
+            self.last_sample = self._answer(self.answers)
         self.metrics.write({"kind": "sample", "step": self.step, "text": self.last_sample})
         self.progress.tell(f"--- sample at step {self.step} ---\n{self.last_sample}\n---")
+
+    def _answer(self, answers: Answers) -> str:
+        """问几个验证集里的问题，记下答完了几个；返回头一个的问与答。"""
+        row = answers.row(self.model, self.runtime)
+        self.metrics.write({"kind": "answers", "step": self.step, **row})
+        self.progress.tell(answers_line(row))
+        first = row["shown"][0]
+        return f"{first['asked']}{first['said']}"
 
     def _save(self, must: bool = False) -> None:
         """存下此刻；途中存不下（盘满）只警告，训练继续，旧检查点还在。
@@ -302,7 +318,8 @@ class Trainer:
         self._prune()
 
     def _prune(self) -> None:
-        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, self.config.keep_last))
+        last, every = self.config.keep_last, self.config.keep_every
+        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, last, every))
 
     def _tidy(self, what: str, action: Callable[[], object]) -> bool:
         """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""
@@ -378,9 +395,7 @@ class Trainer:
         if self.engine.why_not_compile is not None and self.config.compile != "off":
             return f"off: {self.engine.why_not_compile}"
         try:
-            return compile_blocks(
-                self.model.h.values(), self.config.compile, self.runtime.device, probe, tell
-            )
+            return compile_blocks(self.model, self.config.compile, self.runtime.device, probe, tell)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.models.transformer.visibility.coverage import seen
+from app.inspection.patterns import hidden
 from app.models.transformer.visibility.pattern import Pattern
 
 from .pattern import draw_pattern, pattern_name
@@ -67,9 +67,9 @@ def attention_figure(
         panels[0].set_title(f"layer {layer}: {panels[0].get_title()}", fontsize=_TITLE)
         shown = {f"mean of {len(weights)} heads": weights.mean(0)}
         shown |= {f"head {head}": weights[head] for head in heads}
-        hidden = ~seen(pattern, len(labels)).numpy()
+        cells = hidden([pattern], len(labels))[0]
         for axes, (name, values) in zip(panels[1:each], shown.items(), strict=True):
-            image = _draw_map(axes, np.ma.array(values, mask=hidden))
+            image = _draw_map(axes, np.ma.array(values, mask=cells))
             axes.set_title(f"layer {layer}, {name}\n{pattern_name(pattern)}", fontsize=_TITLE)
         used += panels[:each]
     for axes in used:

@@ -15,11 +15,13 @@ from torch import Tensor
 from app.adapters.adapter import Adapter, merged
 from app.adapters.lora import adapters_off, loras
 from app.adapters.trainable import apply_trainable
+from app.generation.sampling import SamplingConfig
 from app.models.transformer import GPT2Model
 from app.models.transformer.factory import create_gpt2_small
 from app.models.transformer.settings.tune_config import TuneConfig
 from app.training.machine.recompute import checkpoint_blocks
 
+from ..generation.helpers import new_tokens
 from ..models.helpers import VARIANTS, tiny_model, tokens
 
 LORA = TuneConfig(trainable="lora", lora_rank=3, lora_alpha=7.0)
@@ -76,7 +78,7 @@ def test_q_k_and_v_share_one_a() -> None:
     assert leaf.lora_B.shape == (leaf.weight.shape[0], 3)
 
 
-@pytest.mark.parametrize("name", ["pre", "moe"])
+@pytest.mark.parametrize("name", ["pre", pytest.param("moe", marks=pytest.mark.slow)])
 def test_frozen_tensors_stay_to_the_bit_over_fifty_steps(name: str) -> None:
     model, ids = tuned(torch.float32, **VARIANTS[name]), tokens(2, 9)
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -116,6 +118,24 @@ def test_the_experts_of_the_reference_path_have_their_adapters() -> None:
     slow = tuned(moe_num_experts=4, moe=MoEConfig(dispatch="reference"))
     slow.load_state_dict(model.state_dict())
     assert (logits(model, ids) - logits(slow, ids)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["pre", "moe", "moe switch"])
+def test_samples_drawn_during_training_have_the_adapters(name: str) -> None:
+    """生成另有捷径，逐个读权重；漏掉适配器的话，样文就是原模型的。"""
+    model = tuned(torch.float32, scale=1.0, **VARIANTS[name])
+    settings = {"max_new_tokens": 8, "sampling": SamplingConfig(temperature=0.0)}
+    prompts = [[3, 1, 4], [5, 9]]
+    assert new_tokens(model, prompts, **settings) == new_tokens(merged(model), prompts, **settings)
+
+
+def test_a_sum_in_bfloat16_is_rounded_once() -> None:
+    model = tuned(torch.float32)
+    half = copy.deepcopy(model).bfloat16()
+    other = half.h["0"].attn.c_attn
+    pair = other.lora_B.float() @ other.lora_A.float()
+    wanted = (other.weight.float() + 7.0 / 3.0 * pair).bfloat16()
+    assert torch.equal(merged(half).h["0"].attn.c_attn.weight, wanted)
 
 
 def test_small_rank_8_trains_one_percent() -> None:

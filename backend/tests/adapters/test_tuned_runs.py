@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "words")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_plot() -> Iterator[None]:
     """画图占一秒。"""
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ def test_every_command_gets_the_sum(base: Path, tuned: Path) -> None:
     assert len(trained.weights_sha256()) == 64
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [4, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2, 3, 5))])
 def test_resumed_is_straight_to_the_bit(
     k: int, base: Path, tuned: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -192,5 +192,37 @@ def test_what_cannot_be_right_is_refused_before_anything_is_written(
 def test_an_adapter_on_an_adapter_is_refused(tuned: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="first gpt2 merge .* --out NEW, then --init-from NEW"):
         go(tmp_path / "run", data, init_from=str(tuned), tune=vars(LORA))
+
+
+@pytest.mark.slow
+def test_the_sum_can_be_trained_whole(tuned: Path, data: Path, tmp_path: Path) -> None:
     whole = go(tmp_path / "all", data, init_from=str(tuned), steps=3)
     assert (whole / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"compile": "on"}, {"activation_checkpointing": 1}, {"micro_batch": 1}]
+)
+def test_compiled_recomputed_and_cut_it_is_the_same_run(
+    changes: dict[str, Any], base: Path, tuned: Path, data: Path, tmp_path: Path
+) -> None:
+    shape = json.loads((base / "config.json").read_text()) | {"dropout": 0.0}
+    more = {"init_from": str(base), "tune": vars(LORA), "model": shape}
+    one = load_file(go(tmp_path / "one", data, **more) / "adapter_model.safetensors")
+    two = load_file(go(tmp_path / "two", data, **more, **changes) / "adapter_model.safetensors")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[n], two[n], rtol=0, atol=1e-4) for n in one)
+
+
+@pytest.mark.slow
+def test_copies_train_the_same_bits(base: Path, data: Path, tmp_path: Path) -> None:
+    words = [
+        "train", "--init-from", str(base), "--data.folder", str(data), "--tune.trainable", "lora",
+        "--steps", "4", "--schedule.warmup-steps", "1", "--batch-size", "4", "--micro-batch", "1",
+        "--eval-every", "0", "--sample-tokens", "0", "--device", "cpu",
+    ]  # fmt: skip
+    for ranks in ("1", "2"):
+        assert main([*words, "--ranks", ranks, "--out", str(tmp_path / ranks)]) == 0
+    one, two = (tmp_path / r / "step-00000004/adapter_model.safetensors" for r in "12")
+    assert one.read_bytes() == two.read_bytes()

@@ -174,6 +174,12 @@ def test_prepares_conversations(
     assert "\x1b" not in printed
     train = TokenDataset.open(tmp_path / "out" / "train", verify="sha256")
     assert train.kind == "pairs" and f"{train.n_scored:,} scored" in printed
+    # 接着用这里的分词器，就是接着用这里的模板
+    more = ["--tokenizer", str(tmp_path / "out"), "--out", str(tmp_path / "more")]
+    assert main(["prepare", str(chats), *more, *RENAME]) == 0
+    assert "chat template chatml (that of the tokenizer's folder" in capsys.readouterr().out
+    other = TokenDataset.open(tmp_path / "more" / "train")
+    assert other.template() == train.template() and other.vocab_size == train.vocab_size
 
 
 def test_records_are_told_apart_by_their_keys(

@@ -11,7 +11,10 @@ import torch
 
 from app.cli.main import main
 from app.data.tokenizers import CharTokenizer
+from app.inspection.heads import heads, plain_ids
+from app.inspection.slices import whole
 from app.models.transformer import GPT2Model, create_gpt2_model
+from app.training.saving.checkpoint import write_checkpoint
 from app.viz import attention
 
 CHARS = CharTokenizer("\n abcdefgh")
@@ -146,9 +149,38 @@ def test_a_long_text_is_cut_and_the_number_is_said(
     assert code == 0 and "the first 16 of 40 tokens are drawn (context_size=16)" in err
 
 
+def test_heads_of_one_model_and_of_every_checkpoint(
+    folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = show(capsys, "heads", "--run", folder)
+    assert (code, err) == (0, "") and is_png("heads.png")
+    model = GPT2Model.from_pretrained(folder)
+    scores = whole(heads(model, plain_ids(CHARS, CHARS.vocab_size)))
+    lines = out.splitlines()
+    assert lines[0].startswith("8 random tokens, written twice")
+    for layer, head in np.ndindex(3, 2):
+        wanted = f"  {layer}.{head}  induction {scores.induction[layer, head]:.2f}   previous"
+        assert any(line.startswith(wanted) for line in lines), wanted
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def fill(new: Path) -> None:
+        model.save_pretrained(new)
+        CHARS.save(new)
+
+    for step in (5, 10):
+        write_checkpoint(run, step, fill)
+    code, out, _ = show(capsys, "heads", "--run", str(run), "--out", "lines.png")
+    assert code == 0 and is_png("lines.png")
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["step-00000005", "step-00000010"]
+    best = np.unravel_index(scores.induction.argmax(), scores.induction.shape)
+    assert f"induction {best[0]}.{best[1]} {scores.induction.max():.2f}" in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["heads", "--run", "gone"], "gone"),
         (["atention"], "cannot draw 'atention': did you mean 'attention'?"),
         (["pattern", "lokal(4)"], "unknown pattern 'lokal': did you mean 'local'?"),
         (["pattern"], "0 patterns were given: give 1 to 12"),

@@ -227,6 +227,9 @@ def test_long_conversations_lose_their_front() -> None:
     assert cut([*SYSTEM, *ROUND, *LAST], shortest) is not None
     # 问题一个词元也不剩：整段放弃，回答从不剪
     assert cut([*SYSTEM, *ROUND, *LAST], shortest - 1) is None
+    short = [Turn("user", "why?"), Turn("assistant", "because " * 9 + "the answer")]
+    assert cut(short, length(short) - 3) is not None
+    assert cut(short, length(short) - 10) is None
 
 
 def test_both_sides_of_a_preference_keep_the_same_question() -> None:

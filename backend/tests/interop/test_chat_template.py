@@ -81,11 +81,12 @@ def test_odd_text_survives_jinja(tmp_path: Path) -> None:
     assert compare_chat(folder, Encoder(template, tokenizer), rows) == ChatComparison(1, ())
 
 
+@pytest.mark.slow
 def test_export_writes_and_checks_the_template(tmp_path: Path) -> None:
     template = builtin("chatml", BPE)
     tokenizer = BPE.with_special(template.specials())
     config = GPT2Config(
-        vocab_size=tokenizer.vocab_size, context_size=32, n_layer=1, n_head=2, n_embd=8
+        vocab_size=tokenizer.vocab_size, context_size=32, n_layer=1, n_head=2, n_embed=8, norm="pre"
     )
     rows = [clean(turns) for turns in conversations(5)]
     done = export(GPT2Model(config), tokenizer, "hf", tmp_path / "out", chat=Chat(template, rows))

@@ -93,6 +93,7 @@ def test_no_leak_in_training_precision(backend: str) -> None:
         assert leak(model) == 0.0
 
 
+@pytest.mark.slow
 def test_flex_does_not_leak() -> None:
     torch.manual_seed(0)
     config = shape(attention_pattern="local(4)", attention_backend="flex", n_head=2)

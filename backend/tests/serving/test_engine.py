@@ -444,3 +444,22 @@ def test_quantized_models_are_served_alike(name: str) -> None:
     asks = [some_ask(rng, sampling=SamplingConfig(temperature=0)) for _ in range(8)]
     found = run(served.engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
     assert [text(found[i, 0]) for i in range(8)] == [alone(model, ask)[0] for ask in asks]
+
+
+def test_slots_and_the_speed_of_late() -> None:
+    """给人看的数：各行借了几个、写了几个；近两秒每秒几个词元，停了就是零。"""
+    clock = Clock()
+    engine = make_engine(byte_model(), rows=2, clock=clock)
+    prompt = tuple(range(20))
+    run(engine, [Order(0, (Ask(prompt=prompt, max_tokens=3, seed=1),))])
+    clock.now = 50.0
+    engine.submit(Order(1, (Ask(prompt=(*prompt, 77), max_tokens=20, seed=1),)))
+    for _ in range(11):
+        engine.step()
+        clock.now += 0.1
+    busy, idle = engine.slots()
+    assert busy == {"row": 0, "busy": True, "tokens": 31, "cached": 20, "made": 11}
+    assert idle == {"row": 1, "busy": False, "tokens": 0, "cached": 0, "made": 0}
+    assert engine.tokens_per_second == pytest.approx(10 / 1.1)
+    clock.now += 3
+    assert engine.tokens_per_second == 0

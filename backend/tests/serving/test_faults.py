@@ -118,7 +118,7 @@ def test_a_reader_that_never_reads_is_left(
 ) -> None:
     """D5：不读的一方落后太久，就不再为他写。"""
     monkeypatch.setattr("app.serving.api.hub._BEHIND", 0.3)
-    monkeypatch.setattr("app.serving.api.routes._data", lambda value: "x" * 300_000)
+    monkeypatch.setattr("app.serving.api.routes.sse", lambda value: "x" * 300_000)
     host, port = slow_server.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "stream": True}).encode()
     with socket.create_connection((host, int(port))) as reader:
@@ -186,12 +186,14 @@ def locked() -> Iterator[Running]:
 def test_every_route_asks_for_the_key(locked: Running) -> None:
     """D10。"""
     get = ("/v1/models", "/v1/models/tiny", "/props", "/slots", "/metrics", "/tokenizer_info",
-           "/docs", "/openapi.json", "/")  # fmt: skip
-    post = (PATH, "/v1/chat/completions", "/tokenize", "/detokenize")
+           "/docs", "/openapi.json", "/v1/history")  # fmt: skip
+    post = (PATH, "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/inspect", "/v1/history")
     routes = [*(("GET", path) for path in get), *(("POST", path) for path in post)]
     wrong = [None, "Bearer nope", f"Bearer {KEYS[0][:-1]}", f"Basic {KEYS[0]}", "Bearer",
              b"Bearer \xc3\xa9\xff"]  # fmt: skip
     with locked.client() as client:
+        # 页面是静态的，没有钥匙也打得开；它问的每一条路都要。
+        assert client.get("/").status_code == 200
         for method, path in routes:
             for key in wrong:
                 headers = {} if key is None else {"authorization": key}

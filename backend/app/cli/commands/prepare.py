@@ -73,7 +73,7 @@ class Args:
     ] = "auto"
     chat: Annotated[
         Literal["chatml", "alpaca", "plain"] | None,
-        Doc("how turns are written; None = plain for prompt, alpaca for instruction, else chatml"),
+        Doc("how turns are written; None = as the tokenizer's folder does, else by the form"),
     ] = None
     columns: Annotated[
         tuple[str, ...], Doc("rename keys or columns: text=body, or prompt=question,...")
@@ -182,14 +182,17 @@ def _prepare(args: Args) -> dict[str, TokenDataset]:
 
 def _prepare_examples(args: Args, form: Form, columns: dict[str, str]) -> dict[str, TokenDataset]:
     from app.data.chat.prepare import ChatSpec, prepare_examples
+    from app.data.chat.template import find_template
     from app.data.reading.sources import Reading, Sources
 
     reading = Reading(suffixes=args.suffixes, form=str(form))
+    folder = _tokenizer_folder(args)
+    known = None if folder is None else find_template(folder)
     sides = prepare_examples(
         Sources(args.sources, reading),
         args.out or DEFAULT_OUT,
         _tokenizer(args),
-        ChatSpec(form, args.chat, columns, args.context, args.long),
+        ChatSpec(form, args.chat, columns, args.context, args.long, known),
         val=Sources(args.val, reading) if args.val else None,
         val_fraction=_fraction(args),
         shard_tokens=args.shard_tokens,
@@ -321,28 +324,38 @@ def _unescaped(separator: str | None) -> str | None:
 
 
 def _tokenizer(args: Args) -> TokenizerSpec:
-    """名字，或一个文件夹：分词器、数据集、模型、训练文件夹（取它最新的检查点）。"""
+    """名字，或一个文件夹里的。"""
     from app.data.prepare import TokenizerSpec
-    from app.data.tokenizers import META_FILE, TABLE_FILE, load_tokenizer
+    from app.data.tokenizers import load_tokenizer
 
     special = tuple(name for text in args.special for name in text.split(",") if name)
-    if args.tokenizer in KINDS:
+    folder = _tokenizer_folder(args)
+    if folder is None:
         return TokenizerSpec(args.tokenizer, args.vocab_size, args.vocab_files, special=special)
+    tokenizer = load_tokenizer(folder)
+    return TokenizerSpec(tokenizer.kind, args.vocab_size, args.vocab_files, tokenizer, special)
+
+
+def _tokenizer_folder(args: Args) -> Path | None:
+    """分词器、数据集、模型、训练文件夹（取它最新的检查点）；给的是名字就是 None。"""
+    from app.data.tokenizers import META_FILE, TABLE_FILE
+
+    if args.tokenizer in KINDS:
+        return None
     folder = Path(args.tokenizer)
     if not folder.is_dir() and folder.name != "best":
         raise ValueError(
             f"--tokenizer {args.tokenizer} is neither one of {', '.join(KINDS)} nor a folder"
         )
     if (folder / "train" / META_FILE).is_file():
-        folder = folder / "train"
-    elif not (folder / META_FILE).is_file():
-        if any((folder / name).is_file() for name in (TABLE_FILE, "vocab.json", "vocab.bpe")):
-            raise ValueError(
-                f"--tokenizer {folder} holds a tokenizer of another maker: run `gpt2 import "
-                f"{folder} --out MODEL` and give MODEL"
-            )
-        from app.training.saving.checkpoint import resolve_checkpoint
+        return folder / "train"
+    if (folder / META_FILE).is_file():
+        return folder
+    if any((folder / name).is_file() for name in (TABLE_FILE, "vocab.json", "vocab.bpe")):
+        raise ValueError(
+            f"--tokenizer {folder} holds a tokenizer of another maker: run `gpt2 import "
+            f"{folder} --out MODEL` and give MODEL"
+        )
+    from app.training.saving.checkpoint import resolve_checkpoint
 
-        folder = resolve_checkpoint(folder)
-    tokenizer = load_tokenizer(folder)
-    return TokenizerSpec(tokenizer.kind, args.vocab_size, args.vocab_files, tokenizer, special)
+    return resolve_checkpoint(folder)

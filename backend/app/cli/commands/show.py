@@ -28,9 +28,11 @@ EXAMPLES = """\
   gpt2 show pattern "local(8) | global(2)" "strided(8)" --tokens 32
   gpt2 show attention --text "To be, or not to be" --run runs/train --layer 0 --layer 3
   gpt2 show attention --text "abc abc" --model.attention-pattern "sinks(1, 4)" --out sinks.png
+  gpt2 show heads --run runs/induction
   gpt2 show routing --run runs/experts --text "for i in range(10): print(i)" """
 
 KINDS = {
+    "heads": "what each head does on repeated random tokens, over a run's checkpoints",
     "attention": "the attention maps of a text, layer by layer, as a PNG",
     "routing": "which expert took each token of a text, per layer, as a PNG and as text",
     "pattern": "which keys each query sees under one or several patterns, as a PNG",
@@ -97,13 +99,25 @@ class RoutingArgs:
     device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda")] = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadsArgs:
+    """`gpt2 show heads` 的选项。"""
+
+    run: Annotated[
+        str, Doc("run folder (every checkpoint in it), RUN/best, a checkpoint or a saved model")
+    ]
+    out: Annotated[Path, Doc("PNG file to write; never overwritten")] = Path("heads.png")
+    device: Annotated[str, Doc("auto (cuda where there is one, else cpu), cpu, cuda")] = "auto"
+
+
 @dataclass(frozen=True)
 class Listing:
     """没有说画什么：列出能画的。"""
 
 
-Args = AttentionArgs | PatternArgs | RoutingArgs | Listing
-_KINDS: dict[str, type[AttentionArgs] | type[PatternArgs] | type[RoutingArgs]] = {
+Args = AttentionArgs | PatternArgs | RoutingArgs | HeadsArgs | Listing
+_KINDS: dict[str, type[AttentionArgs | PatternArgs | RoutingArgs | HeadsArgs]] = {
+    "heads": HeadsArgs,
     "attention": AttentionArgs,
     "routing": RoutingArgs,
     "pattern": PatternArgs,
@@ -137,6 +151,8 @@ def run(args: Args) -> None:
             _show_routing(args)
         case PatternArgs():
             _show_patterns(args)
+        case HeadsArgs():
+            _show_heads(args)
         case Listing():
             print(_overview())
 
@@ -237,18 +253,16 @@ def _draw(
     layers: tuple[int, ...],
     heads: tuple[int, ...],
 ) -> None:
-    import torch
-
+    from app.inspection.attention import as_arrays
+    from app.inspection.slices import whole
+    from app.inspection.walk import walk
     from app.viz.attention import attention_figure
     from app.viz.picture import token_label, write_picture
 
     ids = _ids(args, model, tokenizer)
-    with torch.inference_mode():
-        found = model(
-            torch.tensor([ids], device=model.device), return_attention=layers, logits_to_keep=1
-        )["attentions"]
+    maps = as_arrays(whole(walk(model, ids, maps=layers)).maps)
     figure = attention_figure(
-        {layer: found[layer][0].float().cpu().numpy() for layer in layers},
+        {layer: maps[layer] for layer in layers},
         model.config.patterns,
         [token_label(tokenizer.token_bytes(token)) for token in ids],
         heads,
@@ -271,8 +285,9 @@ def _ids(args: AttentionArgs | RoutingArgs, model: GPT2Model, tokenizer: Tokeniz
 
 
 def _show_routing(args: RoutingArgs) -> None:
-    import torch
-
+    from app.inspection.look import routing_arrays
+    from app.inspection.slices import whole
+    from app.inspection.walk import walk
     from app.viz.picture import check_picture, token_label, write_picture
     from app.viz.routing import routing_figure
 
@@ -282,14 +297,8 @@ def _show_routing(args: RoutingArgs) -> None:
     config = model.config
     layers = _moe_layers(args, config)
     ids = _ids(args, model, tokenizer)
-    with torch.inference_mode():
-        found = model(
-            torch.tensor([ids], device=model.device), return_routing=layers, logits_to_keep=1
-        )["routing"]
-    routing = {
-        layer: (found[layer][0][0].cpu().numpy(), found[layer][1][0].float().cpu().numpy())
-        for layer in layers
-    }
+    arrays = routing_arrays(whole(walk(model, ids, routing=layers)))
+    routing = {layer: arrays[layer] for layer in layers}
     raw = [tokenizer.token_bytes(token) for token in ids]
     title = (
         f"{args.run}: {config.moe_num_experts} experts, top-{config.moe_top_k}, {len(ids)} tokens"
@@ -299,6 +308,19 @@ def _show_routing(args: RoutingArgs) -> None:
     )
     write_picture(figure, args.out)
     _print_routing(routing, [token_label(one, 40) for one in raw], config.moe_num_experts)
+    print(f"picture  {args.out}")
+
+
+def _show_heads(args: HeadsArgs) -> None:
+    from app.cli.shared.head_scores import head_lines, scored_checkpoints
+    from app.viz.heads import heads_figure
+    from app.viz.picture import check_picture, write_picture
+
+    check_picture(args.out)
+    scores = scored_checkpoints(args.run, args.device)
+    write_picture(heads_figure(scores, f"{args.run}: heads on repeated random tokens"), args.out)
+    for line in head_lines(scores):
+        print(line)
     print(f"picture  {args.out}")
 
 

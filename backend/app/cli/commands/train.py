@@ -13,7 +13,7 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage
-from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run, start_shape
+from app.cli.shared.runfile import RunArgs, fit_model, parse_run
 from app.cli.shared.tables import print_table
 from app.common.console import forget_reader, say
 from app.distributed.launch import local_ranks, place, start_ranks, without_ranks
@@ -53,11 +53,7 @@ def parse(argv: Sequence[str]) -> Args:
         ValueError: 文件找不到或读不懂。
     """
     args = parse_run(Args, argv, Usage("train", SUMMARY, EXAMPLES))
-    if args.train.init_from is not None:
-        args = start_shape(args, argv)
-    elif not names_vocabulary(args, argv):
-        args = fit_vocabulary(args)
-    return dataclasses.replace(args, argv=tuple(argv))
+    return dataclasses.replace(fit_model(args, argv), argv=tuple(argv))
 
 
 def run(args: Args) -> int:

@@ -99,6 +99,17 @@ def _one_length(base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
     return base if base.epochs is None else base.replace(epochs=None)
 
 
+def fit_model(args: A, argv: Sequence[str]) -> A:
+    """没有写明的形状：有 init_from 时取自那里；否则只有词表大小，取数据集的。
+
+    Raises:
+        ValueError: 见 start_shape。
+    """
+    if args.train.init_from is not None:
+        return start_shape(args, argv)
+    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
+
+
 def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:
     """运行文件或命令行是否写明了词表大小。"""
     flags = (word.split("=")[0].replace("_", "-") for word in argv)
@@ -154,6 +165,8 @@ def start_shape(args: A, argv: Sequence[str]) -> A:
     fields = config.model.to_dict()
     given = {flag if flag in fields else flag.removeprefix("no_") for flag in flags}
     given |= args.file.shape if args.file is not None else set()
+    # 模型文件夹记下的版本号，不是形状。
+    given.discard("schema_version")
     if "context_size" in given:
         shape = shrunk(shape, config.model.context_size, f"init_from={found}")
     if "vocab_size" not in given and (size := data_vocabulary(config)) is not None:

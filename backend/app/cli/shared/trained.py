@@ -82,6 +82,7 @@ def load_model(
 
     refuse_foreign(Path(name))
     folder = resolve_checkpoint(name, tell=to_stderr)
+    base = None if base is None else resolve_checkpoint(base, tell=to_stderr)
     tokenizer, beside = None, folder
     if base is not None and not (folder / META_FILE).is_file():
         beside = base

@@ -45,6 +45,7 @@ def example_of(record: Mapping[str, Any], form: Form, where: str) -> Example:
             f"{where}: no {missing[0]!r} (keys: {keys}), but the first record is of the form "
             f"{form}: prepare different forms apart"
         )
+    sides: tuple[Turns, ...]
     if form.kind == "preference":
         sides = _preference(record, where)
     elif form.keys == ("messages",):

@@ -48,8 +48,9 @@ _MANY = 0.01
 class ChatSpec:
     """怎样写成词元。
 
-    chat: 模板的名字，None = 按写法选；context: 一例至多 context + 1 个词元，None = 不限，
-    训练时放不下的略去；long: 放不下的略去，还是从前面剪短。
+    chat: 模板的名字，None = known（分词器那里已有的），没有就按写法选。
+    context: 一例至多 context + 1 个词元，None = 不限，训练时放不下的略去。
+    long: 放不下的略去，还是从前面剪短。
 
     Raises:
         ValueError: 要剪短，却没有说多长。
@@ -60,6 +61,7 @@ class ChatSpec:
     columns: dict[str, str] = field(default_factory=dict)
     context: int | None = None
     long: Long = "drop"
+    known: Template | None = None
 
     def __post_init__(self) -> None:
         if self.long != "drop" and self.context is None:
@@ -261,12 +263,15 @@ def _tokenizer(spec: TokenizerSpec, survey: _Survey, say: Say) -> Tokenizer:
 
 def _template(spec: ChatSpec, tokenizer: Tokenizer, say: Say) -> tuple[Template, Tokenizer]:
     """模板，和有它的特殊词元的分词器。"""
-    name = spec.chat or _DEFAULTS.get(spec.form.keys[0], "chatml")
-    why = "" if spec.chat else f" (--chat chooses another; this is usual for {spec.form})"
-    template = builtin(name, tokenizer)
+    if spec.chat is None and spec.known is not None:
+        template, why = spec.known, " (that of the tokenizer's folder; --chat chooses another)"
+    else:
+        name = spec.chat or _DEFAULTS.get(spec.form.keys[0], "chatml")
+        why = "" if spec.chat else f" (--chat chooses another; this is usual for {spec.form})"
+        template = builtin(name, tokenizer)
     grown = tokenizer.with_special(template.specials())
     added = sorted(grown.special_tokens.keys() - tokenizer.special_tokens.keys())
-    say(f"chat template {name}{why}")
+    say(f"chat template {template.name}{why}")
     if added:
         say(
             f"the vocabulary grows from {tokenizer.vocab_size:,} to {grown.vocab_size:,} ids by "

@@ -23,7 +23,7 @@ from .experts.moe import Experts
 from .layers.context import CacheKeys, Context, Note, build_contexts, check_layers, make_notes
 from .layers.init import initialize
 from .layers.linear import Linear, linear
-from .layers.loss import check_targets, head_cross_entropy
+from .layers.loss import Chunk, check_targets, cross_entropy, head_cross_entropy
 from .layers.norm import make_norm
 from .visibility.inputs import check_ids, coordinates
 from .visibility.positions import Positions
@@ -87,6 +87,8 @@ class GPT2Model(nn.Module):
         self.ln_f = make_norm(config) if config.has_final_norm else None
         tied = config.tie_weights
         self.lm_head = None if tied else Linear(config.n_embed, config.vocab_size, bias=False)
+        # 损失的一块怎样算；编译过的（training/machine/runtime.py）从这里换上。
+        self.loss_chunk: Chunk = cross_entropy
         initialize(self, config)
 
     def forward(
@@ -166,7 +168,7 @@ class GPT2Model(nn.Module):
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """(B, T, C) 与 (B, T) -> 平均交叉熵，不产生整张 logits。"""
-        return head_cross_entropy(x, self.head_weight, targets)
+        return head_cross_entropy(x, self.head_weight, targets, self.loss_chunk)
 
     @property
     def head_weight(self) -> Tensor:

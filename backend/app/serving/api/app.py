@@ -12,10 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from app.serving.api.assets import Assets
 from app.serving.api.connection import Deadlined, Draining
 from app.serving.api.errors import ApiError
 from app.serving.api.gate import Gate
 from app.serving.api.hub import Hub, Timeouts
+from app.serving.api.inside.routes import Inside
 from app.serving.api.metrics import Metrics
 from app.serving.api.routes import Routes
 from app.serving.request import Event
@@ -27,13 +29,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Address:
-    """hosts：Host 头里另外许可的名字；keys：钥匙，空 = 不要。"""
+    """hosts：Host 头里另外许可的名字；keys：钥匙，空 = 不要；inspect：许不许看里面。"""
 
     host: str = "127.0.0.1"
     port: int = 8080
     hosts: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     timeouts: Timeouts = field(default_factory=Timeouts)
+    inspect: bool = True
 
 
 class Service:
@@ -53,7 +56,10 @@ class Service:
             title="gpt2-workbench", openapi_url=None, docs_url=None, redoc_url=None,
             lifespan=self._lifespan,
         )  # fmt: skip
-        self.api.include_router(Routes(served, self.hub, metrics).router())
+        page, inspect = Assets(), address.inspect
+        routes = Routes(served, self.hub, metrics, inspect, page.version)
+        for each in (routes, Inside(served, self.hub, inspect), page):
+            self.api.include_router(each.router())
         self.api.add_exception_handler(ApiError, _refused)
         self.api.add_exception_handler(HTTPException, _refused)
         self.api.add_exception_handler(Exception, _broken)

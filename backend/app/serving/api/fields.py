@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.serving.api.errors import ApiError, wrong
 
 MAX_PROMPTS, MAX_CHARS, MAX_STOPS, MAX_BIAS = 64, 64 * 1024, 16, 1024
+MAX_LAYERS = 4096
 _DEPTH = 32
 # 这里没有的字段 -> 与没有给相同的值。
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -69,6 +70,7 @@ class CompletionBody(Sampling):
     max_tokens: int | None = Field(None, ge=0, le=10_000_000)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    details: int | None = Field(None, ge=0, le=20)
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=10_000_000)
 
 
@@ -99,6 +101,25 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     tokens: list[int] = Field(max_length=MAX_CHARS)
+    with_pieces: bool | None = None
+
+
+class InspectBody(_Body):
+    prompt: str | list[int]
+    top: int | None = Field(None, ge=0, le=20)
+    attention: list[int] | None = Field(None, max_length=4)
+    patterns: list[int] | None = Field(None, max_length=MAX_LAYERS)
+    lens: bool | None = None
+    norms: bool | None = None
+    routing: bool | None = None
+    next_logits: bool | None = None
+    heads: bool | None = None
+
+
+class HistoryBody(_Body):
+    prompt: str | list[int]
+    steps: list[int] | None = Field(None, min_length=1, max_length=50)
+    heads: bool | None = None
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -126,6 +147,12 @@ def parse(raw: bytes, kind: type[T]) -> T:
                  isinstance(part, int)]  # fmt: skip
         param = ".".join(place) or None
         raise wrong(param, f"{param or 'the body'}: {first['msg']}") from None
+
+
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI 里正文的形状；正文由 parse 读，框架不知道。"""
+    content = {"application/json": {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _check_names(data: dict[str, Any], kind: type[BaseModel]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from app.generation.config import SamplingConfig
@@ -16,6 +16,7 @@ from app.serving.api.fields import (
     ChatBody,
     CompletionBody,
     Sampling,
+    not_found,
 )  # fmt: skip
 from app.serving.request import Ask
 from app.serving.served import Served
@@ -44,6 +45,22 @@ class Job:
     logprobs: int | None = None
     token_ids: bool = False
     usage: bool = False
+    details: int | None = None
+
+
+def pick(served: Mapping[str, Served], name: str | None) -> Served:
+    """点名的模型；只有一个时可以不点。
+
+    Raises:
+        ApiError: 没有点名而有几个，或没有这一个。
+    """
+    if name is None:
+        if len(served) > 1:
+            raise wrong("model", "several models are served: name one, see GET /v1/models")
+        return next(iter(served.values()))
+    if name not in served:
+        raise not_found("model")
+    return served[name]
 
 
 def completion_job(body: CompletionBody, served: Served, space: str) -> Job:
@@ -52,7 +69,7 @@ def completion_job(body: CompletionBody, served: Served, space: str) -> Job:
         ApiError: 400，点名字段与边界。
     """
     most = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    prompts = [_prompt(given, served) for given in _split(body.prompt)]
+    prompts = [read_prompt(given, served) for given in _split(body.prompt)]
     if body.truncate_prompt_tokens is not None:
         keep = body.truncate_prompt_tokens
         decode = served.tokenizer.decode
@@ -61,11 +78,16 @@ def completion_job(body: CompletionBody, served: Served, space: str) -> Job:
             for p in prompts
         ]
     echo = bool(body.echo)
-    score = echo and body.logprobs is not None
-    asks = _asks(body, served, [p.ids for p in prompts], most, body.logprobs, score, space)
+    wanted = [k for k in (body.logprobs, body.details) if k is not None]
+    asks = _asks(body, served, [p.ids for p in prompts], most, max(wanted, default=None), space)
+    if wanted:
+        asks = tuple(
+            replace(ask, score_prompt=echo and ask.leader is None, details=body.details is not None)
+            for ask in asks
+        )
     return Job(
         served, tuple(prompts), asks, body.n or 1, echo, body.logprobs,
-        bool(body.return_token_ids), _usage(body),
+        bool(body.return_token_ids), _usage(body), body.details,
     )  # fmt: skip
 
 
@@ -74,8 +96,6 @@ def chat_job(body: ChatBody, served: Served, space: str) -> Job:
     Raises:
         ApiError: 400：模型没有模板，模板不收这些话，或别的越界。
     """
-    from app.serving.api.template import render
-
     if served.template is None:
         raise wrong(
             "messages",
@@ -85,11 +105,11 @@ def chat_job(body: ChatBody, served: Served, space: str) -> Job:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
-    ids = tuple(render(served.template, body.messages, served.tokenizer))
+    ids = tuple(served.template.ids(body.messages, served.tokenizer))
     given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     most = max(1, served.context - len(ids)) if given is None else given
     top = (body.top_logprobs or 0) if body.logprobs else None
-    asks = _asks(body, served, [ids], most, top, False, space)
+    asks = _asks(body, served, [ids], most, top, space)
     prompt = Prompt(ids, "")
     return Job(
         served, (prompt,), asks, body.n or 1, False, top, bool(body.return_token_ids), _usage(body)
@@ -115,7 +135,11 @@ def _split(prompt: Any) -> list[str | list[int]]:
     return list(prompt)
 
 
-def _prompt(given: str | list[int], served: Served) -> Prompt:
+def read_prompt(given: str | list[int], served: Served) -> Prompt:
+    """
+    Raises:
+        ApiError: 400，太长，编不出，或有词表外的号。
+    """
     tokenizer = served.tokenizer
     if isinstance(given, str):
         if len(given) > MAX_CHARS:
@@ -143,7 +167,6 @@ def _asks(
     prompts: Sequence[tuple[int, ...]],
     most: int,
     logprobs: int | None,
-    score: bool,
     space: str,
 ) -> tuple[Ask, ...]:
     n = body.n or 1
@@ -176,7 +199,7 @@ def _asks(
     return tuple(
         Ask(
             prompt=ids, seed=choice_seed(seed, i), leader=None if i == 0 else number * n,
-            score_prompt=score and i == 0, **shared,
+            **shared,
         )
         for number, ids in enumerate(prompts)
         for i in range(n)
@@ -225,6 +248,8 @@ def _bias(body: Sampling, served: Served) -> dict[int, float]:
 def _stop_ids(body: Sampling, served: Served) -> frozenset[int]:
     check_ids("stop_token_ids", body.stop_token_ids or [], served)
     own = () if body.ignore_eos else served.tokenizer.stop_ids
+    if isinstance(body, ChatBody) and served.template is not None and not body.ignore_eos:
+        own = (*own, *served.template.stop_ids(served.tokenizer))
     return frozenset([*own, *(body.stop_token_ids or [])])
 
 

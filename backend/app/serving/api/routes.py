@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -18,26 +17,29 @@ from app.serving.api.fields import (
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    not_found,
     parse,
+    schema_of,
 )  # fmt: skip
 from app.serving.api.gate import read_body
 from app.serving.api.hub import Hub, Ticket
+from app.serving.api.inside.inspect import limits
 from app.serving.api.metrics import Metrics
-from app.serving.api.orders import Job, chat_job, check_ids, completion_job
+from app.serving.api.orders import Job, chat_job, check_ids, completion_job, pick
+from app.serving.api.waiting import SSE_HEADERS, sse, while_there
 from app.serving.served import Served
 
 T = TypeVar("T", bound=BaseModel)
-R = TypeVar("R")
-_SSE = {"X-Accel-Buffering": "no"}
 _PIECES = 4096
 
 
 class Routes:
-    """served：名字 -> 模型；只有一个时可以不点名。"""
+    """served：名字 -> 模型，只有一个时可以不点名；page：页面的版本。"""
 
-    def __init__(self, served: dict[str, Served], hub: Hub, metrics: Metrics) -> None:
+    def __init__(
+        self, served: dict[str, Served], hub: Hub, metrics: Metrics, inspect: bool, page: str
+    ) -> None:
         self.served, self.hub, self.metrics = served, hub, metrics
+        self.inspect, self.page = inspect, page
         # 分词器都相同，就不必点名：lm-eval 的远程分词器不会点名。
         self._same_tokens = len({one.tokenizer.fingerprint() for one in served.values()}) == 1
 
@@ -57,10 +59,8 @@ class Routes:
         for path, handler in get.items():
             router.add_api_route(path, handler, methods=["GET"], response_model=None)
         for path, (handler, kind) in post.items():
-            schema = {"application/json": {"schema": kind.model_json_schema()}}
-            extra = {"requestBody": {"required": True, "content": schema}}
             router.add_api_route(
-                path, handler, methods=["POST"], openapi_extra=extra, response_model=None
+                path, handler, methods=["POST"], openapi_extra=schema_of(kind), response_model=None
             )
         return router
 
@@ -78,21 +78,20 @@ class Routes:
         return JSONResponse({"object": "list", "data": [_card(s) for s in self.served.values()]})
 
     async def model(self, name: str) -> Response:
-        return JSONResponse(_card(self._pick(name)))
+        return JSONResponse(_card(pick(self.served, name)))
 
     async def props(self) -> Response:
-        facts = {name: served.facts() for name, served in self.served.items()}
-        return JSONResponse({"models": facts})
+        facts = {
+            name: served.facts() | {"inspect": self.inspect, "inspect_limits": limits(served)}
+            for name, served in self.served.items()
+        }
+        return JSONResponse({"models": facts, "page_version": self.page})
 
     async def slots(self) -> Response:
         """各行在做什么；没有文字。"""
         rows = []
         for name, served in self.served.items():
-            busy, lengths = set(served.engine.rows.busy), served.engine.flat.cache.lengths
-            rows += [
-                {"model": name, "row": i, "busy": i in busy, "tokens": n}
-                for i, n in enumerate(lengths)
-            ]
+            rows += [{"model": name, **slot} for slot in served.engine.slots()]
         return JSONResponse(rows)
 
     async def scrape(self) -> Response:
@@ -113,7 +112,7 @@ class Routes:
                 "bos_token": token_text(tokenizer, start[0]) if start else None,
                 "pad_token": None,
                 "vocab_size": tokenizer.vocab_size,
-                "chat_template": served.template,
+                "chat_template": served.template.source if served.template else None,
             }
         )
 
@@ -132,11 +131,7 @@ class Routes:
             raise wrong("prompt", "the tokenizer of this model cannot encode this text") from None
         found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.context}
         if body.with_pieces:
-            found["pieces"] = [
-                {"id": i, "text": token_text(served.tokenizer, i),
-                 "bytes": list(served.tokenizer.token_bytes(i))}
-                for i in ids[:_PIECES]
-            ]  # fmt: skip
+            found["pieces"] = _pieces(served, ids)
         return JSONResponse(found)
 
     async def detokenize(self, request: Request) -> Response:
@@ -144,50 +139,44 @@ class Routes:
         served = self._speaker(body.model)
         check_ids("tokens", body.tokens, served)
         text = await asyncio.to_thread(served.tokenizer.decode, body.tokens)
-        return JSONResponse({"prompt": text, "content": text})
+        found: dict[str, Any] = {"prompt": text, "content": text}
+        if body.with_pieces:
+            found["pieces"] = _pieces(served, body.tokens)
+        return JSONResponse(found)
 
     async def completions(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        make = lambda: completion_job(body, self._pick(body.model), request.state.space)  # noqa: E731
+        make = lambda: completion_job(body, pick(self.served, body.model), request.state.space)  # noqa: E731
         return await self._answer(request, await asyncio.to_thread(make), bool(body.stream), False)
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        make = lambda: chat_job(body, self._pick(body.model), request.state.space)  # noqa: E731
+        make = lambda: chat_job(body, pick(self.served, body.model), request.state.space)  # noqa: E731
         return await self._answer(request, await asyncio.to_thread(make), bool(body.stream), True)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         return parse(await read_body(request.scope, request.receive), kind)
 
-    def _pick(self, name: str | None) -> Served:
-        if name is None:
-            if len(self.served) > 1:
-                raise wrong("model", "several models are served: name one, see GET /v1/models")
-            return next(iter(self.served.values()))
-        if name not in self.served:
-            raise not_found("model")
-        return self.served[name]
-
     def _speaker(self, name: str | None) -> Served:
         """用谁的分词器。"""
         if name is None and self._same_tokens:
             return next(iter(self.served.values()))
-        return self._pick(name)
+        return pick(self.served, name)
 
     async def _answer(self, request: Request, job: Job, stream: bool, chat: bool) -> Response:
         answer, ticket = Answer(job, chat), self.hub.submit(job)
         events = self.hub.events(ticket)
         try:
             if not stream:
-                await _while_there(request, _gather(events, answer))
+                await while_there(request, _gather(events, answer))
                 return JSONResponse(answer.whole())
             # 头一个事件之前失败，还可以用正经的状态码说。
-            first = await _while_there(request, _next(events))
+            first = await while_there(request, _next(events))
         except BaseException:
             self.hub.cancel(ticket, "running")
             raise
         body = self._stream(ticket, events, answer, first)
-        return StreamingResponse(body, media_type="text/event-stream", headers=_SSE)
+        return StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
 
     async def _stream(
         self, ticket: Ticket, events: AsyncIterator[Any], answer: Answer, event: Any
@@ -196,17 +185,17 @@ class Routes:
         ticket.overdue = None if task is None else task.cancel
         try:
             for chunk in answer.opening():
-                yield _data(chunk)
+                yield sse(chunk)
             while True:
                 # 好一会儿没有话说：一行注释，免得中间的代理断线。
-                yield ": ping\n\n" if event is None else _data(answer.chunk(event))
+                yield ": ping\n\n" if event is None else sse(answer.chunk(event))
                 event = await anext(events)
         except StopAsyncIteration:
             if answer.job.usage:
-                yield _data(answer.last())
+                yield sse(answer.last())
             yield "data: [DONE]\n\n"
         except ApiError as error:
-            yield _data(error.body())
+            yield sse(error.body())
         finally:
             ticket.overdue = None
             self.hub.cancel(ticket, "stream")
@@ -219,8 +208,12 @@ def _card(served: Served) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _pieces(served: Served, ids: list[int]) -> list[dict[str, Any]]:
+    tokenizer = served.tokenizer
+    return [
+        {"id": i, "text": token_text(tokenizer, i), "bytes": list(tokenizer.token_bytes(i))}
+        for i in ids[:_PIECES]
+    ]
 
 
 async def _gather(events: AsyncIterator[Any], answer: Answer) -> None:
@@ -231,27 +224,3 @@ async def _gather(events: AsyncIterator[Any], answer: Answer) -> None:
 
 async def _next(events: AsyncIterator[Any]) -> Any:
     return await anext(events)
-
-
-async def _while_there(request: Request, work: Awaitable[R]) -> R:
-    """做 work，直到做完或问的人走了。
-
-    Raises:
-        ApiError: 走了；没有人会读到它。
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ApiError(499, "client_closed_request", "the client went away")
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -16,7 +16,12 @@ from torch import Tensor
 from app.data.batch import Batch
 from app.models.transformer import GPT2Model
 from app.models.transformer.layers.cpu_products import product
-from app.models.transformer.layers.loss import IGNORE, as_computed, cross_entropy, head_loss
+from app.models.transformer.layers.loss import (
+    IGNORE,
+    as_computed,
+    cross_entropy,
+    head_cross_entropy,
+)
 
 from .objective import Rows, Scored, count_scored, forward
 
@@ -39,7 +44,7 @@ class Distill:
         mixed = _Mixed(*self._taught(rows), self._alpha, self._temperature)
 
         def head(weight: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-            return head_loss(hidden, weight, targets, mixed)
+            return head_cross_entropy(hidden, weight, targets, mixed)
 
         out = forward(model, rows, head)
         return Scored(out["loss"], out, mixed.means())
@@ -58,7 +63,7 @@ class Distill:
 
 
 class _Mixed:
-    """head_loss 的一块：两种损失按 α 相加，各自的和另记着。"""
+    """head_cross_entropy 的一块：两种损失按 α 相加，各自的和另记着。"""
 
     def __init__(self, hidden: Tensor, weight: Tensor, alpha: float, temperature: float) -> None:
         self._hidden, self._weight = hidden, weight

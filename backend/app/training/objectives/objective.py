@@ -16,6 +16,8 @@ from app.data.batch import UNSCORED, Batch
 from app.models.transformer import GPT2Model
 from app.models.transformer.model import GPT2Output, Head
 
+from ..machine.feeding import to_device
+
 
 class Rows(NamedTuple):
     """一个微批，已在设备上；各项的意思见 Batch。
@@ -32,7 +34,7 @@ class Rows(NamedTuple):
     @classmethod
     def on(cls, batch: Batch, device: torch.device) -> Rows:
         def moved(x: np.ndarray | None) -> Tensor | None:
-            return None if x is None else torch.from_numpy(x).to(device, non_blocking=True)
+            return None if x is None else to_device(x, device)
 
         inputs, targets = moved(batch.inputs), moved(batch.targets)
         assert inputs is not None and targets is not None

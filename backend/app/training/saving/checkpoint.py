@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,8 @@ def _set_aside(target: Path) -> None:
     raise FileExistsError(f"{target} already holds a valid checkpoint: it is never overwritten")
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
-    """按清单核对每个文件的大小与 sha256，返回清单。
+def verify_checkpoint(folder: Path, only: Collection[str] = ()) -> dict[str, Any]:
+    """按清单核对每个文件的大小与 sha256，返回清单。only：只核对这几个；空 = 全部。
 
     清单之外多出来的东西从不加载，也不算损坏：为一个 .DS_Store 丢掉几十步才是损失。
 
@@ -138,8 +138,10 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is a symbolic link: give the real folder")
     manifest = _read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
-    for name, facts in files.items():
-        _verify_file(folder / name, facts)
+    for name in only or files:
+        if name not in files:
+            raise CheckpointError(f"{folder / MANIFEST} does not list {name}")
+        _verify_file(folder / name, files[name])
     return manifest
 
 
@@ -247,15 +249,23 @@ def _best(run: Path) -> tuple[int, float, dict[str, Any] | None] | None:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it") from None
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """只留最新 keep_last 个和最好的那个；先改名再删，删到一半也不会被当成检查点。
+def stays(step: int, keep_every: int) -> bool:
+    """不论后来又存了几个，这一步的都留着。"""
+    return keep_every > 0 and step % keep_every == 0
+
+
+def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
+    """只留最新 keep_last 个、最好的那个，与每 keep_every 步的；先改名再删，删到一半也不会被当成
+    检查点。
 
     用户自己放进去的文件不能随着检查点消失：有这样文件的检查点留着。
     """
     best = read_best(run)
     keep = {step for step, _ in list_steps(run)[-keep_last:]} | ({best[0]} if best else set())
     for step, folder in list_steps(run):
-        if step not in keep and not folder.is_symlink() and not _holds_others_work(folder):
+        if step in keep or stays(step, keep_every):
+            continue
+        if not folder.is_symlink() and not _holds_others_work(folder):
             trash = run / f".trash-{folder.name}-{os.getpid()}"
             os.replace(folder, trash)
             shutil.rmtree(trash)

@@ -40,7 +40,10 @@ def check_out(config: TrainConfig) -> None:
         raise ValueError(f"out={config.out} is a file: give a folder")
     # 只剩锁文件：上一次在写下任何成果之前就失败了，照新文件夹看待。
     names = [path.name for path in run.iterdir()] if run.is_dir() else []
-    if all(name == LOCK or is_clutter(name) for name in names):
+    # 数据也可以住在里面（gpt2 finetune）：它先于训练写好，不算已有的训练。
+    data = Path(config.data.folder)
+    inside = data.name if data.parent.resolve() == run.resolve() else LOCK
+    if all(name in (LOCK, inside) or is_clutter(name) for name in names):
         return
     if config.resume == "none":
         raise ValueError(

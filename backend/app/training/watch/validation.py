@@ -136,7 +136,9 @@ class Validation:
         model.train(was_training)
         if len(sums) * self._ranks.size < groups:
             return None
-        found = self._ranks.gather(torch.stack(sums)).transpose(0, 1).flatten(0, 1)[:groups]
+        # 各组的留在设备上，到这里才等它一次。
+        all_ranks = self._ranks.gather(torch.stack(sums).cpu())
+        found = all_ranks.transpose(0, 1).flatten(0, 1)[:groups]
         weight, loss, *numbers = (sum(column) for column in found.T.tolist())
         weight = weight or 1.0
         names = self._objective.names
@@ -150,5 +152,5 @@ class Validation:
         whole = batch.segments is None
         weight = len(batch) if whole else self._objective.weight(batch)
         values = [found.loss[None]] if found.numbers is None else [found.loss[None], found.numbers]
-        means = torch.cat([value.double().cpu() for value in values])
+        means = torch.cat([value.double() for value in values])
         return torch.cat([means.new_full((1,), weight), means * weight])

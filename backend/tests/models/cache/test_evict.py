@@ -51,6 +51,7 @@ def test_eviction_equals_a_cache_that_never_held_the_middle(
         twin.feed(full(2, 1))
 
 
+@pytest.mark.slow
 @given(
     first=st.integers(0, 7),
     last=st.integers(1, 9),

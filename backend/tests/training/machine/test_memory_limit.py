@@ -77,6 +77,7 @@ def one_line(said: str) -> None:
     assert re.search(r"\d parameters \(\d+ MB with gradients and AdamW\)", said)
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_fits(make: Make, tmp_path: Path) -> None:
     tries, whole = limited(make, tmp_path, 140, 64)
     assert len(tries) > 1

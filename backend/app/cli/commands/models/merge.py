@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.trained import load_model, write_trained
-from app.common.files import check_new
+from app.common.files import check_free
 
 SUMMARY = "add an adapter to its base: one model folder, with nothing left to look up"
 EXAMPLES = """\
@@ -44,8 +44,9 @@ def run(args: Args) -> None:
     import torch
 
     from app.adapters.files import is_adapter
+    from app.data.chat.template import CHAT_FILE
 
-    check_new(args.out)
+    check_free(args.out)
     model, tokenizer, folder = load_model(args.model, "cpu", args.base)
     if not is_adapter(folder):
         raise ValueError(f"{folder} holds a whole model and no adapter: there is nothing to merge")
@@ -53,7 +54,9 @@ def run(args: Args) -> None:
         raise ValueError(f"{folder} has no tokenizer and --base {args.base} has none either")
     if args.dtype is not None:
         model = model.to(getattr(torch, args.dtype))
-    write_trained(model.config, model.state_dict(), tokenizer, args.out)
+    template = folder / CHAT_FILE
+    beside = {CHAT_FILE: template.read_text(encoding="utf-8")} if template.is_file() else {}
+    write_trained(model.config, model.state_dict(), tokenizer, args.out, beside)
     print(
         f"{args.out}: {model.num_parameters():,} parameters in "
         f"{str(next(model.parameters()).dtype).removeprefix('torch.')}, the adapter of {folder} "

@@ -1,0 +1,28 @@
+"""近来每秒写几个词元：给人看的，不参与调度。"""
+
+from __future__ import annotations
+
+from collections import deque
+
+# 看近来这么多秒：更短的跳得看不清，更长的停了也还在动。
+_WINDOW = 2.0
+
+
+class Speed:
+    """note 由引擎的线程调用，now 由谁都行。"""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=4096)
+
+    def note(self, now: float, made: int) -> None:
+        """走完一步，从开张起共写了 made 个。"""
+        while len(self._steps) > 1 and now - self._steps[1][0] > _WINDOW:
+            self._steps.popleft()
+        self._steps.append((now, made))
+
+    def now(self, now: float) -> float:
+        steps = [step for step in list(self._steps) if now - step[0] <= _WINDOW]
+        if len(steps) < 2:
+            return 0.0
+        (start, before), (_, after) = steps[0], steps[-1]
+        return (after - before) / max(now - start, 1e-9)

@@ -1,0 +1,54 @@
+"""--keep-every：那些步的检查点一直留着，权重不因此变一位，续训也一样；没有它的运行文件照旧。"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.training.config import TrainConfig
+from app.training.saving.checkpoint import list_steps, read_best, step_folder
+from tests.training.conftest import Make, same_weights, train
+
+
+def held(out: Path | str) -> list[int]:
+    return [step for step, _ in list_steps(Path(out))]
+
+
+def test_kept_besides_the_newest_and_the_best(make: Make, tmp_path: Path) -> None:
+    config = make(out=str(tmp_path / "kept"), steps=11, keep_every=3, keep_last=1, save_every=2)
+    train(config)
+    assert held(config.out) == [3, 6, 9, 11]
+    both = config.replace(out=str(tmp_path / "both"), eval_every=4)
+    train(both)
+    best = read_best(Path(both.out))
+    assert best is not None and held(both.out) == sorted({3, 6, 9, 11, best[0]})
+    plain = config.replace(out=str(tmp_path / "plain"), keep_every=0, save_every=0)
+    train(plain)
+    assert held(plain.out) == [11]
+    assert same_weights(step_folder(tmp_path / "kept", 11), step_folder(tmp_path / "plain", 11))
+
+
+def test_resuming_is_exact_and_keeps_what_was_kept(make: Make, tmp_path: Path) -> None:
+    whole = make(out=str(tmp_path / "whole"), steps=10, keep_every=4, keep_last=1)
+    train(whole)
+    # 从留下的那一步接着训，与不停的逐位相同。
+    source = step_folder(tmp_path / "whole", 4)
+    again = whole.replace(out=str(tmp_path / "again"), resume=str(source))
+    train(again)
+    assert held(again.out) == [8, 10]
+    for step in (8, 10):
+        assert same_weights(step_folder(tmp_path / "again", step), step_folder(source.parent, step))
+    # 训完之后再延长，先前留下的都还在。
+    train(whole.replace(resume="auto", steps=13))
+    assert held(whole.out) == [4, 8, 12, 13]
+
+
+def test_a_run_file_without_it_keeps_its_meaning() -> None:
+    old = TrainConfig().to_dict()
+    del old["keep_every"]
+    config = TrainConfig.from_dict(old)
+    assert config.keep_every == 0 and config == TrainConfig()
+    assert [s for s in range(1, 1001) if config.saves_at(s)] == [500, 1000]
+    with pytest.raises(ValueError, match="keep_every=-1 must be at least 0"):
+        TrainConfig(keep_every=-1)

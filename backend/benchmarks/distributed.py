@@ -2,8 +2,8 @@
 
 cd backend && python -m benchmarks.distributed
 
-三部分可以各自跑：--only bits、sums、cores。计时要在安静的机器上；`gpt2 train` 实跑，取各步的
-中位数，两种做法轮流各跑几遍。
+三部分各写一张表，可以各自跑：--only bits、sums、cores；每一行一出来就印。计时要在安静的机器上：
+`gpt2 train` 实跑，取各步的中位数，两种做法轮流各跑几遍。
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from .common import table, write_result
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GPT2 = [sys.executable, "-m", "app.cli"]
-QUIET = ["--eval-every", "0", "--sample-tokens", "0", "--save-every", "0", "--precision", "float32"]
+QUIET = [
+    "--eval-every", "0", "--eval-batches", "1", "--sample-tokens", "0", "--save-every", "0",
+    "--precision", "float32", "--compile", "off",
+]  # fmt: skip
 TINY = [
     "--model.n-layer", "2", "--model.n-head", "2", "--model.n-embed", "32", "--model.context-size",
     "32", "--batch-size", "8", "--micro-batch", "2", "--schedule.warmup-steps", "5",
@@ -32,10 +35,17 @@ TINY = [
 EXPERTS = ["--model.moe-num-experts", "4"]
 # 名字、层、宽、批、词元。
 SIZES = [("0.5 M", 4, 96, 8, 128), ("2 M", 4, 192, 8, 128), ("11 M", 6, 384, 8, 256)]
+RANKS = {
+    "1 rank": ["--ranks", "1"],
+    "2": ["--ranks", "2"],
+    "4": ["--ranks", "4"],
+    "shard 2": ["--ranks", "2", "--parallel.shard", "2"],
+    "shard 2 x replicate 2": ["--ranks", "4", "--parallel.shard", "2", "--parallel.replicate", "2"],
+}
 SMALL = [
     "--model.n-layer", "12", "--model.n-head", "12", "--model.n-embed", "768",
     "--model.vocab-size", "50304", "--model.context-size", "256", "--batch-size", "4",
-    "--micro-batch", "2",
+    "--micro-batch", "2", "--schedule.warmup-steps", "2",
 ]  # fmt: skip
 
 
@@ -54,11 +64,14 @@ def main() -> None:
         subprocess.run(
             [*GPT2, *words, "--out", str(folder / "data")], check=True, capture_output=True
         )
-        chosen = [given.only] if given.only else list(parts)
-        body = "\n\n".join(parts[part](folder, given.steps, given.turns) for part in chosen)
-    command = "cd backend && python -m benchmarks.distributed"
-    name = "distributed" if given.only is None else f"distributed_{given.only}"
-    write_result(name, command, body)
+        for part in [given.only] if given.only else parts:
+            command = f"cd backend && python -m benchmarks.distributed --only {part}"
+            write_result(f"distributed_{part}", command, parts[part](folder, given))
+
+
+def said(rows: list[list[object]], row: list[object]) -> None:
+    print(*row, sep=" | ", file=sys.stderr, flush=True)
+    rows.append(row)
 
 
 def train(folder: Path, out: str, *words: str, threads: int = 1) -> Path:
@@ -82,26 +95,25 @@ def step_ms(run: Path, skip: int = 10) -> float:
     return 1e3 * statistics.median(seconds[min(skip, len(seconds) // 2) :])
 
 
-def bits(folder: Path, steps: int, turns: int) -> str:
+def bits(folder: Path, given: argparse.Namespace) -> str:
     rows: list[list[object]] = []
-    for optim, dropout, experts in itertools.product(("adamw", "muon"), ("0", "0.1"), (0, 4)):
-        settings = [*TINY, *QUIET, "--optim.name", optim, "--model.dropout", dropout]
-        settings += ["--steps", str(steps)] + (EXPERTS if experts else [])
-        name = f"{optim}-{dropout}-{experts}"
+    steps = given.steps
+    for optim, experts in itertools.product(("adamw", "muon"), (0, 4)):
+        settings = [*TINY, *QUIET, "--optim.name", optim, "--model.dropout", "0.1"]
+        settings += ["--steps", str(given.steps)] + (EXPERTS if experts else [])
         found = [
-            weights_of(train(folder, f"{name}-{n}", *settings, "--ranks", str(n)))
-            for n in (1, 2, 4)
+            weights_of(train(folder, f"{optim}-{experts}-{number}", *settings, *ranks))
+            for number, ranks in enumerate(RANKS.values())
         ]
-        run = str(folder / f"{name}-parts")
-        for number, ranks in enumerate((2, 4, 1), start=1):
+        run = str(folder / f"{optim}-{experts}-parts")
+        for number, count in enumerate((2, 4, 1), start=1):
             # 每次多做三分之一；日程按总步数，所以步数不变，用存下的那一步停住。
-            part = train_until(run, [*settings, "--data.folder", str(folder / "data")], ranks,
+            part = train_until(run, [*settings, "--data.folder", str(folder / "data")], count,
                                steps * number // 3, steps)  # fmt: skip
         found.append(weights_of(part))
-        same = "yes" if len(set(found)) == 1 else "NO"
-        rows.append([optim, dropout, experts, *found, same])
-    header = ["optimizer", "dropout", "experts", "1 rank", "2", "4", "2, then 4, then 1", "same"]
-    return f"## Bits\n\nsha256 of the final weights, {steps} steps.\n\n{table(header, rows)}"
+        said(rows, [optim, experts, *found, "yes" if len(set(found)) == 1 else "NO"])
+    header = ["optimizer", "experts", *RANKS, "2, then 4, then 1", "same"]
+    return f"sha256 of the final weights, {steps} steps, dropout 0.1.\n\n{table(header, rows)}"
 
 
 def train_until(out: str, settings: list[str], ranks: int, step: int, last: int) -> Path:
@@ -131,52 +143,48 @@ def train_until(out: str, settings: list[str], ranks: int, step: int, last: int)
     return Path(out)
 
 
-def sums(folder: Path, steps: int, turns: int) -> str:
+def sums(folder: Path, given: argparse.Namespace) -> str:
     rows: list[list[object]] = []
     for (name, layers, width, batch, context), ranks in itertools.product(SIZES, (2, 4)):
         settings = [
             "--model.n-layer", str(layers), "--model.n-embed", str(width), "--model.n-head", "6",
             "--model.context-size", str(context), "--batch-size", str(batch), "--micro-batch", "2",
-            "--schedule.warmup-steps", "5", "--steps", str(steps), "--ranks", str(ranks), *QUIET,
+            "--schedule.warmup-steps", "5", "--steps", str(given.steps), "--ranks", str(ranks),
+            *QUIET,
         ]  # fmt: skip
         found = compare(
-            folder, f"sums-{layers}-{width}-{ranks}", turns,
+            folder, f"sums-{layers}-{width}-{ranks}", given.turns,
             {"tree": (settings, 1), "all": ([*settings, "--parallel.no-exact"], 1)},
         )  # fmt: skip
         ratio = f"{found['tree'] / found['all']:.2f}"
-        rows.append([name, ranks, f"{found['tree']:.1f}", f"{found['all']:.1f}", ratio])
+        said(rows, [name, ranks, f"{found['tree']:.1f}", f"{found['all']:.1f}", ratio])
     header = ["parameters", "ranks", "tree, ms a step", "all_reduce, ms a step", "ratio"]
-    return f"## The fixed tree against all_reduce\n\n{table(header, rows)}"
+    return table(header, rows)
 
 
-def cores(folder: Path, steps: int, turns: int) -> str:
+def cores(folder: Path, given: argparse.Namespace) -> str:
     rows: list[list[object]] = []
+    steps = str(given.steps)
     quickstart = ["--config", str(RECIPES / "quickstart.yaml"), "--schedule.warmup-steps", "5"]
     cases = {
-        "Small, 4 x 256": [
-            *SMALL,
-            "--schedule.warmup-steps",
-            "2",
-            "--steps",
-            str(max(6, steps // 5)),
-        ],
-        "quickstart": [*quickstart, "--steps", str(steps)],
-        "quickstart, micro-batch 4": [*quickstart, "--micro-batch", "4", "--steps", str(steps)],
+        "Small, 4 x 256": [*SMALL, "--steps", str(max(6, given.steps // 5))],
+        "quickstart": [*quickstart, "--steps", steps],
+        "quickstart, micro-batch 4": [*quickstart, "--micro-batch", "4", "--steps", steps],
     }
     for name, settings in cases.items():
         # 一个进程一次前向整批，是它最快的办法。
         plain = [*settings, "--micro-batch", "None"]
         found = compare(
-            folder, f"cores-{name.split(',')[0]}-{len(rows)}", turns,
+            folder, f"cores-{name.split(',')[0]}-{len(rows)}", given.turns,
             {
                 "threads": ([*plain, *QUIET], 2),
                 "ranks": ([*settings, *QUIET, "--ranks", "2"], 1),
             },
         )  # fmt: skip
         ratio = f"{found['threads'] / found['ranks']:.2f}"
-        rows.append([name, f"{found['threads']:.1f}", f"{found['ranks']:.1f}", ratio])
+        said(rows, [name, f"{found['threads']:.1f}", f"{found['ranks']:.1f}", ratio])
     header = ["what", "1 process, 2 threads, ms a step", "2 ranks, 1 thread, ms a step", "faster"]
-    return f"## Two cores: two ranks against two threads\n\n{table(header, rows)}"
+    return table(header, rows)
 
 
 def compare(

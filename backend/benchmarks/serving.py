@@ -1,6 +1,7 @@
 """服务：一、八、三十二个客户端；长提示进来时别人停多久；借前缀；猜；HTTP 要多少。
 
 cd backend && python -m benchmarks.serving --vocab-files FOLDER
+各部分各写一张表，一做完就写，可以各自跑：--parts throughput stall prefix guessing arrivals memory。
 同类，装着才有：transformers serve --continuous-batching，PATH 上的 llama-server（读我们的 GGUF）。
 各服务轮流被问，不被问的停住（SIGSTOP）；贪心的文字先要相同，否则不印那一行。
 """
@@ -42,6 +43,7 @@ from .serving_load import Answer, closed_loop, open_loop, quantile
 
 GREEDY = SamplingConfig(temperature=0.0)
 Bodies = list[dict[str, Any]]
+PARTS = ("throughput", "stall", "prefix", "guessing", "arrivals", "memory")
 
 
 @dataclass
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -85,10 +88,10 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             servers, missing = start_all(args, folder, Path(temporary), stack)
             bench = Bench(args, model, tokenizer, servers)
-            parts = [bench.throughput(), bench.latency(), bench.stall(), bench.prefix()]
-            parts += [bench.guessing(), bench.arrivals(), bench.memory()]
-    body = "\n\n".join(parts) + f"\n\nNot installed: {', '.join(missing) or 'nothing'}."
-    write_result("serving", "cd backend && python -m benchmarks.serving --vocab-files FOLDER", body)
+            for part in args.parts:
+                body = f"{getattr(bench, part)()}\n\nNot installed: {', '.join(missing) or 'none'}."
+                command = f"cd backend && python -m benchmarks.serving --parts {part} "
+                write_result(f"serving_{part}", f"{command}--vocab-files FOLDER", body)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[Path, GPT2Model, Tokenizer]:
@@ -126,9 +129,9 @@ def start_all(
         subprocess.run(
             [*gpt2, "export", str(model), "--to", "gguf", "--out", str(gguf)], check=True
         )
-        (file,) = gguf.glob("*.gguf")
+        (file,), most = gguf.glob("*.gguf"), max(args.clients)
         command = ["llama-server", "-m", str(file), "-t", str(args.threads), "--poll", "0",
-                   "-np", str(max(args.clients))]  # fmt: skip
+                   "-np", str(most), "-c", str(most * 1024)]  # fmt: skip
         wanted["llama-server F32"] = ("any", command, {"ignore_eos": True})
     else:
         missing.append("llama-server")
@@ -193,7 +196,7 @@ class Bench:
         self.equal = self._equal_work()
 
     def throughput(self) -> str:
-        """各做法每秒多少个新词元；每轮换着来，第一轮只热身。"""
+        """各做法每秒多少个新词元；每轮换着来，都已在比文字时热过身。"""
         rows: list[list[object]] = []
         for clients in self.args.clients:
             jobs: dict[str, Callable[[], float]] = {
@@ -203,20 +206,21 @@ class Bench:
             for name in self.equal:
                 jobs[name] = lambda s=self.servers[name], n=clients: self._through(s, n)
             speeds: dict[str, list[float]] = {name: [] for name in jobs}
-            for number in range(self.args.rounds + 1):
+            for _ in range(self.args.rounds):
                 for name, job in jobs.items():
-                    speed = job()
-                    if number:
-                        speeds[name].append(speed)
+                    speeds[name].append(job())
+                    said = f"{clients} clients, {name}: {speeds[name][-1]:.1f} tokens/s"
+                    print(said, file=sys.stderr, flush=True)
             base = statistics.median(speeds["complete, in process"])
             for name, values in speeds.items():
                 median = statistics.median(values)
                 spread = f"{min(values):.1f}..{max(values):.1f}"
                 rows.append([clients, name, f"{median:.1f}", spread, f"{median / base:.2f}x"])
         header = ["clients", "what", "tokens/s", "range", "against complete"]
-        return f"{self.args.prompt}+{self.args.new} tokens:\n\n" + table(header, rows)
+        sizes = f"{self.args.prompt}+{self.args.new} tokens, {self.args.rounds} rounds:"
+        return f"{sizes}\n\n{table(header, rows)}\n\n{self._latency()}"
 
-    def latency(self) -> str:
+    def _latency(self) -> str:
         rows: list[list[object]] = []
         for (name, clients), answers in self._answers.items():
             first = [a.first for a in answers]

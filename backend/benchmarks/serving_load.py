@@ -54,7 +54,7 @@ class Connection:
             f"Content-Length: {len(data)}\r\n\r\n".encode()
             + data
         )
-        status, chunked = await self._head(reader)
+        status, chunked, closing = await self._head(reader)
         pending = ""
         while True:
             size = int((await reader.readline()).strip() or b"0", 16) if chunked else 0
@@ -67,9 +67,9 @@ class Connection:
             for line in lines:
                 self._note(answer, line)
         if status != 200:
-            answer.error = f"status {status}"
+            answer.error = f"status {status}" if status else "closed without an answer"
         answer.end = time.perf_counter()
-        if not chunked:
+        if closing or not chunked or not status:
             self.close()
         return answer
 
@@ -78,11 +78,12 @@ class Connection:
             self._streams[1].close()
             self._streams = None
 
-    async def _head(self, reader: asyncio.StreamReader) -> tuple[int, bool]:
-        status, chunked = int((await reader.readline()).split()[1]), False
+    async def _head(self, reader: asyncio.StreamReader) -> tuple[int, bool, bool]:
+        """(状态, 分块, 说完就断)。"""
+        status, lines = int(((await reader.readline()).split() + [b"0", b"0"])[1]), set[bytes]()
         while (line := (await reader.readline()).strip()) != b"":
-            chunked = chunked or line.lower() == b"transfer-encoding: chunked"
-        return status, chunked
+            lines.add(line.lower())
+        return status, b"transfer-encoding: chunked" in lines, b"connection: close" in lines
 
     def _note(self, answer: Answer, line: str) -> None:
         if not line.startswith("data: {"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
-from app.cli.main import COMMANDS
+from app.cli.main import COMMANDS, main
+from tests.training.conftest import write_dataset
 
 ROOT = Path(__file__).parents[2]
 ENGLISH = [
@@ -80,6 +83,51 @@ def test_the_python_of_the_quantization_guide_runs(
         if kind == "python":
             exec(text, names)
     assert 0 < names["difference"] < 0.05  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_adapter_guide_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("data/letters"))
+    start = (
+        "train --data.folder data/letters --out runs/mine --steps 20 --schedule.warmup-steps 2 "
+        "--model.n-layer 2 --model.n-embed 32 --model.n-head 2 --model.context-size 32"
+    )
+    assert main(shlex.split(start)) == 0
+    (shell,) = [text for kind, text in blocks(ROOT / "docs" / "adapters.md") if kind == "bash"]
+    for line in shell.splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_fine_tuning_guide_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """除了 serve（不会自己停下）；chat 读管道。"""
+    monkeypatch.chdir(tmp_path)
+    Path("mail").mkdir()
+    for number in range(20):
+        Path(f"mail/{number}.txt").write_text(f"a cat sat on the mat and then {number % 2} ran\n")
+    (questions,) = [t for kind, t in blocks(ROOT / "docs" / "finetune.md") if kind == "json"]
+    Path("questions.jsonl").write_text(questions * 10)
+    start = (
+        "train --data.folder data/bytes --out runs/first --steps 2 --schedule.warmup-steps 1 "
+        "--model.n-layer 1 --model.n-embed 32 --model.n-head 2 --model.context-size 128"
+    )
+    assert main(["prepare", "mail", "--out", "data/bytes", "--tokenizer", "bytes"]) == 0
+    assert main(shlex.split(start)) == 0
+    Path("models").mkdir()
+    (checkpoint,) = Path("runs/first").glob("step-*")
+    shutil.copytree(checkpoint, "models/gpt2")
+    for kind, text in blocks(ROOT / "docs" / "finetune.md"):
+        for line in text.splitlines() if kind == "bash" else ():
+            words = shlex.split(line.split("<")[0])[1:]
+            if words[0] == "serve":
+                continue
+            monkeypatch.setattr("sys.stdin", io.StringIO("When do you open?\n"))
+            assert main(words) == 0, line
 
 
 @pytest.mark.slow

@@ -26,12 +26,13 @@ FLOORS = {
     ),
     "app": (
         "models", "common native", "data inspection", "viz", "distributed",
-        "generation evaluation verification quantization", "training",
-        "planning equalities", "interop serving", "cli",
+        "generation evaluation verification quantization", "adapters", "training",
+        "planning equalities", "interop serving finetuning", "cli",
     ),
     "app.training": (
-        "config", "optim", "saving machine", "step watch ranks", "report whole_model", "engine",
-        "sharded", "split_model", "engines trainer", "describe", "run", "sweep",
+        "settings", "config", "optim", "saving machine", "objectives", "step watch ranks",
+        "report whole_model opened", "engine references", "sharded", "split_model",
+        "engines trainer", "describe", "run", "sweep",
     ),
     "app.cli": ("shared", "commands", "main", "__main__"),
 }  # fmt: skip

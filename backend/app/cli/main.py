@@ -18,12 +18,15 @@ from app.common.console import forget_reader, tolerant_output
 COMMANDS = {
     "prepare": "turn text files, folders, json, csv or ready tokens into token shards",
     "train": "train a model, with exact resume",
+    "finetune": "tune a trained model on your own text, answers, conversations or preferences",
     "sweep": "train the same data and seeds with one switch changed",
     "compare": "draw runs over tokens and time, with a table and the seeds' spread",
     "generate": "continue prompts with a trained model",
+    "chat": "talk to a model that was tuned on conversations",
     "serve": "serve trained models over HTTP, for OpenAI clients, lm-eval and curl",
     "eval": "perplexity, bits per byte and jsonl tasks of a trained model",
     "import": "turn weights from Hugging Face or nanoGPT into a model folder",
+    "merge": "add an adapter to its base: one model folder, with nothing left to look up",
     "quantize": "store a model's matrices in 16, 8 or 4 bits: smaller, and faster to decode",
     "export": "write a trained model for transformers, llama.cpp, ONNX or CTranslate2",
     "plan": "what will run: parameters, memory, attention backends and why",
@@ -32,8 +35,11 @@ COMMANDS = {
     "experts": "average a model's experts into a dense one, or prune those little used",
     "verify": "check a configuration: causality, cache, padding, counts, save and load",
 }
-# 模块不能叫 import。
-_MODULES = {"import": "import_weights"}
+# 不与命令同名的模块：模块不能叫 import；由模型造模型的另有一间。
+_MODULES = {
+    "import": "import_weights",
+    **{name: f"models.{name}" for name in ("finetune", "upcycle", "experts", "merge")},
+}
 
 
 class Command(Protocol):

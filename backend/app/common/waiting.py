@@ -1,7 +1,7 @@
 """等活的线程空转还是睡：OpenMP 的设定，要在导入 torch 之前定下。不依赖 torch。
 
 空转的线程一有活就接上；可是别的程序也要核的时候，它占着核不让，大家一起慢。数与表见
-benchmarks/results/waiting.md 与 docs/decisions/022-serving.md。
+docs/decisions/022-serving.md，这台机器上的由 benchmarks/waiting.py 量。
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -218,25 +218,28 @@ def train(texts: Iterable[str], n_tokens: int) -> tuple[dict[str, int], list[tup
     return state["vocab"], merges
 
 
+def added_token(number: int, text: str) -> dict[str, Any]:
+    """tokenizer.json 的 added_tokens 里的一项。"""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": text, **plain, "special": True}
+
+
 def hub_json(
-    vocab: dict[str, int], merges: list[tuple[str, str]], separator: int
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    separator: int,
+    special: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Hugging Face `tokenizers` 能直接打开的形状。"""
+    """Hugging Face `tokenizers` 能直接打开的形状；special 接在词表之后。"""
+    table = dict(sorted({**vocab, SEPARATOR_TEXT: separator}.items(), key=lambda x: x[1]))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": separator,
-                "content": SEPARATOR_TEXT,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
+            added_token(separator, SEPARATOR_TEXT),
+            *(added_token(len(table) + i, text) for i, text in enumerate(special)),
         ],
         "normalizer": None,
         "pre_tokenizer": {**byte_level, "use_regex": True},
@@ -250,7 +253,7 @@ def hub_json(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": dict(sorted({**vocab, SEPARATOR_TEXT: separator}.items(), key=lambda x: x[1])),
+            "vocab": table,
             "merges": [" ".join(pair) for pair in merges],
         },
     }

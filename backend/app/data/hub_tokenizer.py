@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,8 +107,19 @@ class HubTokenizer(TableTokenizer):
         """{文字: id}：文本里见到这些文字，也只当普通文本。"""
         return {text: number for number, text in self._special.items()}
 
-    def byte_length(self, ids: Iterable[int]) -> int:
-        return sum(len(self.token_bytes(int(i))) for i in ids if int(i) not in self._special)
+    def _extended(self, special: Sequence[str]) -> HubTokenizer:
+        first = self.vocab_size
+        added = [byte_level.added_token(first + i, text) for i, text in enumerate(special)]
+        data = {**self._data, "added_tokens": [*(self._data.get("added_tokens") or []), *added]}
+        text = json.dumps(data, ensure_ascii=False)
+        made = HubTokenizer(text, self._separator, self._stop_ids)
+        wrong = [t for i, t in enumerate(special) if made.special_tokens.get(t) != first + i]
+        if wrong:
+            raise ValueError(
+                f"special token {wrong[0]!r} cannot follow the tokenizer's {first} ids: it is an "
+                "ordinary token already, or the ids have holes"
+            )
+        return made
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:

@@ -15,8 +15,8 @@ SCHEMA_VERSION = 1
 JOURNAL_FILE = "prepare.json"
 LOCK_FILE = "prepare.lock"
 _OUR_FILES = re.compile(
-    r"(tokens-\d{5}\.bin|index\.npy|meta\.json|tokenizer\.json|tokenizer_meta\.json)(\.tmp)?"
-    r"|index\.tmp"
+    r"(tokens-\d{5}\.bin|(index|scored)\.npy|(meta|chat|examples|tokenizer|tokenizer_meta)\.json)(\.tmp)?"
+    r"|(index|scored)\.tmp"
 )
 
 

@@ -55,13 +55,14 @@ _ESTIMATE_CHARS = 1 << 20
 class TokenizerSpec:
     """要哪一种分词器；vocab_size 只用于 "bpe"（None = 4096），vocab_files 只用于 "gpt2"。
 
-    given 是现成的分词器，kind 就是它的。
+    given 是现成的分词器，kind 就是它的；special 是另加的特殊词元。
     """
 
     kind: str
     vocab_size: int | None = None
     vocab_files: Path | None = None
     given: Tokenizer | None = None
+    special: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerSpec:
@@ -92,17 +93,21 @@ class TokenizerSpec:
     def ready(self) -> Tokenizer | None:
         """不必先读文本的分词器；None：要在文本上造。"""
         if self.given is not None:
-            return self.given
+            return self.extended(self.given)
         if self.kind == "bytes":
-            return ByteTokenizer()
-        return gpt2_tokenizer(self.vocab_files) if self.kind == "gpt2" else None
+            return self.extended(ByteTokenizer())
+        return self.extended(gpt2_tokenizer(self.vocab_files)) if self.kind == "gpt2" else None
+
+    def extended(self, tokenizer: Tokenizer) -> Tokenizer:
+        return tokenizer.with_special(self.special)
 
     def identity(self) -> dict[str, Any]:
+        special = {"special": list(self.special)} if self.special else {}
         if self.given is not None:
-            return {"tokenizer": self.kind, "fingerprint": self.given.fingerprint()}
+            return {"tokenizer": self.kind, "fingerprint": self.given.fingerprint(), **special}
         if self.kind == "bpe":
-            return {"tokenizer": self.kind, "vocab_size": self.bpe_size}
-        return {"tokenizer": self.kind}
+            return {"tokenizer": self.kind, "vocab_size": self.bpe_size, **special}
+        return {"tokenizer": self.kind, **special}
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def prepare(
         raise ValueError(f"shard_tokens={shard_tokens} must be at least 1")
     check_folder(out)
     stock.take_stock(sources, val, say)
-    special = getattr(spec.given, "special_tokens", {})
+    special = spec.given.special_tokens if spec.given else {}
     plan = split.survey(sources, val_fraction, spec.kind == "chars", val, special)
     stock.tell(plan, sources.reading, say)
     stock.check_separator(sources, val)
@@ -225,7 +230,7 @@ class _Job:
         if (ready := self.spec.ready()) is not None:
             return ready
         if self.spec.kind == "chars":
-            return chars_tokenizer(self.plan.alphabet)
+            return self.spec.extended(chars_tokenizer(self.plan.alphabet))
         self.say(f"training a BPE vocabulary of {self.spec.bpe_size}")
         tokenizer = train_bpe(self._sample(), self.spec.bpe_size)
         if tokenizer.vocab_size < self.spec.bpe_size:
@@ -233,7 +238,7 @@ class _Job:
                 f"the text gave only {tokenizer.vocab_size} tokens "
                 f"of the {self.spec.bpe_size} asked for"
             )
-        return tokenizer
+        return self.spec.extended(tokenizer)
 
     def _sample(self) -> Iterator[str]:
         """训练那一边的文本，均匀取样，至多约 BPE_SAMPLE_CHARS 个字符。"""

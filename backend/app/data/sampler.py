@@ -59,7 +59,7 @@ class Sampler:
         # a·b 只比窗口数多不到 a：几乎不用再走
         self._a = math.isqrt(self.n_windows - 1) + 1
         self._b = -(-self.n_windows // self._a)
-        self._key = _mix(np.array([seed & _MASK], dtype=np.uint64))
+        self._key = mix(np.array([seed & _MASK], dtype=np.uint64))
 
     def moved(self, step: int, windows: int) -> Sampler:
         """同样的次序，但做完 step 步时已读过 windows 个窗口：从那里接着读。"""
@@ -111,7 +111,7 @@ class Sampler:
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
     def _hash(self, values: np.ndarray, tag: int) -> np.ndarray:
-        return _mix(_mix(values ^ self._key) + np.uint64(tag))
+        return mix(mix(values ^ self._key) + np.uint64(tag))
 
     def _permute(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """[0, n_windows) 上的置换，每轮一把钥匙；落在界外的再走一次，直到界内。"""
@@ -133,10 +133,10 @@ class Sampler:
     def _round(
         self, half: np.ndarray, epochs: np.ndarray, number: int, size: np.uint64
     ) -> np.ndarray:
-        return _mix(half ^ self._hash(epochs, _ROUND_TAG + number)) % size
+        return mix(half ^ self._hash(epochs, _ROUND_TAG + number)) % size
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """splitmix64 的终混（Steele et al. 2014）；uint64 的溢出是本意。"""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -5,7 +5,12 @@
     meta.json            计数、每个文件的字节数与 sha256、来源；最后写，它在就说明完整
     tokenizer.json …     写下它的分词器
 
-每篇文档以分隔符结尾，没有分隔符的分词器除外。形状：length 是请求的词元数。
+对话与偏好（版式 2）一例一篇，另有：
+
+    scored.npy           计分的词元的区间 [起, 止)，(S, 2) int64，递增、不跨例
+    chat.json            写下它的模板
+
+文本的每篇文档以分隔符结尾，没有分隔符的分词器除外；例的结尾由模板定。形状：length 是请求的词元数。
 """
 
 from __future__ import annotations
@@ -14,16 +19,20 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from app.common.files import sha256_file
+from app.data.chat.template import CHAT_FILE, Template, find_template
 from app.data.tokenizers import Tokenizer, load_tokenizer
 
 SCHEMA_VERSION = 1
+CHAT_SCHEMA_VERSION = 2
+Kind = Literal["text", "chat", "pairs", "preference"]
 META_FILE = "meta.json"
 INDEX_FILE = "index.npy"
+SCORED_FILE = "scored.npy"
 _MAX_META_BYTES = 64 * 2**20
 _SCAN_TOKENS = 1 << 22
 _AGAIN = "prepare the data again into a new folder"
@@ -53,10 +62,13 @@ class TokenDataset:
         self.vocab_size: int = meta["tokenizer"]["vocab_size"]
         self.fingerprint = fingerprint(meta)
         dtype = token_dtype(self.vocab_size)
-        self._names = [f["name"] for f in meta["files"] if f["name"] != INDEX_FILE]
+        self.kind: Kind = meta.get("kind", "text")
+        self._names = [f["name"] for f in meta["files"] if f["name"].startswith("tokens-")]
         self._shards = [np.memmap(folder / name, dtype=dtype, mode="r") for name in self._names]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self.document_starts: np.ndarray = _open_index(folder / INDEX_FILE)
+        self.document_starts: np.ndarray = _open_array(folder / INDEX_FILE, 1)
+        scored = None if self.kind == "text" else _open_array(folder / SCORED_FILE, 2)
+        self.scored_spans: np.ndarray | None = scored
 
     @classmethod
     def open(
@@ -82,6 +94,7 @@ class TokenDataset:
                     )
         dataset = cls(path, meta)
         dataset._check_index()
+        dataset._check_scored()
         if verify == "sha256":
             dataset._check_ids()
         return dataset
@@ -97,6 +110,16 @@ class TokenDataset:
                 f"restore the tokenizer files, or {_AGAIN}"
             )
         return tokenizer
+
+    def template(self) -> Template:
+        """文件夹里的对话模板，须与写下这些词元的是同一个。"""
+        wanted, template = self.meta.get("chat"), find_template(self.folder)
+        if wanted is None or template is None or template.fingerprint() != wanted["fingerprint"]:
+            raise ValueError(
+                f"{self.folder}: the chat template there is not the one that wrote the tokens: "
+                f"restore {CHAT_FILE}, or {_AGAIN}"
+            )
+        return template
 
     def read(self, start: int, length: int) -> np.ndarray:
         """[start, start + length) 的词元，跨分片：(length,) int64。"""
@@ -129,6 +152,25 @@ class TokenDataset:
         result[starts[first + 1 : last] - start] = 1
         return first + np.cumsum(result)
 
+    def scored(self, start: int, length: int) -> np.ndarray:
+        """各词元计不计分：(length,) bool；文本的全都计分。"""
+        self._check_range(start, length)
+        if self.scored_spans is None:
+            return np.ones(length, dtype=bool)
+        begins, ends = self.scored_spans[:, 0], self.scored_spans[:, 1]
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(begins, start + length, side="left"))
+        result = np.zeros(length, dtype=bool)
+        for begin, end in self.scored_spans[first:last].tolist():
+            result[max(begin - start, 0) : end - start] = True
+        return result
+
+    @property
+    def n_scored(self) -> int:
+        """计分的词元总数。"""
+        spans = self.scored_spans
+        return self.n_tokens if spans is None else int((spans[:, 1] - spans[:, 0]).sum())
+
     def _check_range(self, start: int, length: int) -> None:
         if start < 0 or length < 0 or start + length > self.n_tokens:
             raise ValueError(
@@ -155,6 +197,18 @@ class TokenDataset:
                 raise ValueError(
                     f"{path}: document starts must grow and stay below {self.n_tokens}: {_AGAIN}"
                 )
+
+    def _check_scored(self) -> None:
+        spans, path = self.scored_spans, self.folder / SCORED_FILE
+        if spans is None:
+            return
+        borders = np.asarray(spans).reshape(-1)
+        inside = len(spans) and borders[0] >= 0 and borders[-1] <= self.n_tokens
+        if spans.shape[1:] != (2,) or not inside or (np.diff(borders) < 0).any():
+            raise ValueError(
+                f"{path}: {len(spans)} spans of scored tokens, which must grow and stay within "
+                f"{self.n_tokens}: {_AGAIN}"
+            )
 
     def _check_ids(self) -> None:
         for name, shard in zip(self._names, self._shards, strict=True):
@@ -195,11 +249,14 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 def _check_meta(meta: Any, path: Path) -> None:
     if not isinstance(meta, dict):
         raise ValueError(f"{path}: expected a mapping, got {type(meta).__name__}: {_AGAIN}")
-    if meta.get("schema_version") != SCHEMA_VERSION:
+    version, kind = meta.get("schema_version"), meta.get("kind", "text")
+    if version not in (SCHEMA_VERSION, CHAT_SCHEMA_VERSION):
         raise ValueError(
-            f"{path}: schema_version={meta.get('schema_version')!r} but this version reads "
-            f"{SCHEMA_VERSION}: update the package, or {_AGAIN}"
+            f"{path}: schema_version={version!r} but this version reads {SCHEMA_VERSION} and "
+            f"{CHAT_SCHEMA_VERSION}: update the package, or {_AGAIN}"
         )
+    if kind not in get_args(Kind) or (kind == "text") != (version == SCHEMA_VERSION):
+        raise ValueError(f"{path}: kind={kind!r} with schema_version={version}: {_AGAIN}")
     tokenizer = meta.get("tokenizer")
     vocab_size = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
     if type(vocab_size) is not int or vocab_size < 1 or "fingerprint" not in (tokenizer or {}):
@@ -212,22 +269,23 @@ def _check_meta(meta: Any, path: Path) -> None:
     for name in ("n_tokens", "n_documents", "n_bytes"):
         if type(meta.get(name)) is not int or meta[name] < 0:
             raise ValueError(f"{path}: {name}={meta.get(name)!r} is not a count: {_AGAIN}")
-    _check_files(meta.get("files"), token_dtype(vocab_size).itemsize, path)
+    extra = [INDEX_FILE] if kind == "text" else [INDEX_FILE, SCORED_FILE]
+    _check_files(meta.get("files"), extra, token_dtype(vocab_size).itemsize, path)
 
 
-def _check_files(files: Any, item_bytes: int, path: Path) -> None:
+def _check_files(files: Any, extra: list[str], item_bytes: int, path: Path) -> None:
     """文件名只许是我们自己的那几个：meta.json 不能指到文件夹外面去。"""
     if not isinstance(files, list) or not all(isinstance(f, dict) for f in files):
         raise ValueError(f"{path}: files must be a list: {_AGAIN}")
     names = [f.get("name") for f in files]
-    wanted = [shard_name(i) for i in range(len(files) - 1)] + [INDEX_FILE]
+    wanted = [shard_name(i) for i in range(len(files) - len(extra))] + extra
     if names != wanted:
         raise ValueError(f"{path}: files are {names}, expected {wanted}: {_AGAIN}")
     for entry in files:
         size = entry.get("bytes")
         if type(size) is not int or size < 1 or not isinstance(entry.get("sha256"), str):
             raise ValueError(f"{path}: {entry['name']} has bytes={size!r}: {_AGAIN}")
-        if entry["name"] != INDEX_FILE and size % item_bytes:
+        if entry["name"] not in extra and size % item_bytes:
             raise ValueError(
                 f"{path}: {entry['name']} has {size} bytes, not a multiple of {item_bytes}: "
                 f"{_AGAIN}"
@@ -244,14 +302,14 @@ def _check_size(path: Path, size: int) -> None:
         )
 
 
-def _open_index(path: Path) -> np.ndarray:
+def _open_array(path: Path, dimensions: int) -> np.ndarray:
     try:
-        starts = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a NumPy index ({error}): {_AGAIN}") from None
-    if starts.dtype != np.dtype("<i8") or starts.ndim != 1:
+    if values.dtype != np.dtype("<i8") or values.ndim != dimensions:
         raise ValueError(
-            f"{path}: {starts.dtype} with {starts.ndim} dimensions, expected a row of int64: "
-            f"{_AGAIN}"
+            f"{path}: {values.dtype} with {values.ndim} dimensions, expected int64 with "
+            f"{dimensions}: {_AGAIN}"
         )
-    return starts
+    return values

@@ -155,7 +155,7 @@ def survey(
             raise ValueError(_nothing(given, skipped))
     plan = Plan(
         content=census.content(),
-        split="given" if val else _choose(val_fraction, val_characters / census.characters),
+        split="given" if val else choose(val_fraction, val_characters / census.characters),
         val_fraction=val_fraction,
         skipped=skipped,
         empty=census.empty,
@@ -217,7 +217,7 @@ class _Markers:
         self._tail, self._document = text[-_MARKER_CHARS:], document
 
 
-def _choose(wanted: float, share: float) -> Literal["none", "hash", "tail"]:
+def choose(wanted: float, share: float) -> Literal["none", "hash", "tail"]:
     if wanted == 0:
         return "none"
     if wanted / 2 <= share <= min(2 * wanted, (1 + wanted) / 2):
@@ -227,7 +227,10 @@ def _choose(wanted: float, share: float) -> Literal["none", "hash", "tail"]:
 
 def _key(first_piece: str) -> float:
     """文档开头的哈希，[0, 1) 上均匀。"""
-    data = first_piece[:_KEY_CHARS].encode("utf-8")
+    return fraction(first_piece[:_KEY_CHARS].encode("utf-8"))
+
+
+def fraction(data: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "big") / 2**48
 
 

@@ -37,6 +37,13 @@ class Tokenizer(Protocol):
         """生成到其中任何一个就算写完；没有分隔符的为空。"""
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """{文字: id}，分隔符也在内：只有程序写得出，文本里见到这些文字也只是文字。"""
+
+    def with_special(self, texts: Iterable[str]) -> Tokenizer:
+        """另有这些特殊词元的分词器：已有的不重复，新的接在词表之后，原来的 id 都不变。"""
+
+    @property
     def start_ids(self) -> tuple[int, ...]:
         """每段文本之前必有的 id（外来分词器的 BOS）；自家的为空。"""
 
@@ -79,9 +86,20 @@ class TableTokenizer:
 
     kind: str
 
-    def __init__(self, table: list[bytes], separator: int | None) -> None:
-        self._table = table
-        self._separator = separator
+    def __init__(
+        self, table: list[bytes], separator: int | None, special: Sequence[str] = ()
+    ) -> None:
+        """special 是接在表后的特殊词元。"""
+        self._separator, self._special_texts = separator, tuple(special)
+        self._named = {} if separator is None else {table[separator].decode(): separator}
+        self._named |= {text: len(table) + i for i, text in enumerate(special)}
+        for text in special:
+            if len(text) < 2 or text.encode() in table or len(set(special)) < len(special):
+                raise ValueError(
+                    f"special token {text!r} is short, twice there or an ordinary token already: "
+                    "choose a text such as '<|user|>'"
+                )
+        self._table = [*table, *map(utf8, special)]
 
     @property
     def vocab_size(self) -> int:
@@ -98,6 +116,18 @@ class TableTokenizer:
     @property
     def start_ids(self) -> tuple[int, ...]:
         return ()
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._named)
+
+    def with_special(self, texts: Iterable[str]) -> Tokenizer:
+        new = [text for text in dict.fromkeys(texts) if text not in self.special_tokens]
+        return self._extended(new) if new else self
+
+    def _extended(self, special: Sequence[str]) -> Tokenizer:
+        """另有 special（都是新的）。"""
+        raise NotImplementedError
 
     @property
     def document_start(self) -> tuple[int, ...]:
@@ -122,7 +152,8 @@ class TableTokenizer:
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
 
     def byte_length(self, ids: Iterable[int]) -> int:
-        return sum(len(self.token_bytes(int(i))) for i in ids if i != self._separator)
+        special = set(self.special_tokens.values())
+        return sum(len(self.token_bytes(int(i))) for i in ids if int(i) not in special)
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.encode_batch([text])[0]]

@@ -38,8 +38,8 @@ _GPT2_SHA256 = {
 class _Separated(TableTokenizer):
     """总有分隔符的几种。"""
 
-    def __init__(self, table: list[bytes], separator: int) -> None:
-        super().__init__(table, separator)
+    def __init__(self, table: list[bytes], separator: int, special: Sequence[str] = ()) -> None:
+        super().__init__(table, separator, special)
         self._end = separator
 
     @property
@@ -52,14 +52,18 @@ class ByteTokenizer(_Separated):
 
     kind = "bytes"
 
-    def __init__(self) -> None:
-        super().__init__([bytes([b]) for b in range(256)] + [SEPARATOR_TEXT.encode()], 256)
+    def __init__(self, special: Sequence[str] = ()) -> None:
+        table = [bytes([b]) for b in range(256)] + [SEPARATOR_TEXT.encode()]
+        super().__init__(table, 256, special)
+
+    def _extended(self, special: Sequence[str]) -> ByteTokenizer:
+        return ByteTokenizer([*self._special_texts, *special])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(utf8(t), dtype=np.uint8).astype(np.uint32) for t in texts]
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        return {"kind": self.kind, **_special_json(self._special_texts)}
 
 
 class CharTokenizer(TableTokenizer):
@@ -73,7 +77,9 @@ class CharTokenizer(TableTokenizer):
 
     kind = "chars"
 
-    def __init__(self, characters: Iterable[str], separator: bool = True) -> None:
+    def __init__(
+        self, characters: Iterable[str], separator: bool = True, special: Sequence[str] = ()
+    ) -> None:
         self._characters = list(dict.fromkeys(characters))
         if not self._characters:
             raise ValueError("a character tokenizer needs at least one character")
@@ -83,7 +89,11 @@ class CharTokenizer(TableTokenizer):
         table = [utf8(c) for c in self._characters]
         if separator:
             table.append(SEPARATOR_TEXT.encode())
-        super().__init__(table, len(self._characters) if separator else None)
+        super().__init__(table, len(self._characters) if separator else None, special)
+
+    def _extended(self, special: Sequence[str]) -> CharTokenizer:
+        has_end = self._separator is not None
+        return CharTokenizer(self._characters, has_end, [*self._special_texts, *special])
 
     @property
     def characters(self) -> tuple[str, ...]:
@@ -101,8 +111,9 @@ class CharTokenizer(TableTokenizer):
         return ids.astype(np.uint32)
 
     def to_json(self) -> dict[str, Any]:
-        plain = {"kind": self.kind, "characters": "".join(self._characters)}
-        return plain if self._separator is not None else {**plain, "separator": False}
+        plain: dict[str, Any] = {"kind": self.kind, "characters": "".join(self._characters)}
+        plain |= {} if self._separator is not None else {"separator": False}
+        return plain | _special_json(self._special_texts)
 
 
 class BPETokenizer(_Separated):
@@ -118,17 +129,18 @@ class BPETokenizer(_Separated):
         vocab: dict[str, Any],
         merges: list[tuple[str, str]],
         source: str = "vocabulary",
+        special: Sequence[str] = (),
     ) -> None:
         import tiktoken
 
-        self.kind = kind
+        self.kind = self._kind = kind
         ranks, separator = byte_level.check_vocabulary(vocab, merges, source)
         self._vocab, self._merges = vocab, merges
         table = [b""] * (len(ranks) + 1)
         for token, number in ranks.items():
             table[number] = token
         table[separator] = SEPARATOR_TEXT.encode()
-        super().__init__(table, separator)
+        super().__init__(table, separator, special)
         self._encoding = tiktoken.Encoding(
             kind,
             pat_str=byte_level.GPT2_PATTERN,
@@ -149,7 +161,12 @@ class BPETokenizer(_Separated):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def to_json(self) -> dict[str, Any]:
-        return byte_level.hub_json(self._vocab, self._merges, self.document_separator)
+        end, special = self.document_separator, self._special_texts
+        return byte_level.hub_json(self._vocab, self._merges, end, special)
+
+    def _extended(self, special: Sequence[str]) -> BPETokenizer:
+        texts = [*self._special_texts, *special]
+        return BPETokenizer(self._kind, self._vocab, self._merges, special=texts)
 
 
 def chars_tokenizer(texts: Iterable[str]) -> CharTokenizer:
@@ -270,12 +287,13 @@ def _own(kind: str, data: Any, source: str) -> TableTokenizer:
     if not isinstance(data, dict):
         raise ValueError(f"{source}: expected a mapping, got {type(data).__name__}")
     if kind == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer(_special_texts(data.get("special", []), source))
     if kind == "chars":
         characters = data.get("characters")
         if not isinstance(characters, str) or len(set(characters)) != len(characters):
             raise ValueError(f"{source}: characters must be a text of distinct characters")
-        return CharTokenizer(characters, separator=data.get("separator", True) is not False)
+        special = _special_texts(data.get("special", []), source)
+        return CharTokenizer(characters, data.get("separator", True) is not False, special)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     merges = model.get("merges") if isinstance(model, dict) else None
@@ -284,4 +302,17 @@ def _own(kind: str, data: Any, source: str) -> TableTokenizer:
     if not all(isinstance(line, str) for line in merges):
         raise ValueError(f"{source}: model.merges must be a list of texts")
     pairs = byte_level.parse_merges("\n".join(merges), source)
-    return BPETokenizer("bpe" if kind == "bpe" else "gpt2", vocab, pairs, source)
+    added = data.get("added_tokens")
+    extra = [t.get("content") for t in added if t.get("id", -1) >= len(vocab)] if added else []
+    texts = _special_texts(extra, source)
+    return BPETokenizer("bpe" if kind == "bpe" else "gpt2", vocab, pairs, source, texts)
+
+
+def _special_json(texts: Sequence[str]) -> dict[str, Any]:
+    return {"special": list(texts)} if texts else {}
+
+
+def _special_texts(given: Any, source: str) -> list[str]:
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"{source}: special must be a list of texts")
+    return given

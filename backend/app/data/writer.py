@@ -14,16 +14,21 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from app.common.files import sha256_file, sync_folder, write_atomic
+from app.data.chat.template import Template
 from app.data.shards import (
+    CHAT_SCHEMA_VERSION,
     INDEX_FILE,
     META_FILE,
     SCHEMA_VERSION,
+    SCORED_FILE,
+    Kind,
     shard_name,
     token_dtype,
 )
 from app.data.tokenizers import Tokenizer
 
 INDEX_PART = "index.tmp"
+SCORED_PART = "scored.tmp"
 _COPY_BYTES = 1 << 20
 NEW = {"tokens": 0, "documents": 0, "bytes": 0, "inside": False}
 
@@ -34,6 +39,9 @@ class ShardWriter:
     state 是上次 checkpoint() 的返回值（从头开始用 NEW）：tokens、documents、bytes 是总数，
     inside 说明最后一篇文档还没写完。
     """
+
+    _arrays: tuple[str, ...] = (INDEX_FILE,)
+    _form: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
 
     def __init__(
         self, folder: Path, tokenizer: Tokenizer, shard_tokens: int, state: dict[str, Any]
@@ -70,8 +78,8 @@ class ShardWriter:
             self._index.write(np.int64(self._tokens).astype("<i8").tobytes())
             self._documents += 1
         self._append(tokens.astype(self._dtype, copy=False))
-        if end and self._tokenizer.document_separator is not None:
-            self._append(np.array([self._tokenizer.document_separator], dtype=self._dtype))
+        if end:
+            self._append(np.array(self._document_end(), dtype=self._dtype))
         self._inside = not end
         self._bytes += n_bytes
 
@@ -102,10 +110,10 @@ class ShardWriter:
             last += 1
         else:
             self._part(last).unlink()
-        self._write_index()
+        self._write_arrays()
         self._tokenizer.save(self.folder)
         meta = {
-            "schema_version": SCHEMA_VERSION,
+            **self._form,
             "dtype": self._dtype.name,
             "tokenizer": {
                 "kind": self._tokenizer.kind,
@@ -119,7 +127,7 @@ class ShardWriter:
             "source": source,
             "files": [
                 {"name": name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                for name in [*map(shard_name, range(last)), INDEX_FILE]
+                for name in [*map(shard_name, range(last)), *self._arrays]
                 for path in [self.folder / name]
             ],
         }
@@ -161,18 +169,75 @@ class ShardWriter:
         os.replace(self._part(number), self.folder / shard_name(number))
         self._shard = _open_at(self._part(number + 1), 0)
 
-    def _write_index(self) -> None:
-        """index.tmp 加上 .npy 的文件头；按块复制，内存不随文档数增长。"""
-        path = self.folder / INDEX_FILE
-        temporary = path.with_name(path.name + ".tmp")
-        header = {"descr": "<i8", "fortran_order": False, "shape": (self._documents,)}
-        with open(self.folder / INDEX_PART, "rb") as source, open(temporary, "wb") as target:
-            np.lib.format.write_array_header_1_0(target, header)
-            while block := source.read(_COPY_BYTES):
-                target.write(block)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, path)
+    def _document_end(self) -> list[int]:
+        """写完一篇之后补上的。"""
+        separator = self._tokenizer.document_separator
+        return [] if separator is None else [separator]
+
+    def _write_arrays(self) -> None:
+        _write_npy(self.folder / INDEX_FILE, self.folder / INDEX_PART, (self._documents,))
+
+
+class ExampleWriter(ShardWriter):
+    """对话与偏好：一例一篇，结尾由模板定；另记计分的区间。被杀过的从头再写。"""
+
+    _arrays = (INDEX_FILE, SCORED_FILE)
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        template: Template,
+        kind: Kind,
+        shard_tokens: int,
+    ) -> None:
+        super().__init__(folder, tokenizer, shard_tokens, NEW)
+        self._template = template
+        self._form = {
+            "schema_version": CHAT_SCHEMA_VERSION,
+            "kind": kind,
+            "chat": {"name": template.name, "fingerprint": template.fingerprint()},
+        }
+        self._spans = 0
+        self._scored = _open_at(folder / SCORED_PART, 0)
+
+    def add_example(self, tokens: np.ndarray, scored: np.ndarray, n_bytes: int) -> None:
+        """scored: (n,) bool，各词元计不计分。"""
+        borders = np.diff(scored.astype(np.int8), prepend=0, append=0)
+        spans = np.stack([np.flatnonzero(borders == 1), np.flatnonzero(borders == -1)], axis=1)
+        self._scored.write((spans + self._tokens).astype("<i8").tobytes())
+        self._spans += len(spans)
+        self.add(tokens, n_bytes, end=True)
+
+    def close(self) -> None:
+        super().close()
+        self._scored.close()
+
+    def sweep(self) -> None:
+        """写完之后，去掉只在途中用的文件。"""
+        for name in (INDEX_PART, SCORED_PART):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _document_end(self) -> list[int]:
+        return []
+
+    def _write_arrays(self) -> None:
+        super()._write_arrays()
+        _write_npy(self.folder / SCORED_FILE, self.folder / SCORED_PART, (self._spans, 2))
+        self._template.save(self.folder)
+
+
+def _write_npy(path: Path, part: Path, shape: tuple[int, ...]) -> None:
+    """part 里的 int64 加上 .npy 的文件头；按块复制，内存不随大小增长。"""
+    temporary = path.with_name(path.name + ".tmp")
+    header = {"descr": "<i8", "fortran_order": False, "shape": shape}
+    with open(part, "rb") as source, open(temporary, "wb") as target:
+        np.lib.format.write_array_header_1_0(target, header)
+        while block := source.read(_COPY_BYTES):
+            target.write(block)
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(temporary, path)
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:

@@ -56,6 +56,7 @@ class Job:
     compile: str = "auto"
     device: str = "auto"
     optimizer: str = "adamw"
+    objective: str = "lm"
 
 
 def check_alone(parallel: ParallelConfig) -> None:
@@ -83,6 +84,7 @@ def check(job: Job, world: int) -> None:
         *_mesh(sizes),
         *_device(job, world),
         *_batch(job, sizes),
+        *_objective(job, sizes),
         *_tensor(job, sizes["tensor"]),
         *_context(job, sizes["context"]),
         *_experts(job, sizes),
@@ -176,6 +178,19 @@ def _batch(job: Job, sizes: Mapping[str, int]) -> Iterator[str]:
             f"batch_size={batch} is not a multiple of {each} ({by}): use "
             f"batch_size={max(1, round(batch / each)) * each}, or other ranks or micro_batch"
         )
+
+
+def _objective(job: Job, sizes: Mapping[str, int]) -> Iterator[str]:
+    """蒸馏与 DPO 要整个的头与整行；只有副本与分片给得出。"""
+    if job.objective == "lm":
+        return
+    for axis in ("tensor", "context", "expert", "pipeline"):
+        if sizes[axis] > 1:
+            yield (
+                f"objective.kind={job.objective} with parallel.{axis}={sizes[axis]}: it needs "
+                "whole rows and the whole output head on each rank; use parallel.replicate or "
+                "parallel.shard"
+            )
 
 
 def _product(sizes: Mapping[str, int]) -> int:

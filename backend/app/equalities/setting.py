@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.data.batch import Batch
 from app.distributed.mesh import Mesh
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import OptimConfig, TrainConfig
@@ -81,7 +82,8 @@ class Setting:
     def gradients(self, engine: Plain, step: int, losses: list[float]) -> dict[str, Tensor]:
         """整批的梯度，整个的。"""
         inputs, targets = self._batch(step)
-        losses.append(float(engine.gradients(inputs[engine.rows], targets[engine.rows], step).loss))
+        batch = Batch(inputs, targets).rows(engine.rows)
+        losses.append(float(engine.gradients(batch, step).loss))
         return engine.whole_parameters(lambda p: p.grad)
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:

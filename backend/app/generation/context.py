@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.generation.graph_step import GraphStep, choose_graph
 from app.generation.lean_step import LeanStep, why_not_lean
 from app.generation.overflow import Overflow
 from app.models.transformer import GPT2Config, GPT2Model, KVCache
@@ -66,6 +67,7 @@ class DecodingContext:
         self._lengths = [len(prompt) for prompt in prompts]
         self._device = model.device
         self._lean = LeanStep(model) if why_not_lean(model) is None else None
+        self._graph = GraphStep(model) if choose_graph(model, room)[0] else None
         longest = max(self._lengths) + room
         # 窗口长到这么长才滑；extend 与 sinks 从不滑。
         self._limit = model.config.context_size if overflow in ("error", "slide") else longest
@@ -133,6 +135,8 @@ class DecodingContext:
     def _forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         if ids.shape[1] == 1 and mask is None and self._lean and self._cache.uniform is not None:
             return self._lean(ids[:, 0], self._cache)
+        if ids.shape[1] == 1 and mask is None and self._graph and self._graph.takes(self._cache):
+            return self._graph(ids[:, 0], self._cache)
         out = self._model(
             ids, attention_mask=mask, cache=self._cache, use_cache=True, logits_to_keep=1
         )

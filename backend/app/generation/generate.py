@@ -19,7 +19,7 @@ from app.generation.config import Options, SamplingConfig
 from app.generation.context import DecodingContext
 from app.generation.overflow import check_prompts
 from app.generation.row import Callbacks, Completion, Row
-from app.generation.sampling import sample, uniforms
+from app.generation.sampling import check_picked, pick, uniforms
 from app.generation.streaming import SinkContext
 from app.models.transformer import GPT2Config, GPT2Model
 
@@ -125,7 +125,8 @@ class Decoding:
         )
         self._rows, self._sampling, self._width = list(rows), options.sampling, width
         greedy = options.sampling.greedy
-        self._draws = None if greedy else uniforms(seeds, options.max_new_tokens)  # (B, N)
+        # (B, N)，一次搬完。
+        self._draws = None if greedy else uniforms(seeds, options.max_new_tokens).to(model.device)
         self._at = 0
         self._logits = self._context.prefill()[:, :width]
         penalised = options.sampling.repetition_penalty != 1
@@ -136,8 +137,11 @@ class Decoding:
         """每行选一个词元；还有没结束的行，就算出下一步的 logits。"""
         draws = None if self._draws is None else self._draws[:, self._at]
         self._at += 1
-        chosen = sample(self._logits, self._sampling, draws, self._seen)
-        for row, token in zip(self._rows, chosen.tolist(), strict=True):
+        chosen = pick(self._logits, self._sampling, draws, self._seen)
+        # 每步只在这里等设备一次。
+        tokens = chosen.tolist()
+        check_picked(tokens, self._logits)
+        for row, token in zip(self._rows, tokens, strict=True):
             if row.finish is None:
                 row.accept(token)
         going = [i for i, row in enumerate(self._rows) if row.finish is None]
@@ -155,11 +159,11 @@ class Decoding:
     def _keep(self, going: list[int]) -> None:
         self._context.keep(going)
         self._rows = [self._rows[i] for i in going]
-        keep = torch.tensor(going)
+        keep = torch.tensor(going, device=self._logits.device)
         if self._draws is not None:
             self._draws = self._draws[keep]
         if self._seen is not None:
-            self._seen = self._seen[keep.to(self._seen.device)]
+            self._seen = self._seen[keep]
 
     def _history(self, i: int) -> list[int]:
         return self._rows[i].history()

@@ -50,16 +50,24 @@ def why_not_lean(model: GPT2Model) -> str | None:
         return f"on {model.device.type} the time is not in Python"
     if torch.is_autocast_enabled("cpu"):
         return "autocast changes types layer by layer"
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl:
-            return f"{name or 'the model'} has hooks or is compiled"
-        if "forward" in vars(module):
-            return f"{name or 'the model'} has a forward of its own"
+    reason = own_forward(model)
+    if reason is not None:
+        return reason
     for layer, block in model.h.items():
         for part, kinds in _KNOWN:
             found = block.get_submodule(part.removeprefix("."))
             if type(found) not in kinds:
                 return f"h.{layer}{part} is a {type(found).__name__}"
+    return None
+
+
+def own_forward(model: GPT2Model) -> str | None:
+    """有模块的调用不只是它的类的前向：挂了钩子、编译过、换过前向；None = 没有。"""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl:
+            return f"{name or 'the model'} has hooks or is compiled"
+        if "forward" in vars(module):
+            return f"{name or 'the model'} has a forward of its own"
     return None
 
 
@@ -226,11 +234,11 @@ def _mixture(moe: MoE) -> Layer:
 
 def _expert(layer: GroupedLinear) -> Callable[[int, Tensor], Tensor]:
     """(专家, (1, I)) -> (1, O)。"""
-    weight, bias = layer.weight, layer.bias
 
     def run(expert: int, x: Tensor) -> Tensor:
-        y = few_row_product(x, weight[expert])
-        return y if bias is None else y.add_(bias[expert])
+        weight, bias = layer.of(expert)
+        y = few_row_product(x, weight)
+        return y if bias is None else y.add_(bias)
 
     return run
 

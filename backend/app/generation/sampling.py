@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from app.generation.config import SamplingConfig
+from app.models.transformer.visibility.inputs import readable
 
 # top-p 先只看这么多个最大的，概率和不够再放宽：排整个词表比取前几百个慢一个数量级以上。
 _HEADS = (256, 4096)
+# 不是任何词元的号：那一行的 logits 不是有限数。
+NOT_FINITE = -1
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -39,15 +42,17 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     (B, V) -> (B, V)
     """
     width = logits.shape[-1]
+    # 够不够要看值；在加速器上看一眼要等整条流水线，不如排整个词表。
+    heads = _HEADS if readable(logits) else ()
     log_total = logits.logsumexp(-1, keepdim=True)
-    for size in (*(n for n in _HEADS if n < width), width):
+    for size in (*(n for n in heads if n < width), width):
         values, ids = (
             logits.topk(size, dim=-1) if size < width else logits.sort(dim=-1, descending=True)
         )
         probs = (values - log_total).exp()
         before = probs.cumsum(-1) - probs  # 排在它前面的概率和 (B, K)
         keep = before < p  # 第一个之前的和恰为 0，所以至少留下它
-        if not bool(keep[:, -1].any()):
+        if size == width or not bool(keep[:, -1].any()):
             break
     out = torch.full_like(logits, -math.inf)
     return out.scatter(-1, ids, values.masked_fill(~keep, -math.inf))
@@ -81,21 +86,30 @@ def sample(
     Raises:
         ValueError: 某一行的 logits 含 NaN 或 +inf，或全为 -inf。
     """
+    chosen = pick(logits, config, uniforms, seen)
+    check_picked(chosen.tolist(), logits)
+    return chosen
+
+
+def pick(
+    logits: Tensor, config: SamplingConfig, uniforms: Tensor | None, seen: Tensor | None = None
+) -> Tensor:
+    """同 sample，但不等设备：logits 不是有限数的行是 NOT_FINITE，取回主机之后交给 check_picked。"""
     if config.greedy:
         if seen is not None:
             logits = repetition_penalty(logits, seen, config.repetition_penalty)
         best = logits.max(-1)
-        _check(best.values)
-        return best.indices
+        return best.indices.masked_fill(~best.values.isfinite(), NOT_FINITE)
     if uniforms is None:
         raise ValueError(f"temperature={config.temperature} needs uniforms, one a row")
     values, ids = _candidates(logits, config, seen)
-    _check(values.amax(-1))
     # 按词元号的次序做逆变换：logits 的微小误差只微移边界，不会让两个近似相等的候选互换位置。
     cdf = values.double().softmax(-1).cumsum(-1)  # (B, K)
     # u <= 1 - 2^-53，所以 u·总和按双精度舍入后仍小于总和：下标不会越界。
     point = uniforms.to(cdf.device)[:, None] * cdf[:, -1:]
-    return ids.gather(-1, torch.searchsorted(cdf, point, right=True))[:, 0]
+    # 有 NaN 的行找到的下标可以越界；那一行反正不作数。
+    at = torch.searchsorted(cdf, point, right=True).clamp(max=ids.shape[-1] - 1)
+    return ids.gather(-1, at)[:, 0].masked_fill(~values.amax(-1).isfinite(), NOT_FINITE)
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
@@ -121,10 +135,12 @@ def _candidates(
         logits = repetition_penalty(logits, seen, config.repetition_penalty)
     if config.temperature != 1:
         logits = logits / config.temperature
-    if config.top_k is not None and config.top_k < logits.shape[-1]:
-        values, ids = _narrow(logits, config.top_k)
+    k = config.top_k if config.top_k is not None and config.top_k < logits.shape[-1] else None
+    if k is not None and readable(logits):
+        values, ids = _narrow(logits, k)
     else:
-        values = logits
+        # 收窄到几个候选要先数并列的，即等设备一次；加速器上遮住其余的就好。
+        values = logits if k is None else top_k(logits, k)
         ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     if config.top_p is not None and config.top_p < 1:
         values = top_p(values, config.top_p)
@@ -145,10 +161,15 @@ def _narrow(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.gather(-1, order), ids
 
 
-def _check(best: Tensor) -> None:
-    if not bool(best.isfinite().all()):
-        row = int((~best.isfinite()).nonzero()[0, 0])
+def check_picked(chosen: Sequence[int], logits: Tensor) -> None:
+    """pick 的结果已取回主机：有不作数的行就说清楚。
+
+    Raises:
+        ValueError: 某一行的 logits 含 NaN 或 +inf，或全为 -inf。
+    """
+    if NOT_FINITE in chosen:
+        row = chosen.index(NOT_FINITE)
         raise ValueError(
-            f"the largest logit of row {row} is {float(best[row])}: the model's output is not "
-            "finite; check its weights and dtype"
+            f"the largest logit of row {row} is {float(logits[row].max())}: the model's output is "
+            "not finite; check its weights and dtype"
         )

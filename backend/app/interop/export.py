@@ -9,6 +9,7 @@ import torch
 
 from app.common.files import check_free
 from app.data.tokenizers import Tokenizer
+from app.interop.chat import GENERATION_FILE, Chat, add_chat
 from app.interop.compare import Exported
 from app.interop.job import DType, Job, Quantize
 from app.interop.targets import TARGETS, Target, check_target
@@ -29,11 +30,13 @@ def export(
     *,
     dtype: DType | None = None,
     quantize: Quantize | None = None,
+    chat: Chat | None = None,
 ) -> Exported:
     """
     Args:
         dtype: 写出的精度；None = 模型现有的。
         quantize: 只给认得它的格式（见 targets）。
+        chat: 对话模板，写进 transformers 的文件夹，并与它比。
 
     Raises:
         ValueError: 没有这种格式，这种配置去不了，folder 已有东西，或选项与目标不合。
@@ -53,7 +56,12 @@ def export(
     check_target(target, model.config)
     check_free(folder)
     if isinstance(model, QuantizedModel) and not TARGETS[target].codes:
-        done = export(dequantize(model), tokenizer, target, folder, dtype=dtype)
+        done = export(dequantize(model), tokenizer, target, folder, dtype=dtype, chat=chat)
         return replace(done, notes=(_FLOATS, *done.notes))
     wanted = None if dtype is None else getattr(torch, dtype)
-    return TARGETS[target].write(Job(model.eval().cpu(), tokenizer, folder, wanted, quantize))
+    done = TARGETS[target].write(Job(model.eval().cpu(), tokenizer, folder, wanted, quantize))
+    if chat is None or tokenizer is None:
+        return done
+    if not (folder / GENERATION_FILE).is_file():
+        return replace(done, notes=(*done.notes, f"--to {target} has no place for chat templates"))
+    return replace(done, notes=(*done.notes, add_chat(folder, chat, tokenizer)))

@@ -144,9 +144,9 @@ def _write_tokenizer(
         return [f"{what}: llama.cpp knows byte-level BPE only, so the file takes token ids alone"]
     types, end = gguf.TokenType, tokenizer.document_separator
     texts = [byte_level.to_chars(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-    texts[end] = byte_level.SEPARATOR_TEXT
     kinds = [types.NORMAL] * len(texts)
-    kinds[end] = types.CONTROL
+    for text, number in tokenizer.special_tokens.items():
+        texts[number], kinds[number] = text, types.CONTROL
     for number in range(len(texts), vocab_size):
         # 模型的词表比分词器大：空行也要有各不相同的名字。
         texts.append(f"[PAD{number}]")

@@ -30,6 +30,7 @@ except ImportError as error:
         "app.interop.lm_eval needs lm-eval: pip install 'gpt2-workbench[eval]'"
     ) from error
 
+from app.adapters.load import open_model
 from app.common.console import tolerant_output
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.evaluation.scoring import score_rows
@@ -65,7 +66,7 @@ class WorkbenchLM(LM):
             raise ValueError(f"batch_size={batch_size!r} must be a number: nothing is probed here")
         folder = resolve_checkpoint(path)
         self._start(
-            GPT2Model.from_pretrained(folder, device=_device(device)),
+            open_model(folder, _device(device)),
             load_tokenizer(folder),
             int(batch_size or 8),
             int(max_gen_toks),

@@ -82,7 +82,7 @@ def _with_names(data: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
     holes = {text: i for i, text in names.items() if i < first}
     if holes:
         model = {**model, "vocab": {**model["vocab"], **holes}}
-    added = [_special(i, text) for i, text in names.items()]
+    added = [byte_level.added_token(i, text) for i, text in names.items()]
     merged = sorted([*data["added_tokens"], *added], key=lambda token: token["id"])
     return {**data, "model": model, "added_tokens": merged}
 
@@ -117,7 +117,7 @@ def base_table(tokenizer: Tokenizer) -> dict[str, Any]:
             return tokenizer.to_json()
         case ByteTokenizer():
             vocab = {byte_level.to_chars(bytes([b])): b for b in range(256)}
-            return byte_level.hub_json(vocab, [], tokenizer.document_separator)
+            return byte_level.hub_json(vocab, [], tokenizer.document_separator, _extra(tokenizer))
         case CharTokenizer():
             return _characters(tokenizer)
     raise ValueError(f"a {type(tokenizer).__name__} has no tokenizer.json")
@@ -132,7 +132,7 @@ def _characters(tokenizer: CharTokenizer) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [] if end is None else [_special(end, SEPARATOR_TEXT)],
+        "added_tokens": [byte_level.added_token(i, t) for t, i in tokenizer.special_tokens.items()],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Split", "pattern": {"Regex": _ANY}, "behavior": "Isolated", "invert": False,
@@ -144,9 +144,9 @@ def _characters(tokenizer: CharTokenizer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _special(number: int, text: str) -> dict[str, Any]:
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": text, **plain, "special": True}
+def _extra(tokenizer: Tokenizer) -> list[str]:
+    """分隔符之外的特殊词元，按 id 的次序。"""
+    return [t for t, i in tokenizer.special_tokens.items() if i != tokenizer.document_separator]
 
 
 def without_separator(tokenizer: Tokenizer) -> Tokenizer:

@@ -69,7 +69,7 @@ def assess(config: TrainConfig, runtime: Runtime, probing: bool) -> Assessment:
     def measure(changed: TrainConfig) -> Footprint:
         return training_footprint(changed, runtime)
 
-    room, found = _room(runtime), measure(config)
+    room, found = room_on(runtime), measure(config)
     refused = refusal(config, room, measure)
     if not probing:
         return Assessment(found, room, None, "add --probe to measure it", refused)
@@ -92,7 +92,8 @@ def assess(config: TrainConfig, runtime: Runtime, probing: bool) -> Assessment:
     return Assessment(found, room, estimate, "", refused)
 
 
-def _room(runtime: Runtime) -> Room:
+def room_on(runtime: Runtime) -> Room:
+    """此刻可用的内存，与程序已占的。"""
     available, where = available_memory(runtime.device)
     program = resident_memory() if runtime.device.type == "cpu" else 0
     return Room(available, where, program or 0)

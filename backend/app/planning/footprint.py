@@ -15,7 +15,7 @@ import torch
 from app.models.transformer.backends.choose import explain_backends
 from app.models.transformer.block import residuals
 from app.models.transformer.config import GPT2Config
-from app.models.transformer.layers.loss import CHUNK_BYTES
+from app.models.transformer.layers.loss import chunk_bytes
 from app.models.transformer.layers.norm import NORMS
 from app.training.optim.build import OptimizerKind
 
@@ -90,7 +90,7 @@ def footprint(
             config, rows=rows, device=device, dtype=dtype, recompute=recompute
         ),
         recomputed=max(again, default=0),
-        logits=_logits(config, tokens, dtype),
+        logits=_logits(config, tokens, device, dtype),
         # 前馈的隐层与它的输入各一份梯度。
         working=tokens * narrow * 2 * hidden,
         updating=optimizer.update_bytes(shapes),
@@ -231,8 +231,8 @@ def _map_bytes(
     return 0
 
 
-def _logits(config: GPT2Config, tokens: int, dtype: torch.dtype) -> int:
+def _logits(config: GPT2Config, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
     """一块 logits，梯度就地写在里面；低精度的另有 float32 的一份。"""
     row = FLOAT32_BYTES * config.vocab_size
-    most = min(tokens, max(1, CHUNK_BYTES // row))
+    most = min(tokens, max(1, chunk_bytes(device) // row))
     return most * (row if dtype == torch.float32 else row + dtype.itemsize * config.vocab_size)

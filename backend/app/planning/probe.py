@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from app.common.memory import resident_memory, resident_peak
+from app.data.batch import Batch
 from app.models.transformer import GPT2Config, GPT2Model
 from app.training.config import TrainConfig
 from app.training.machine.recompute import checkpoint_blocks
@@ -218,7 +219,7 @@ def _touch_everything(config: TrainConfig, runtime: Runtime) -> None:
     model = GPT2Model(tiny).to(runtime.device).train()
     optimizer, _ = build_optimizer(model, config.optim)
     ids = np.zeros((1, 8), dtype=np.int64)
-    accumulate(model, ids, ids, 1, runtime)
+    accumulate(model, Batch(ids, ids), 1, runtime)
     optimizer.step()
 
 
@@ -228,7 +229,7 @@ def _forward_and_backward(
     shape = (rows, config.model.context_size)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
     clock.mark()
-    accumulate(model, ids, ids, rows, runtime)
+    accumulate(model, Batch(ids, ids), rows, runtime)
     clock.mark()
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from app.generation.config import SamplingConfig
-from app.generation.sampling import sample
+from app.generation.sampling import check_picked, pick
 from app.serving.request import Ask, Scored
 
 
@@ -44,13 +45,15 @@ def draw(logits: Tensor, runs: Sequence[Drawing]) -> list[int]:
         rows = logits if whole else torch.stack([_adjusted(logits[i], runs[i]) for i in members])
         points = [_point(runs[i]) for i in members]
         masks = [mask for i in members if (mask := runs[i].seen) is not None]
-        picked = sample(
+        picked = pick(
             rows,
             sampling,
             None if sampling.greedy else torch.tensor(points, dtype=torch.float64),
             torch.stack(masks) if masks else None,
         )
-        for i, token in zip(members, picked.tolist(), strict=True):
+        tokens = picked.tolist()
+        check_picked(tokens, rows)
+        for i, token in zip(members, tokens, strict=True):
             chosen[i] = token
     return chosen
 
@@ -87,7 +90,26 @@ def scored(logits: Tensor, tokens: Sequence[int], k: int) -> list[Scored]:
 
     选中的与最可能的从同一个张量取数：写成 JSON 之后仍然处处相等。
     """
-    logs = logits.float().log_softmax(-1) if logits.dtype.itemsize < 4 else logits.log_softmax(-1)
+    return _scored(_logs(logits), tokens, k)
+
+
+def detailed(logits: Tensor, tokens: Sequence[int], k: int) -> list[Scored]:
+    """scored，再加名次与熵：多读两遍词表，所以只给要的人。"""
+    logs = _logs(logits)
+    own = logs.gather(1, torch.tensor(list(tokens), device=logs.device)[:, None])
+    ranks = (logs > own).sum(-1).tolist()
+    entropies = torch.special.entr(logs.exp()).sum(-1).tolist()
+    return [
+        replace(one, rank=rank, entropy=entropy)
+        for one, rank, entropy in zip(_scored(logs, tokens, k), ranks, entropies, strict=True)
+    ]
+
+
+def _logs(logits: Tensor) -> Tensor:
+    return (logits.float() if logits.dtype.itemsize < 4 else logits).log_softmax(-1)
+
+
+def _scored(logs: Tensor, tokens: Sequence[int], k: int) -> list[Scored]:
     index = torch.tensor(list(tokens), device=logs.device)[:, None]
     own = logs.gather(1, index)[:, 0].tolist()
     if k == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.cache.row_cache import Span
 from app.serving.costs import measure
 from app.serving.drafting import Drafter
-from app.serving.draws import draw, scored
+from app.serving.draws import detailed, draw, scored
 from app.serving.flat_step import FlatStep
 from app.serving.request import Event, Failure, Order, Scored
 from app.serving.rows import Rows
@@ -311,9 +311,10 @@ class Engine:
         found: list[Scored | None] = [None] * len(runs)
         if wanted:
             k = max(runs[i].ask.logprobs or 0 for i in wanted)
-            some = scored(rows[torch.tensor(wanted)], [chosen[i] for i in wanted], k)
+            measure = detailed if any(runs[i].ask.details for i in wanted) else scored
+            some = measure(rows[torch.tensor(wanted)], [chosen[i] for i in wanted], k)
             for i, one in zip(wanted, some, strict=True):
-                found[i] = Scored(one.id, logprob=one.logprob, top=one.top[: runs[i].ask.logprobs])
+                found[i] = replace(one, top=one.top[: runs[i].ask.logprobs])
         return found
 
     def _score(self, run: Running, logits: Tensor) -> Tensor | None:
@@ -324,7 +325,8 @@ class Engine:
         if not run.scores:
             run.scores.append(Scored(run.ask.prompt[0]))
         if targets:
-            run.scores += scored(logits[: len(targets)], targets, run.ask.logprobs or 0)
+            measure = detailed if run.ask.details else scored
+            run.scores += measure(logits[: len(targets)], targets, run.ask.logprobs or 0)
         if end < len(run.ask.prompt):
             return None
         if run.ask.max_tokens == 0:

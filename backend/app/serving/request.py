@@ -18,7 +18,7 @@ class Ask:
 
     Attributes:
         seed: 这一段自己的随机流；同一提示与种子在任何时候都给出同样的文字。
-        logprobs: 每个词元另给几个最可能的；None = 不要概率。
+        logprobs: 每个词元另给几个最可能的；None = 不要概率。details: 还要名次与熵。
         score_prompt: 提示的每个词元也要概率；那就从头算，不借别人的前缀。
         leader: 同一提示的几段里，等第几段先读完提示再抄它的；None = 自己读。
         space: 只在同一个名字空间里借前缀：别人的钥匙不该测得出我问过什么（CVE-2025-46570）。
@@ -35,6 +35,7 @@ class Ask:
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     logprobs: int | None = None
+    details: bool = False
     score_prompt: bool = False
     leader: int | None = None
     cache_prompt: bool = True
@@ -53,12 +54,20 @@ class Order:
 
 @dataclass(frozen=True)
 class Scored:
-    """一个词元与它的概率。at：它的文字在这段新文字里从第几个字符起；top：[(号, 对数概率)]。"""
+    """一个词元与它的概率。
+
+    Attributes:
+        at: 它的文字在这段新文字里从第几个字符起。
+        top: [(号, 对数概率)]。
+        rank: 有几个比它更可能；entropy: 那时整个分布的熵，nat。没有要就是 None。
+    """
 
     id: int
     at: int = 0
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)

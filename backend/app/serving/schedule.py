@@ -62,6 +62,7 @@ def share(
     """{行: 这一步的词元数}。drafts：{行: 草稿的长度}。
 
     读的次序：等得太久的先，然后剩得少的先。短提示不必等在长提示后面，长的也不会饿死。
+    没有行在写时，几个提示平分这一步、一同读完：先读完的一写，别的就只能按 max_stall 读，慢两三倍。
     """
     writing = [need for need in needs if not need.reading]
     given = {need.row: need.left + drafts.get(need.row, 0) for need in writing}
@@ -78,8 +79,9 @@ def share(
         (need for need in needs if need.reading),
         key=lambda need: (0, -need.waited, need.left) if need.row in starved else (1, need.left, 0),
     )
-    for need in order:
-        count = min(need.left, need.most, room)
+    for place, need in enumerate(order):
+        each = room if writing else max(_LEAST, room // (len(order) - place))
+        count = min(need.left, need.most, each, room)
         if count < 1:
             break
         given[need.row] = count

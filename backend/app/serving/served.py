@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -22,6 +23,18 @@ from app.serving.flat_step import FlatStep
 MAX_ROWS, DEFAULT_ROWS = 64, 8
 
 
+class ChatForm(Protocol):
+    """对话怎样变成词元；source 是它的 Jinja，没有则 None。"""
+
+    @property
+    def source(self) -> str | None: ...
+
+    def ids(self, messages: Sequence[Any], tokenizer: Tokenizer) -> list[int]: ...
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """分词器自己的之外，写到哪些算答完。"""
+
+
 @dataclass(frozen=True)
 class Served:
     """run: 它所在的训练文件夹；不在哪次训练里是 None。"""
@@ -30,7 +43,7 @@ class Served:
     engine: Engine
     tokenizer: Tokenizer
     fingerprint: str
-    template: str | None = None
+    template: ChatForm | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     run: Path | None = None
 
@@ -132,7 +145,7 @@ def serve_model(
     kv_dtype: KVDtype = None,
     limits: Limits | None = None,
     guess: Literal["off", "ngram"] | GPT2Model = "off",
-    template: str | None = None,
+    template: ChatForm | None = None,
 ) -> Served:
     """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。
 

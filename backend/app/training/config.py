@@ -9,13 +9,24 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from typing_extensions import Doc
 
 from app.distributed.config import ParallelConfig
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.settings.fields import Mark, nearest, normalise_types
+from app.models.transformer.settings.tune_config import TuneConfig
+
+from .settings.bounds import between
+from .settings.data import DataConfig
+from .settings.objective import ObjectiveConfig
+from .settings.time_limit import seconds_of
+
+__all__ = [
+    "DataConfig", "ObjectiveConfig", "OptimConfig", "ScheduleConfig", "TrainConfig", "TuneConfig",
+    "flat",
+]  # fmt: skip
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
@@ -24,24 +35,6 @@ Decay = Literal["cosine", "wsd", "linear"]
 SpikePolicy = Literal["off", "warn", "skip"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """读哪个数据集。"""
-
-    folder: Annotated[
-        str, Doc("dataset folder written by `gpt2 prepare`"), Mark.SILENT, Mark.ASIDE
-    ] = "data/stdlib"
-    verify: Annotated[
-        Literal["sha256", "size"],
-        Doc("before training, check the content of every data file, or only its size"),
-        Mark.SILENT,
-        Mark.ASIDE,
-    ] = "sha256"
-
-    def __post_init__(self) -> None:
-        normalise_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +55,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         normalise_types(self)
-        _between(self, "lr", 0.0, 100.0, open_low=True)
+        between(self, "lr", 0.0, 100.0, open_low=True)
         if self.muon_lr is not None:
-            _between(self, "muon_lr", 0.0, 100.0, open_low=True)
-        _between(self, "eps", 0.0, 1.0, open_low=True)
-        _between(self, "weight_decay", 0.0, 100.0)
-        _between(self, "grad_clip", 0.0, math.inf)
+            between(self, "muon_lr", 0.0, 100.0, open_low=True)
+        between(self, "eps", 0.0, 1.0, open_low=True)
+        between(self, "weight_decay", 0.0, 100.0)
+        between(self, "grad_clip", 0.0, math.inf)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must each be in [0, 1)")
 
@@ -85,9 +78,9 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         normalise_types(self)
-        _between(self, "warmup_steps", 0, math.inf)
-        _between(self, "min_lr_ratio", 0.0, 1.0)
-        _between(self, "decay_fraction", 0.0, 1.0, open_low=True)
+        between(self, "warmup_steps", 0, math.inf)
+        between(self, "min_lr_ratio", 0.0, 1.0)
+        between(self, "decay_fraction", 0.0, 1.0, open_low=True)
 
     def decay_steps(self, steps: int) -> int:
         """wsd：总共 steps 步时，最后降几步；至少一步。"""
@@ -108,6 +101,10 @@ class TrainConfig:
     schedule: Annotated[ScheduleConfig, Doc("learning rate over the steps")] = field(
         default_factory=ScheduleConfig
     )
+    objective: Annotated[ObjectiveConfig, Doc("what it minimises")] = field(
+        default_factory=ObjectiveConfig
+    )
+    tune: Annotated[TuneConfig, Doc("which weights it trains")] = field(default_factory=TuneConfig)
     parallel: Annotated[ParallelConfig, Doc("how torchrun or --ranks divides the work")] = field(
         default_factory=ParallelConfig
     )
@@ -126,6 +123,14 @@ class TrainConfig:
         Mark.SILENT,
     ] = None
     steps: Annotated[int, Doc("optimizer steps")] = 1000
+    epochs: Annotated[
+        float | None,
+        Doc("times over the data, instead of steps; becomes steps when the data is open"),
+    ] = None
+    time_limit: Annotated[
+        str | None,
+        Doc("such as 30m, 1h30m: ends in time, with the learning rate brought down before"),
+    ] = None
     batch_size: Annotated[int, Doc("sequences per optimizer step")] = 32
     micro_batch: Annotated[
         int | None, Doc("sequences at once; smaller needs less memory, same result. None = all")
@@ -160,6 +165,9 @@ class TrainConfig:
         Doc("end after this many validations in a row without a better loss; 0 = train all steps"),
         Mark.SILENT,
     ] = 0
+    min_delta: Annotated[
+        float, Doc("patience: a loss counts as better only when this much lower"), Mark.SILENT
+    ] = 0.0
     sample_every: Annotated[
         int, Doc("steps between samples; 0 = only at the end"), Mark.SILENT, Mark.ASIDE
     ] = 500
@@ -191,7 +199,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         normalise_types(self)
         for name in ("steps", "batch_size", "keep_last"):
-            _between(self, name, 1, 1 << 40)
+            between(self, name, 1, 1 << 40)
         for name in (
             "eval_every",
             "eval_batches",
@@ -202,8 +210,13 @@ class TrainConfig:
             "keep_every",
             "activation_checkpointing",
         ):
-            _between(self, name, 0, 1 << 40)
-        _between(self, "seed", 0, (1 << 63) - 1)
+            between(self, name, 0, 1 << 40)
+        between(self, "seed", 0, (1 << 63) - 1)
+        between(self, "min_delta", 0.0, math.inf)
+        if self.epochs is not None:
+            between(self, "epochs", 0.0, 1e6, open_low=True)
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise ValueError(
                 f"micro_batch={self.micro_batch} must be between 1 and "
@@ -214,11 +227,16 @@ class TrainConfig:
                 f"patience={self.patience} counts validations but eval_every=0 makes none before "
                 "the end: use eval_every above 0, or patience=0"
             )
-        self._check_schedule()
+        if self.epochs is None:
+            self._check_schedule()
+        if self.objective.kind == "dpo":
+            self._check_pairs()
         for name in ("out", "resume", "device", "init_from"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty: give a value or leave it out")
-        if self.init_from is not None and self.resume not in ("none", "auto"):
+        # 它若也是 DPO 的参考、适配器的原模型，续训时还要。
+        weights_only = self.objective.kind != "dpo" and self.tune.trainable == "all"
+        if weights_only and self.init_from is not None and self.resume not in ("none", "auto"):
             raise ValueError(
                 f"init_from={self.init_from} and resume={self.resume} both give the weights: use "
                 "resume to go on exactly, init_from to start anew at step 0"
@@ -238,6 +256,29 @@ class TrainConfig:
                 f"(decay_fraction={schedule.decay_fraction}) do not fit below steps={self.steps}: "
                 "use less of either or more steps"
             )
+
+    def _check_pairs(self) -> None:
+        """一对两行，不可拆开；与参考比的是同一个模型，所以没有 dropout。"""
+        if self.init_from is None:
+            raise ValueError(
+                f"objective.kind=dpo but init_from={self.init_from}: it tunes a trained model; "
+                "name its folder"
+            )
+        for name in ("batch_size", "micro_batch"):
+            value = getattr(self, name)
+            if value is not None and value % 2:
+                raise ValueError(
+                    f"{name}={value} is odd but objective.kind=dpo reads pairs of rows (chosen, "
+                    f"rejected): use {name}={value + 1}"
+                )
+        for name, value in (
+            ("model.dropout", self.model.dropout), ("tune.lora_dropout", self.tune.lora_dropout),
+        ):  # fmt: skip
+            if value:
+                raise ValueError(
+                    f"{name}={value} but objective.kind=dpo compares the model with its "
+                    f"reference, which has none: use {name}=0"
+                )
 
     @property
     def tokens_per_step(self) -> int:
@@ -263,12 +304,20 @@ class TrainConfig:
         every = self.activation_checkpointing
         return range(0, self.model.n_layer if every else 0, every or 1)
 
+    @property
+    def seconds(self) -> float | None:
+        """time_limit 是几秒。"""
+        return None if self.time_limit is None else seconds_of(self.time_limit)
+
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)
         data["optim"]["betas"] = list(self.optim.betas)
+        data["tune"]["lora_targets"] = list(self.tune.lora_targets)
+        if self.epochs is not None:
+            data["steps"] = None
         return data | {"model": self.model.to_dict()}
 
     @classmethod
@@ -276,8 +325,14 @@ class TrainConfig:
         """从 YAML 或 JSON 读出的字典恢复。
 
         Raises:
-            ValueError: 未知的键（给出最近的名字）或坏值。
+            ValueError: 未知的键（给出最近的名字）或坏值；steps 与 epochs 都给了。
         """
+        if isinstance(data, dict) and None not in (data.get("steps"), data.get("epochs")):
+            raise ValueError(
+                f"steps={data['steps']} and epochs={data['epochs']} both say how long: give one"
+            )
+        if isinstance(data, dict) and "steps" in data and data["steps"] is None:
+            data = {key: value for key, value in data.items() if key != "steps"}
         return _build(cls, _without_version(data), "")
 
 
@@ -296,7 +351,10 @@ def _build(kind: type[T], data: Any, where: str) -> T:
         elif hints[key] in (float, float | None) and isinstance(value, str):
             values[key] = _number(value, name)
         elif get_origin(hints[key]) is tuple and isinstance(value, list):
-            values[key] = tuple(_number(v, name) if isinstance(v, str) else v for v in value)
+            numbers = float in get_args(hints[key])
+            values[key] = tuple(
+                _number(v, name) if numbers and isinstance(v, str) else v for v in value
+            )
         else:
             values[key] = value
     return kind(**values)
@@ -317,15 +375,6 @@ def _number(text: str, name: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is not a number") from None
-
-
-def _between(config: Any, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    value = getattr(config, name)
-    if not low <= value <= high or (open_low and value == low):
-        bound = f"above {low}" if open_low else f"at least {low}"
-        raise ValueError(
-            f"{name}={value} must be {bound}" + (f" and at most {high}" if high < 1e12 else "")
-        )
 
 
 def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

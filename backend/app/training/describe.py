@@ -22,10 +22,11 @@ def describe(trainer: Trainer, compiled: str) -> Decisions:
     if config.passes == 1:
         passed = "one pass"
     total = trainer.tokens + (config.steps - trainer.step) * config.tokens_per_step
-    epochs = trainer.sampler.epoch(config.steps)
+    epochs = trainer.feed.epoch(config.steps)
     return [
         ("device", str(runtime.device), runtime.device_why),
         ("precision", str(runtime.dtype).removeprefix("torch."), runtime.dtype_why),
+        *([] if runtime.products is None else [("float32 products", *runtime.products)]),
         ("compile", compiled.split(":")[0], compiled.partition(": ")[2]),
         *_recompute_line(config),
         *(
@@ -52,9 +53,38 @@ def describe(trainer: Trainer, compiled: str) -> Decisions:
             f"{config.steps:,} steps",
             f"{total:,} tokens, {epochs:.2f} times the data in {config.data.folder}",
         ),
+        *_objective_line(trainer),
+        *_validation_line(trainer),
         *_ranks_line(trainer),
         ("threads", str(torch.get_num_threads()), f"of {os.cpu_count()} processors; {_waiting()}"),
     ]
+
+
+def _objective_line(trainer: Trainer) -> Decisions:
+    """只在不是"每个词元的下一个词元"时说。"""
+    config, data = trainer.config, trainer.data
+    objective = config.objective
+    if objective.kind == "lm" and data.kind == "text":
+        return []
+    counted = "all tokens" if objective.score == "all" else "answers only"
+    scored = f"{counted}, {data.n_scored:,} of {data.n_tokens:,} tokens scored"
+    packed = "examples packed, isolated" if config.data.pack else "one example a row"
+    how = {
+        "lm": "",
+        "distill": f"alpha {objective.alpha:g}, temperature {objective.temperature:g}, teacher "
+        f"{objective.teacher}; ",
+        "dpo": f"beta {objective.dpo_beta:g}, sft {objective.dpo_sft:g}, reference "
+        f"{objective.reference}; first loss ln 2 = 0.693 while it equals the reference; ",
+    }[objective.kind]
+    rows = "" if data.kind == "text" else f"; {packed}"
+    return [("objective", objective.kind, f"{how}{scored}{rows}")]
+
+
+def _validation_line(trainer: Trainer) -> Decisions:
+    if trainer.validation is None or not trainer.others:
+        return []
+    names = ", ".join(one.name for one in trainer.others)
+    return [("validation", trainer.validation.name, f"decides best and patience; also {names}")]
 
 
 def _ranks_line(trainer: Trainer) -> Decisions:

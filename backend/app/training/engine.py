@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.adapters.files import Base
+from app.data.batch import Batch
 from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import (
@@ -31,19 +33,20 @@ from app.models.transformer import GPT2Model
 
 from .config import TrainConfig
 from .machine.runtime import Runtime
+from .objectives.objective import Objective, Rows, Scored
 from .saving.state import load_weights, read_tensors, write_tensors
+from .saving.tuned import read_tuned, read_tuned_weights, write_tuned
 from .step import (
+    LM,
     Sums,
     accumulate,
     backward,
     clip_gradients,
-    count_valid,
     first_bad_gradient,
     first_bad_weight,
     gradient_norm,
 )
 from .watch.gradient_norms import gradient_norms
-from .watch.validation import forward_loss
 from .whole_model import WholeModel
 
 
@@ -54,6 +57,7 @@ class Plain:
         summing: 梯度怎样相加，记进检查点："plain"、"tree"、"all_reduce"。
         why_not_compile: 各块不能编译的理由；None = 可以。
         whole: 切开之前的整个模型。
+        base: 训练适配器时的原模型；None = 检查点里是整份的权重。
     """
 
     @property
@@ -61,6 +65,7 @@ class Plain:
         return "plain"
 
     why_not_compile: str | None = None
+    base: Base | None = None
 
     def __init__(
         self,
@@ -69,28 +74,31 @@ class Plain:
         runtime: Runtime,
         mesh: Mesh,
         whole: WholeModel,
+        objective: Objective = LM,
     ) -> None:
         self.model, self.config, self.runtime = model, config, runtime
-        self.mesh, self.whole = mesh, whole
-        self.parameters = list(model.parameters())
+        self.mesh, self.whole, self.objective = mesh, whole, objective
+        # 冻结的没有梯度，也就不必相加、不入范数。
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     @property
     def readers(self) -> Ranks:
         """读不同的行的 rank。"""
         return self.mesh.data
 
-    def forward_loss(self, model: GPT2Model, x: Tensor, y: Tensor) -> Tensor:
-        """(R, T) 的输入与目标 -> 平均损失，不求梯度。"""
-        return forward_loss(model, x, y)
+    def score(self, model: GPT2Model, rows: Rows, objective: Objective) -> Scored:
+        """验证的一个微批，不求梯度。"""
+        return objective.score(model, rows)
 
     @property
     def rows(self) -> slice | np.ndarray:
         """一批里我读哪几行。"""
         return my_rows(self.config.batch_size, self.readers)
 
-    def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
-        """我的几行 (B, T) -> 整批的梯度，加进 .grad，与整批的几个数。"""
-        return accumulate(self.model, inputs, targets, self.config.rows_at_once, self.runtime)
+    def gradients(self, batch: Batch, step: int) -> Sums:
+        """我的几行 -> 整批的梯度，加进 .grad，与整批的几个数。"""
+        micro = self.config.rows_at_once
+        return accumulate(self.model, batch, micro, self.runtime, self.objective)
 
     def norm(self) -> Tensor:
         """全部梯度的范数，标量，还在设备上。"""
@@ -120,16 +128,21 @@ class Plain:
 
     def write(self, folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, str]:
         """权重与优化器的文件；返回边写边算好了的 {文件: sha256}。"""
-        write_tensors(folder, self.model, optimizer)
+        if self.base is None:
+            write_tensors(folder, self.model, optimizer)
+        else:
+            write_tuned(folder, self.model, optimizer, self.config.tune, self.base)
         return {}
 
     def read(self, folder: Path, optimizer: torch.optim.Optimizer) -> None:
         """各 rank 自己读。"""
-        self.mesh.world.together(lambda: read_tensors(folder, self.model, optimizer))
+        read = read_tensors if self.base is None else read_tuned
+        self.mesh.world.together(lambda: read(folder, self.model, optimizer))
 
     def read_weights(self, folder: Path) -> None:
         """只有权重。"""
-        load_weights(folder, self.model)
+        read = load_weights if self.base is None else read_tuned_weights
+        read(folder, self.model)
 
     def whole_parameters(self, pick: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         """{名字: pick(参数) 的整个张量}；pick 给 None 的没有。集合操作，给核验用。"""
@@ -152,38 +165,34 @@ class Replicated(Plain):
     def summing(self) -> str:
         return "tree"
 
-    def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
+    def gradients(self, batch: Batch, step: int) -> Sums:
         tree, each = TreeSum(), self._leaves_together() * self.config.rows_at_once
-        valid, begin = self._valid(targets), my_rows(self.config.batch_size, self.readers).start
-        for first in range(0, len(inputs), each):
+        weight, begin = self._weight(batch), my_rows(self.config.batch_size, self.readers).start
+        for first in range(0, len(batch), each):
             rows = slice(first, first + each)
-            sums = self._some(inputs[rows], targets[rows], valid, step, begin + first)
-            small = [one for one in sums if one is not None]
-            tree.add([*take_gradients(self.parameters), *small])
+            sums = self._some(batch.rows(rows), weight, step, begin + first)
+            tree.add([*take_gradients(self.parameters), *sums.tensors])
         total = tree.total()
         self._add_ranks(total)
-        return self._give(total)
+        return self._give(total, sums, weight)
 
-    def _valid(self, targets: np.ndarray) -> int:
-        """整批的有效词元数；targets 是我的几行。"""
-        return int(self.readers.sum(torch.tensor(count_valid(targets, least=0)))) or 1
+    def _weight(self, batch: Batch) -> int:
+        """整批数几个；batch 是我的几行。"""
+        return int(self.readers.sum(torch.tensor(self.objective.weight(batch)))) or 1
 
-    def _give(self, total: list[Tensor]) -> Sums:
+    def _give(self, total: list[Tensor], like: Sums, weight: int) -> Sums:
         """梯度放回 .grad，其余是几个数。"""
         count = len(self.parameters)
         give_gradients(self.parameters, total[:count])
-        loss, aux, *loads = total[count:]
-        return Sums(loss, aux, *loads) if loads else Sums(loss, aux, None, None)
+        return like.filled(total[count:], weight)
 
-    def _some(
-        self, inputs: np.ndarray, targets: np.ndarray, valid: int, step: int, row: int
-    ) -> Sums:
+    def _some(self, batch: Batch, weight: int, step: int, row: int) -> Sums:
         """树的一片：几个微批依次相加，通常就一个。row 是第一行在整批里的号。"""
         micro, total = self.config.rows_at_once, None
-        for first in range(0, len(inputs), micro):
+        for first in range(0, len(batch), micro):
             rows = slice(first, first + micro)
             seed_rows(self.config.seed, step, row + first)
-            part = backward(self.model, inputs[rows], targets[rows], valid, self.runtime)
+            part = backward(self.model, batch.rows(rows), weight, self.runtime, self.objective)
             total = part if total is None else total.plus(part)
         assert total is not None
         return total

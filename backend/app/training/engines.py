@@ -13,6 +13,8 @@ from .config import TrainConfig
 from .engine import AllReduced, Plain, Replicated
 from .machine.recompute import checkpoint_blocks
 from .machine.runtime import Runtime
+from .objectives.objective import Objective
+from .step import LM
 from .whole_model import WholeModel
 
 
@@ -26,7 +28,11 @@ def start_model(config: TrainConfig, runtime: Runtime, mesh: Mesh | None, blank:
 
 
 def build_engine(
-    model: GPT2Model, config: TrainConfig, runtime: Runtime, mesh: Mesh | None
+    model: GPT2Model,
+    config: TrainConfig,
+    runtime: Runtime,
+    mesh: Mesh | None,
+    objective: Objective = LM,
 ) -> Plain:
     """就地把 model 变成这个 rank 的那一份；mesh 为 None：没有 torchrun 与 --ranks，一个进程。"""
     here, blank = mesh or Mesh(), model.device.type == "meta"
@@ -41,14 +47,14 @@ def build_engine(
         initialize_shards(model, config.model, runtime.device)
     whole = before or WholeModel.of(model)
     if mesh is None:
-        return Plain(model, config, runtime, here, whole)
+        return Plain(model, config, runtime, here, whole, objective)
     if split is not None:
         from .split_model import SplitModel
 
-        return SplitModel(model, config, runtime, here, whole, split)
+        return SplitModel(model, config, runtime, here, whole, objective, split)
     if mesh.shard.size > 1:
         from .sharded import Sharded
 
-        return Sharded(model, config, runtime, here, whole)
+        return Sharded(model, config, runtime, here, whole, objective)
     kind = Replicated if config.parallel.exact else AllReduced
-    return kind(model, config, runtime, here, whole)
+    return kind(model, config, runtime, here, whole, objective)

@@ -31,6 +31,7 @@ def job_of(config: TrainConfig) -> Job:
         compile=config.compile,
         device=config.device,
         optimizer=config.optim.name,
+        objective=config.objective.kind,
     )
 
 
@@ -39,7 +40,8 @@ def with_leaves(config: TrainConfig, data_ranks: int) -> TrainConfig:
     if config.micro_batch is not None:
         return config
     parts = data_ranks * stages_of(config.parallel)
-    if config.parallel.exact and config.batch_size % max(LEAVES, parts) == 0:
+    unit = 2 if config.objective.kind == "dpo" else 1  # 一对两行不可拆开
+    if config.parallel.exact and config.batch_size % (unit * max(LEAVES, parts)) == 0:
         parts = max(LEAVES, parts)
     return config.replace(micro_batch=config.batch_size // parts)
 

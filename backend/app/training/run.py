@@ -16,7 +16,6 @@ import yaml
 from app.common.console import say
 from app.common.files import write_atomic
 from app.common.tell import Tell
-from app.data.shards import TokenDataset
 from app.distributed.check import check, check_alone, check_peers, check_shared
 from app.distributed.mesh import Mesh
 
@@ -26,6 +25,9 @@ from .engines import build_engine, start_model
 from .machine.agreed_stop import AgreedStop
 from .machine.runtime import Runtime, choose_runtime, memory_error
 from .machine.stop_signal import Interrupted, StopSignal
+from .objectives.build import build_objective
+from .objectives.objective import Objective
+from .opened import Data, held_rows, open_data, with_steps
 from .ranks import (
     changed_summing,
     goes_on_exactly,
@@ -34,6 +36,7 @@ from .ranks import (
     peer_facts,
     with_leaves,
 )
+from .references import Comparer
 from .report.metrics import METRICS, Metrics
 from .report.progress import Progress
 from .report.run_charts import PLOT, plot_losses
@@ -54,23 +57,12 @@ from .saving.resume import (
     resume_lines,
 )
 from .saving.state import read_state, set_random_state, versions
+from .saving.tuned import base_again, begin, check_tune
+from .step import LM
 from .trainer import Trainer
 from .watch.guidance import small_step
 from .watch.samples import usable_prompt
 from .watch.validation import Validation
-
-
-@dataclass(frozen=True)
-class Data:
-    """训练集、验证集（可无）与它们的分词器。"""
-
-    train: TokenDataset
-    val: TokenDataset | None
-
-    @property
-    def fingerprints(self) -> tuple[str, str]:
-        """没有验证集的为空。"""
-        return self.train.fingerprint, "" if self.val is None else self.val.fingerprint
 
 
 @dataclass(frozen=True)
@@ -93,10 +85,6 @@ class Result:
     report: Path
     checkpoint: Path
     run_file: Path
-
-
-# 核对更多的数据要几秒以上，先说一声。
-_SAY_BYTES = 2e9
 
 
 def train(
@@ -128,12 +116,15 @@ def train(
 
     if config.tensorboard:
         world.together(require_tensorboard)
+    check_tune(config)
     if mesh is None:
         check_alone(config.parallel)
     else:
         check(job_of(config), world.size)
         config = with_leaves(config, mesh.data.size)
-    data = world.together(lambda: open_data(config, note))
+    given = config
+    data = world.together(lambda: open_data(given, note))
+    config = with_steps(config, data.feed)
     prompted, tokenizer = config, data.train.tokenizer()
     # 只取那一句话：整份设置各 rank 用自己的，下一步才看得出谁的不同。
     prompt = world.first(lambda: usable_prompt(prompted, preset, tokenizer, note).sample_prompt)
@@ -141,12 +132,15 @@ def train(
     runtime = choose_runtime(config)
     check_peers(world, peer_facts(config, data.fingerprints, runtime.device))
     world.first(lambda: check_out(config))
-    run = Path(config.out)
+    ready, run = config, Path(config.out)
+    # 先于种子（装入教师会用掉随机数），也先于写下任何东西。
+    with memory_error(config, 0):
+        objective = world.together(lambda: build_objective(ready, tokenizer, runtime, note))
     with StopSignal() as signal, contextlib.ExitStack() as held:
         world.first(lambda: _open_folder(run, held, note))
         world.together(lambda: check_shared(run))
         with memory_error(config, 0):
-            trainer = _assemble(config, runtime, data, note, mesh)
+            trainer = _assemble(config, runtime, data, objective, note, mesh)
         if warning := small_step(config, trainer.engine.whole.parameters, preset):
             note(warning)
         decisions = describe(trainer, _compile(trainer, signal, note))
@@ -171,46 +165,13 @@ def _write_settings(trainer: Trainer, data: Data, decisions: Decisions, notes: l
     write_facts(run, _facts(trainer, data, decisions, notes))
 
 
-def open_data(config: TrainConfig, tell: Tell) -> Data:
-    """
-    Raises:
-        ValueError: 没有数据集，数据损坏，词表大于模型的，或两部分不是同一个分词器写的。
-    """
-    folder, verify = Path(config.data.folder), config.data.verify
-    size = sum(path.stat().st_size for path in folder.glob("*/tokens-*.bin"))
-    if verify == "sha256" and size > _SAY_BYTES:
-        tell(
-            f"note: reading {size / 1e9:.1f} GB of data once to check it; "
-            "--data.verify size skips that"
-        )
-    train = TokenDataset.open(folder / "train", verify)
-    if train.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the data in {folder} has a vocabulary of {train.vocab_size} but "
-            f"model.vocab_size={config.model.vocab_size}: use model.vocab_size={train.vocab_size} "
-            "or more"
-        )
-    if not (folder / "val").is_dir():
-        if config.patience:
-            raise ValueError(
-                f"patience={config.patience} watches the validation loss but {folder} has no "
-                "validation part: prepare one, or leave --patience out"
-            )
-        tell(f"note: {folder} has no validation part: no validation loss will be measured")
-        return Data(train, None)
-    val = TokenDataset.open(folder / "val", verify)
-    written, used = (part.meta["tokenizer"]["fingerprint"] for part in (val, train))
-    if written != used:
-        raise ValueError(
-            f"{folder / 'val'} was written with the tokenizer {written[:12]} but "
-            f"{folder / 'train'} with {used[:12]}: their losses "
-            "have nothing to do with each other; prepare both parts together into a new folder"
-        )
-    return Data(train, val)
-
-
 def _assemble(
-    config: TrainConfig, runtime: Runtime, data: Data, tell: Tell, mesh: Mesh | None
+    config: TrainConfig,
+    runtime: Runtime,
+    data: Data,
+    objective: Objective,
+    tell: Tell,
+    mesh: Mesh | None,
 ) -> Trainer:
     world = Mesh().world if mesh is None else mesh.world
     start = world.first(lambda: find_start(config, tell))
@@ -228,20 +189,38 @@ def _assemble(
             "precision": str(runtime.dtype),
         }
         check_same_machine(state, now, tell)
+    tokenizer = data.train.tokenizer()
     _seed_everything(config.seed)
     blank = start is not None or config.init_from is None
     model = start_model(config, runtime, mesh, blank)
-    tokenizer = data.train.tokenizer()
-    if start is None and (source := config.init_from) is not None:
-        world.together(lambda: initialize_from(source, model, tokenizer, tell))
-    engine = build_engine(model, config, runtime, mesh)
-    validation = None
-    if data.val is not None:
-        windows, length = config.eval_batches * config.batch_size, config.model.context_size
-        validation = Validation(
-            data.val, length, windows, config.rows_at_once, engine.readers, engine.forward_loss
+    started = None
+    if start is not None:
+        started = world.together(lambda: base_again(config, start, model, tokenizer))
+    elif (source := config.init_from) is not None:
+        started = world.together(lambda: initialize_from(source, model, tokenizer, tell))
+    known = None
+    if config.objective.kind == "dpo":
+        comparer = Comparer(config, runtime, tokenizer, world, tell)
+        known = comparer.find(
+            data, model if start is None else None, (state or {}).get("reference")
         )
-    trainer = Trainer(engine, data.train, validation, tokenizer)
+        data = data.compared(known.log_probs)
+    said, base = world.together(lambda: begin(config, model, started))
+    if config.tune.trainable != "all":
+        tell(said.line)
+    engine = build_engine(model, config, runtime, mesh, objective)
+    engine.base = base
+    validations = [
+        Validation(
+            held_rows(name, data, config),
+            engine.objective if data.val[name].kind == "preference" else LM,
+            engine.readers,
+            engine.score,
+            name,
+        )
+        for name in data.val
+    ]
+    trainer = Trainer(engine, data, validations, tokenizer, None if known is None else known.key)
     if start is not None and state is not None:
         # 先于复原：重量最好的那个要借用模型，之后权重与随机数都会复原。
         trainer.restore_best(tell)
@@ -251,7 +230,7 @@ def _assemble(
         tell(f"resuming from {start} at step {trainer.step}")
         if (line := changed_summing(state, engine.summing)) is not None:
             tell(line)
-        for line in resume_lines(state, config, trainer.sampler):
+        for line in resume_lines(state, config, trainer.feed):
             tell(line)
     return trainer
 
@@ -328,7 +307,15 @@ def _facts(trainer: Trainer, data: Data, decisions: Decisions, notes: list[str])
         steps=trainer.config.steps,
         expected_loss=trainer.engine.whole.expected_loss,
         unigram=trainer.plateau.entropy,
+        trained=_trained(trainer),
     )
+
+
+def _trained(trainer: Trainer) -> int:
+    """训练全部时模型也许已经切开，数不到；只训练一部分时每个 rank 都有整个。"""
+    if trainer.config.tune.trainable == "all":
+        return trainer.engine.whole.parameters
+    return sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 
 def _as_yaml(config: TrainConfig) -> bytes:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.data.batch import Batch
 from app.distributed.replicate import (
     TreeSum,
     plain_sum,
@@ -111,30 +112,28 @@ class Sharded(Streamed):
             groups = [range(self.mesh.shard.rank * mine, (self.mesh.shard.rank + 1) * mine)]
         return [[(copies.rank * each + leaf) * micro for leaf in group] for group in groups]
 
-    def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
-        tree, valid, at = TreeSum(), self._valid(targets), 0
+    def gradients(self, batch: Batch, step: int) -> Sums:
+        tree, weight, at = TreeSum(), self._weight(batch), 0
         add = tree_sum if self.config.parallel.exact else plain_sum
         for group in self._groups():
             end = at + len(group) * self.config.rows_at_once
-            sums = self._round(inputs[at:end], targets[at:end], valid, step, group)
-            small = [one for one in sums if one is not None]
+            sums = self._round(batch.rows(slice(at, end)), weight, step, group)
+            small = sums.tensors
             add(small, self.mesh.shard)
             tree.add([*take_gradients(self.parameters), *small])
             at = end
         total = tree.total()
         add([local(one) for one in total], self.mesh.replicate)
-        return self._give(total)
+        return self._give(total, sums, weight)
 
-    def _round(
-        self, inputs: np.ndarray, targets: np.ndarray, valid: int, step: int, group: list[int]
-    ) -> Sums:
+    def _round(self, batch: Batch, weight: int, step: int, group: list[int]) -> Sums:
         """一轮的几个微批，最后一个之后才归约；不求位时每个都归约，省下整份的梯度。"""
         micro, total = self.config.rows_at_once, None
         for i, row in enumerate(group):
             mine = slice(i * micro, (i + 1) * micro)
             gathers_now(self.model, row == group[-1] or not self.config.parallel.exact)
             seed_rows(self.config.seed, step, row)
-            part = backward(self.model, inputs[mine], targets[mine], valid, self.runtime)
+            part = backward(self.model, batch.rows(mine), weight, self.runtime, self.objective)
             total = part if total is None else total.plus(part)
         assert total is not None
         return total

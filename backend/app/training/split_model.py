@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.data.batch import UNSCORED as IGNORE
+from app.data.batch import Batch
 from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import give_gradients, plain_sum, seed_rows, take_gradients
@@ -23,11 +24,13 @@ from app.distributed.ways.layout import Cut, cut_of, spans
 from app.distributed.ways.split import Split
 from app.distributed.ways.way import Count, Way, gradient_norm
 from app.models.transformer import GPT2Model
+from app.models.transformer.model import GPT2Output
 
 from .config import TrainConfig
 from .machine.runtime import Runtime
+from .objectives.objective import Objective, Rows, Scored, forward
 from .sharded import Streamed
-from .step import IGNORE, Sums
+from .step import Sums
 from .watch.gradient_norms import group_of
 from .whole_model import WholeModel
 
@@ -44,9 +47,10 @@ class SplitModel(Streamed):
         runtime: Runtime,
         mesh: Mesh,
         whole: WholeModel,
+        objective: Objective,
         split: Split,
     ) -> None:
-        super().__init__(model, config, runtime, mesh, whole)
+        super().__init__(model, config, runtime, mesh, whole, objective)
         self.split = split
         self._ways = list(split.ways)
         if not mesh.shard.alone:
@@ -65,10 +69,11 @@ class SplitModel(Streamed):
         """expert 轴上的行由 Split 再分。"""
         return self.mesh.copies
 
-    def gradients(self, inputs: np.ndarray, targets: np.ndarray, step: int) -> Sums:
+    def gradients(self, batch: Batch, step: int) -> Sums:
         seed_rows(self.config.seed, step, self.mesh.world.rank)
-        x, y = (torch.from_numpy(rows).to(self.runtime.device) for rows in (inputs, targets))
-        flow = self.split.gradients(x, y, self.config.rows_at_once, self._valid(targets))
+        rows, weight = Rows.on(batch, self.runtime.device), self._weight(batch)
+        micro = self.config.rows_at_once
+        flow = self.split.gradients(rows.inputs, rows.targets, micro, weight, rows.segments)
         aux = torch.zeros_like(flow.loss) if flow.aux_loss is None else flow.aux_loss
         small = [flow.loss, aux]
         if flow.load is not None and flow.dropped is not None:
@@ -77,20 +82,26 @@ class SplitModel(Streamed):
         found = take_gradients(self.parameters)
         plain_sum([local(one) for one in found], self.mesh.replicate)
         give_gradients(self.parameters, found)
-        return Sums(*small) if len(small) == 4 else Sums(flow.loss, aux, None, None)
+        loss, aux, *loads = small
+        load, dropped = loads if loads else (None, None)
+        return Sums(loss, aux, load, dropped, weight=weight)
 
-    def forward_loss(self, model: GPT2Model, x: Tensor, y: Tensor) -> Tensor:
-        valid = int((y != IGNORE).sum())
+    def score(self, model: GPT2Model, rows: Rows, objective: Objective) -> Scored:
+        """只有语言模型：别的目标在开始之前就拒绝了（distributed/check.py）。"""
+        valid = max(1, int((rows.targets != IGNORE).sum()))
         if (context := self.split.context) is not None:
-            x, y = context.batch(x), context.batch(y)
+            segments = None if rows.segments is None else context.batch(rows.segments)
+            rows = Rows(context.batch(rows.inputs), context.batch(rows.targets), segments)
         if self.split.pipe is None:
-            loss = model(x, targets=y)["loss"] * (int((y != IGNORE).sum()) / valid)
+            out = forward(model, rows)
+            loss = out["loss"] * (int((rows.targets != IGNORE).sum()) / valid)
         else:
-            loss = self._through_stages(x, y, valid)
-        return self.mesh.context.sum(loss)
+            loss = self._through_stages(rows, valid)
+        return Scored(self.mesh.context.sum(loss), GPT2Output())
 
-    def _through_stages(self, x: Tensor, y: Tensor, valid: int) -> Tensor:
+    def _through_stages(self, rows: Rows, valid: int) -> Tensor:
         """流水线的微批形状不可变：不足的行用没有目标的补齐。"""
+        x, y, segments = rows.inputs, rows.targets, rows.segments
         pipe, micro = self.split.pipe, self.config.rows_at_once
         assert pipe is not None
         tokens = self.config.model.context_size // self.mesh.context.size
@@ -104,9 +115,11 @@ class SplitModel(Streamed):
         extra = count * micro - len(x)
         x = torch.cat([x, x[:1].expand(extra, -1)])
         y = torch.cat([y, y.new_full((extra, tokens), IGNORE)])
+        if segments is not None:
+            segments = torch.cat([segments, segments[:1].expand(extra, -1)])
         share = torch.stack([(part != IGNORE).sum() for part in y.split(micro)]).double() / valid
         pipe.connect(count)
-        return pipe.evaluate(x, y, torch.stack([share, share], 1)).loss
+        return pipe.evaluate(x, y, torch.stack([share, share], 1), segments).loss
 
     def norm(self) -> Tensor:
         return gradient_norm(self._gradients_here(self.whole.names), self._ways)

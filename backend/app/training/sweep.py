@@ -133,18 +133,20 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: 数据、设备、后端不行，或文件夹里是别的训练。
     """
-    from app.data.sampler import Sampler
     from app.models.transformer.backends.choose import explain_backends
 
     from .machine.runtime import choose_runtime
-    from .run import open_data
+    from .opened import open_data
     from .watch.samples import check_prompt
 
+    for name in ("epochs", "time_limit"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name}={value} lets each run of a sweep have its own length: give --steps"
+            )
     # 内容由训练自己核对，每次只读一遍。
     sizes = dataclasses.replace(config.data, verify="size")
     data = open_data(config.replace(data=sizes), lambda text: None)
-    context = config.model.context_size
-    Sampler(data.train.n_tokens, context, config.batch_size, config.seed)
     runtime = choose_runtime(config)
     explain_backends(config.model, device=runtime.device, dtype=runtime.dtype, training=True)
     check_prompt(config, data.train.tokenizer())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,28 @@ import torch
 
 from app.common.memory import peak_memory
 from app.common.tell import Tell
-from app.data.sampler import Sampler
-from app.data.shards import TokenDataset
+from app.data.chat.template import find_template
 from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
 from .machine.agreed_stop import AgreedStop
+from .machine.feeding import Prefetch
 from .machine.runtime import compile_blocks
+from .opened import Data
 from .optim.build import build_optimizer
-from .optim.schedule import learning_rate
 from .report.metrics import Metrics
 from .report.progress import Progress
 from .report.silent import Silent
-from .saving.checkpoint import (
-    BEST,
-    CheckpointError,
-    best_measured,
-    mark_best,
-    prune,
-    read_best,
-    step_folder,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from .saving.best import measured_again, sound_best
+from .saving.checkpoint import mark_best, prune, step_folder, write_checkpoint
 from .saving.resume import windows_read
 from .saving.state import write_state
-from .step import Sums, accumulate, initial_loss_line
+from .step import Sums, accumulate, first_loss_line
+from .watch.answers import Answers, answers_line, answers_of
+from .watch.ending import Ending
 from .watch.expert_load import balance_row, update_selection_bias
 from .watch.patience import Patience
-from .watch.plateau import PlateauWatch, unigram_entropy
+from .watch.plateau import PlateauWatch
 from .watch.samples import sample_text
 from .watch.spike import SpikeWatch
 from .watch.validation import Validation
@@ -67,26 +60,30 @@ class Trainer:
     def __init__(
         self,
         engine: Plain,
-        data: TokenDataset,
-        validation: Validation | None,
+        data: Data,
+        validations: Sequence[Validation],
         tokenizer: Tokenizer,
+        reference: str | None = None,
     ) -> None:
-        self.engine, self.data = engine, data
+        self.engine, self.data, self.feed = engine, data.train, data.feed
         self.config, self.runtime, self.model = engine.config, engine.runtime, engine.model
         self.world = engine.mesh.world
         config, model = self.config, self.model
-        self.validation, self.tokenizer = validation, tokenizer
+        # 第一个决定 best 与 patience。
+        self.validation = validations[0] if validations else None
+        self.others = validations[1:]
+        self.tokenizer, self.reference = tokenizer, reference
         self.run_folder = Path(config.out)
-        self.sampler = Sampler(
-            data.n_tokens, config.model.context_size, config.batch_size, config.seed
-        )
+        self.ahead = Prefetch(lambda step: self.feed.batch(step, engine.rows), self.runtime.device)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
         self.spikes = SpikeWatch()
-        self.plateau = PlateauWatch(unigram_entropy(data), config)
+        self.plateau = PlateauWatch(data.entropy, config)
+        self.ending = Ending(config)
+        self.answers = answers_of(data.val.values(), config)
         self.step = self.tokens = self.skipped = 0
         self.best: tuple[int, float] | None = None
-        measured = None if validation is None else validation.measured
-        self.patience = Patience(config.patience, measured)
+        measured = None if self.validation is None else self.validation.measured
+        self.patience = Patience(config.patience, measured, config.min_delta)
         self.last_sample: str | None = None
         self.saved: int | None = None
         self._bad_in_a_row = 0
@@ -100,10 +97,10 @@ class Trainer:
             OSError: 最后的检查点写不下去。
         """
         self.metrics, self.progress, self.stop = metrics, progress, stop
-        every, last = self.config, self.config.steps
+        every = self.config
         self.model.train()
         stop.agree()
-        while self.step < last and not stop.requested:
+        while self.step < self.ending.last and not stop.requested:
             if _due(self.step, every.eval_every):
                 self._validate()
                 if self.patience.over:
@@ -113,8 +110,9 @@ class Trainer:
                 stop.agree()
             if stop.requested:
                 break
+            self._mind_time()
             self._train_step()
-            if every.saves_at(self.step) and self.step < last:
+            if every.saves_at(self.step) and self.step < self.ending.last:
                 self._save()
         if not stop.requested:
             self._save(must=True)
@@ -125,12 +123,12 @@ class Trainer:
 
     def _train_step(self) -> None:
         start = time.perf_counter()
-        lr = self._learning_rate(self.config.optim.lr)
+        lr = self.ending.learning_rate(self.step, self.config.optim.lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(group["initial_lr"])
-        inputs, targets = self.sampler.batch(self.data, self.step, self.engine.rows)
-        sums = self.engine.gradients(inputs, targets, self.step)
+            group["lr"] = self.ending.learning_rate(self.step, group["initial_lr"])
+        sums = self.engine.gradients(self.ahead.take(self.step), self.step)
         norm = self.engine.norm()
+        self.ahead.look_ahead(self.step + 1)
         # 每步只在这里与设备同步一次。
         three = (sums.loss, norm.to(sums.loss.dtype), sums.aux_loss.to(sums.loss.dtype))
         loss, size, aux = torch.stack(three).tolist()
@@ -156,15 +154,21 @@ class Trainer:
             self.metrics.write({"kind": "hint", "step": self.step, "text": hint})
             self.progress.tell(hint)
 
-    def _learning_rate(self, peak: float) -> float:
-        config = self.config
-        return learning_rate(self.step, peak=peak, steps=config.steps, schedule=config.schedule)
+    def _mind_time(self) -> None:
+        if not self.ending.limited:
+            return
+        last = self.world.first(lambda: self.ending.plan(self.step))
+        if last is not None:
+            self.progress.tell(self.ending.begin(self.step, last))
+            self.metrics.write({"kind": "ending", "step": self.step, "last": last})
 
     def _record(
         self, loss: float, norm: float, lr: float, seconds: float, sums: Sums, aux: float
     ) -> None:
         row = {"kind": "train", "step": self.step, "loss": loss, "grad_norm": norm, "lr": lr}
-        row |= {"tokens": self.tokens, "seconds": round(seconds, 6)}
+        row |= {"tokens": self.tokens, "scored": sums.weight, "seconds": round(seconds, 6)}
+        if sums.numbers is not None:
+            row |= dict(zip(self.engine.objective.names, sums.numbers.tolist(), strict=True))
         if sums.load is not None and sums.dropped is not None:
             row["aux_loss"] = aux
             if _due(self.step - 1, self.config.eval_every):
@@ -172,7 +176,8 @@ class Trainer:
                 self.metrics.write({"kind": "moe", "step": self.step, "layers": layers})
         self.metrics.write(row)
         if self.step == 1:
-            self.progress.tell(initial_loss_line(self.model, loss, self.engine.whole.expected_loss))
+            expected = self.engine.whole.expected_loss
+            self.progress.tell(first_loss_line(self.config, self.model, loss, expected))
         self.progress.step(self.step, loss, lr, seconds)
 
     def _count_bad(self, good: bool, where: str) -> None:
@@ -204,8 +209,8 @@ class Trainer:
         self.metrics.write({"kind": "skipped", "where": where, **self._batch_read()})
 
     def _batch_read(self) -> dict[str, Any]:
-        """刚做完的一步与它读的各行窗口的起点。"""
-        return {"step": self.step, "rows": self.sampler.offsets(self.step - 1).tolist()}
+        """刚做完的一步与它读的各行从哪里起。"""
+        return {"step": self.step, "rows": self.feed.places(self.step - 1)}
 
     def _note_spike(self, reason: str) -> None:
         skip = self.config.spike == "skip"
@@ -219,15 +224,29 @@ class Trainer:
     def _validate(self) -> None:
         if self.validation is None:
             return
-        loss = self.validation.loss(self.model, self.runtime, self._asked_to_stop)
-        if loss is None:
-            return
+        found: dict[str, float] = {}
+        for one in (self.validation, *self.others):
+            lost = one.loss(self.model, self.runtime, self._asked_to_stop)
+            if lost is None:
+                return
+            found[one.name] = lost
+        loss = found.pop(self.validation.name)
         memory = peak_memory(self.runtime.device)
         self.metrics.write({"kind": "memory", "step": self.step, **memory})
         row = {"kind": "eval", "step": self.step, "loss": loss, "tokens": self.tokens}
-        self.metrics.write(row | {"measured": self.validation.measured})
+        row |= {"measured": self.validation.measured, **self.validation.numbers}
+        if self.others:
+            row["set"] = self.validation.name
+            row["sets"] = {
+                other.name: {
+                    "loss": found[other.name], "measured": other.measured, **other.numbers
+                }
+                for other in self.others
+            }  # fmt: skip
+        self.metrics.write(row)
         better = self.step > 0 and (self.best is None or loss < self.best[1])
-        self.progress.evaluated(self.step, loss, " (best so far)" if better else "")
+        also = "".join(f", {name} {value:.4f}" for name, value in found.items())
+        self.progress.evaluated(self.step, loss, (" (best so far)" if better else "") + also)
         if better:
             self._save()
             if self.saved == self.step and self._mark_best(self.step, loss):
@@ -255,9 +274,20 @@ class Trainer:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
             return
         self._sampled = self.step
-        self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        if self.answers is None:
+            self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
+        else:
+            self.last_sample = self._answer(self.answers)
         self.metrics.write({"kind": "sample", "step": self.step, "text": self.last_sample})
         self.progress.tell(f"--- sample at step {self.step} ---\n{self.last_sample}\n---")
+
+    def _answer(self, answers: Answers) -> str:
+        """问几个验证集里的问题，记下答完了几个；返回头一个的问与答。"""
+        row = answers.row(self.model, self.runtime)
+        self.metrics.write({"kind": "answers", "step": self.step, **row})
+        self.progress.tell(answers_line(row))
+        first = row["shown"][0]
+        return f"{first['asked']}{first['said']}"
 
     def _save(self, must: bool = False) -> None:
         """存下此刻；途中存不下（盘满）只警告，训练继续，旧检查点还在。
@@ -304,11 +334,13 @@ class Trainer:
         facts = {
             "step": self.step,
             "tokens": self.tokens,
-            "windows": self.sampler.windows(self.step),
+            "windows": self.feed.windows(self.step),
             "skipped": self.skipped,
             "bad_in_a_row": self._bad_in_a_row,
             "spikes": self.spikes.state(),
             "patience": self.patience.state(),
+            "ending": self.ending.state(),
+            "reference": self.reference,
             "data": self.data.fingerprint,
             "device": str(self.runtime.device),
             "precision": str(self.runtime.dtype),
@@ -318,16 +350,19 @@ class Trainer:
         known = self.engine.write(folder, self.optimizer)
         write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
+        if (template := find_template(self.data.folder)) is not None:
+            template.save(folder)
         return known
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:
         """接上计数；own 说明检查点就在本训练的文件夹里。"""
         self.step, self.tokens = state["step"], state["tokens"]
-        self.sampler = self.sampler.moved(self.step, windows_read(state))
+        self.feed = self.feed.moved(self.step, windows_read(state))
         self.skipped, self._bad_in_a_row = state["skipped"], state["bad_in_a_row"]
         # 早先的检查点没有尖峰的历史。
         self.spikes.load(state.get("spikes", {}))
         self.patience.load(state.get("patience", {}))
+        self.ending.load(state.get("ending", {}), self.step)
         self.saved = self.step if own else None
 
     def restore_best(self, tell: Tell) -> None:
@@ -336,61 +371,36 @@ class Trainer:
         它的损失若是在别的窗口上量的（换了 eval_batches、批大小或验证集），就重量一遍：
         不同的尺子量出的两个数不能比。会动模型的权重。
         """
-        best, measured = self.world.first(lambda: self._read_best(tell))
-        self.best = best
-        if best is None or self.validation is None or measured == self.validation.measured:
+        best = self.world.first(lambda: sound_best(self.run_folder, tell))
+        self.best = None if best is None else (best.step, best.loss)
+        if best is None or self.validation is None or best.measured == self.validation.measured:
             return
-        self.engine.read_weights(self._folder(best[0]))
+        self.engine.read_weights(self._folder(best.step))
         loss = self.validation.loss(self.model, self.runtime)
         assert loss is not None
         now = self.validation.measured
-        self.world.first(lambda: mark_best(self.run_folder, best[0], loss, now))
-        self.best = (best[0], loss)
-        tell(
-            f"best checkpoint (step {best[0]}) measured again on the validation windows of now: "
-            f"{loss:.4f} (was {best[1]:.4f} {_on(measured)}, now {_on(now)})"
-        )
-
-    def _read_best(self, tell: Tell) -> tuple[tuple[int, float] | None, dict[str, Any] | None]:
-        try:
-            best, measured = read_best(self.run_folder), best_measured(self.run_folder)
-            if best is not None:
-                verify_checkpoint(self._folder(best[0]))
-            return best, measured
-        except CheckpointError as error:
-            (self.run_folder / BEST).unlink()
-            tell(f"warning: the record of the best checkpoint is dropped: {error}")
-            return None, None
+        self.world.first(lambda: mark_best(self.run_folder, best.step, loss, now))
+        self.best = (best.step, loss)
+        tell(measured_again(best, loss, now))
 
     def compile(self, tell: Tell) -> str:
         """按配置编译各块；返回一句说明。试跑用下一批，不留痕迹。"""
 
         def probe() -> None:
             rows = self.config.rows_at_once
-            inputs, targets = self.sampler.batch(self.data, self.step, slice(0, rows))
+            batch = self.feed.batch(self.step, slice(0, rows))
             self.model.train()
-            accumulate(self.model, inputs, targets, rows, self.runtime)
+            accumulate(self.model, batch, rows, self.runtime, self.engine.objective)
 
         if self.engine.why_not_compile is not None and self.config.compile != "off":
             return f"off: {self.engine.why_not_compile}"
         try:
-            return compile_blocks(
-                self.model.h.values(), self.config.compile, self.runtime.device, probe, tell
-            )
+            return compile_blocks(self.model, self.config.compile, self.runtime.device, probe, tell)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _folder(self, step: int) -> Path:
         return step_folder(self.run_folder, step)
-
-
-def _on(measured: Mapping[str, Any] | None) -> str:
-    if measured is None:
-        return "on unknown windows"
-    return (
-        f"on {measured['windows']} windows of {measured['context']} tokens of data "
-        f"{measured['data'][:12]}"
-    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -149,3 +149,90 @@ def test_tokenizer_of_a_folder_and_ready_tokens(text: Path, tmp_path: Path) -> N
 )
 def test_line_ends_can_be_typed(written: str, meant: str) -> None:
     assert _unescaped(written) == meant
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.csv"
+    path.write_text("question,answer\n" + "".join(f"q {i}?,a\\{i}\n" for i in range(30)))
+    return path
+
+
+RENAME = ["--columns", "prompt=question,completion=answer"]
+
+
+def test_prepares_conversations(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["prepare", str(chats), "--out", str(tmp_path / "out"), "--tokenizer", "bytes", *RENAME]
+    assert main([*argv, "--val", "0.2", "--chat", "chatml", "--show", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "records of the form prompt + completion" in printed
+    assert "the vocabulary grows from 257 to 259 ids by <|im_end|>, <|im_start|>" in printed
+    line = next(x for x in printed.splitlines() if x.startswith("<|im_start|>"))
+    assert line.endswith(r"|t|\n|{a|\|" + line[line.index("|?") - 1] + r"|<|im_end|>}|\n")
+    assert "\x1b" not in printed
+    train = TokenDataset.open(tmp_path / "out" / "train", verify="sha256")
+    assert train.kind == "pairs" and f"{train.n_scored:,} scored" in printed
+    # 接着用这里的分词器，就是接着用这里的模板
+    more = ["--tokenizer", str(tmp_path / "out"), "--out", str(tmp_path / "more")]
+    assert main(["prepare", str(chats), *more, *RENAME]) == 0
+    assert "chat template chatml (that of the tokenizer's folder" in capsys.readouterr().out
+    other = TokenDataset.open(tmp_path / "more" / "train")
+    assert other.template() == train.template() and other.vocab_size == train.vocab_size
+
+
+def test_records_are_told_apart_by_their_keys(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert main(["prepare", str(chats), *out]) == 2
+    assert "add --columns prompt=question,completion=answer" in capsys.readouterr().err
+    assert main(["prepare", str(chats), *out, *RENAME, "--format", "preference"]) == 2
+    assert "--format preference, but the keys are those of pairs" in capsys.readouterr().err
+    text = ["--columns", "text=answer", "--val", "0", "--special", "<|a|>,<|b|>"]
+    assert main(["prepare", str(chats), *out, *text]) == 0
+    train = TokenDataset.open(tmp_path / "out" / "train")
+    assert train.kind == "text" and train.vocab_size == 259
+    assert train.meta["schema_version"] == 1
+
+
+def test_a_folder_of_tables_or_of_both(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    chats.rename(folder / "a.csv")
+    argv = ["prepare", str(folder), "--tokenizer", "bytes", "--val", "0", "--out"]
+    assert main([*argv, str(tmp_path / "1"), *RENAME]) == 0
+    (folder / "a.csv").write_text("prompt,completion\na,b\n")
+    assert main([*argv, str(tmp_path / "2")]) == 0
+    (folder / "b.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "c.md").write_text("plain text")
+    capsys.readouterr()
+    assert main([*argv, str(tmp_path / "3")]) == 2
+    assert "there are also 1 .md of plain text: choose with --format" in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "3"), "--format", "pairs"]) == 0
+    assert len(TokenDataset.open(tmp_path / "3" / "train").document_starts) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--chat", "plain"], "--chat plain is for conversations, but these sources are text"),
+        (
+            ["--lines", "--context", "9"],
+            "--context 9 is for conversations, but --document-per-line",
+        ),
+        (["--columns", "prompt=x"], "of text, text alone can be renamed"),
+        (["--tokens", "uint16", "--long", "cut-prompt"], "--long cut-prompt is for records"),
+        (["--show", "-1"], "--show -1 must not be negative"),
+        (["--val", "0.1", "--val-fraction", "0.1"], "--val 0.1 and --val-fraction 0.1"),
+    ],
+)
+def test_chat_options_without_use_are_refused(
+    argv: list[str], message: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", str(text), "--out", str(tmp_path / "out"), *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

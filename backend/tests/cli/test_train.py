@@ -126,7 +126,8 @@ def test_whole_run_by_hand(tmp_path: Path, data: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 def test_signals_resume_bitwise(tmp_path: Path, data: Path, whole: Path, kills: int) -> None:
     """C2：随机时刻的 SIGTERM 或 SIGINT，退出 0，续上之后与不间断的逐位相等。"""
     source, stopped = random.Random(kills), 0
@@ -163,6 +164,7 @@ def test_kill_nine_resumes_bitwise(tmp_path: Path, data: Path, whole: Path) -> N
     assert_same(whole, tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_two_trainers(tmp_path: Path, data: Path) -> None:
     """A11"""
     path = write_run_file(tmp_path, data, "run", steps=100_000)
@@ -291,6 +293,7 @@ def test_nanogpt_recipe_is_the_published_shape() -> None:
 # ---- 成了才算成 ----
 
 
+@pytest.mark.slow
 def test_what_was_not_written_is_no_success(tmp_path: Path, data: Path) -> None:
     """训练做完了，报告却没写成：说出来，退出码不是 0；修好再来一次就是 0。"""
     path = write_run_file(tmp_path, data, "run", steps=12)
@@ -308,6 +311,7 @@ def test_what_was_not_written_is_no_success(tmp_path: Path, data: Path) -> None:
     assert done.returncode == 0 and report.is_file() and "not written" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on_from_anywhere(tmp_path: Path, data: Path) -> None:
     """真的进程：复制出来的训练从别的文件夹续，原来的一个字节也不动。"""
     path = write_run_file(tmp_path, data, "run", steps=12)

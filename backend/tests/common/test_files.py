@@ -76,7 +76,10 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "onnx" else n for n in WRITERS],
+)
 def test_modes_follow_the_umask(name: str, umask: int, tmp_path: Path) -> None:
     """别的用户、容器、网页服务器要读得到，只要 umask 许。"""
     out = tmp_path / "out"

@@ -241,6 +241,7 @@ print(json.dumps({"logits": logits, "greedy_ids": made[0, ids.shape[1] :].tolist
 """
 
 
+@pytest.mark.slow
 def test_an_own_code_export_runs_without_this_package(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     unpack("own_code", tmp_path / "own")

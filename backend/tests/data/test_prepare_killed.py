@@ -78,6 +78,7 @@ def check_kills(tmp_path: Path, kind: str, choose: Callable[[int], list[int]]) -
     assert resumed > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_killed_at_some_points(tmp_path: Path) -> None:
     points = random.Random(1)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from app.data.reading import plain_text, records
 from app.data.reading.plain_text import NotTextError, lines, read_text, split_at
-from app.data.reading.records import read_csv, read_json, read_jsonl, read_parquet
+from app.data.reading.records import read_json, read_jsonl
 from app.data.reading.sources import Reading, Sources
+from app.data.reading.tables import read_csv, read_parquet
 from app.data.split import survey
 
 MARK = "\ufeff"

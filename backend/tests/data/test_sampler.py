@@ -122,6 +122,7 @@ def test_each_place_is_uniform_over_the_windows(windows: int) -> None:
         assert abs(chi2 - free) < 5 * np.sqrt(2 * free) + 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [2, 3, 4, 5])
 def test_all_orders_of_few_windows_are_equally_likely(windows: int) -> None:
     epochs = 3000

@@ -156,7 +156,8 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     ("no meta", lambda f: (f / "meta.json").unlink(), "no meta.json there"),
     ("meta cut", bytes_of("meta.json", lambda d: d[:50]), "not valid JSON"),
     ("meta list", lambda f: (f / "meta.json").write_text("[1]"), "expected a mapping, got list"),
-    ("version", edit_meta(lambda m: m.update(schema_version=2)), "schema_version=2"),
+    ("version", edit_meta(lambda m: m.update(schema_version=99)), "schema_version=99"),
+    ("kind", edit_meta(lambda m: m.update(schema_version=2)), "kind=.text. with schema_version=2"),
     ("dtype", edit_meta(lambda m: m.update(dtype="uint32")), "dtype='uint32', but"),
     ("count", edit_meta(lambda m: m.update(n_tokens=19)), "n_tokens=19, but .* hold 21"),
     ("negative", edit_meta(lambda m: m.update(n_tokens=-1)), "n_tokens=-1"),
@@ -170,7 +171,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     ("index magic", bytes_of("index.npy", put(0, 0)), "index.npy: not a NumPy index"),
     ("index short", fix_size(short_index, "index.npy"), "index.npy: 1 documents"),
     ("index order", fix_size(unsorted_index, "index.npy"), "document starts must grow"),
-    ("index float", fix_size(float_index, "index.npy"), "float64 .* expected a row of int64"),
+    ("index float", fix_size(float_index, "index.npy"), "float64 .* expected int64 with 1"),
     ("index pickle", fix_size(pickled_index, "index.npy"), "not a NumPy index"),
 ]
 

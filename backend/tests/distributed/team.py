@@ -54,8 +54,9 @@ def train_on(size: int, config: TrainConfig, *more: Any) -> tuple[Path, list[str
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """权重与优化器的字节。"""
-    digest = hashlib.sha256()
-    for name in ("model.safetensors", "optim.safetensors"):
-        digest.update((checkpoint / name).read_bytes())
+    """权重（或适配器）与优化器的字节。"""
+    digest, found = hashlib.sha256(), sorted(checkpoint.glob("*.safetensors"))
+    assert len(found) == 2, found
+    for path in found:
+        digest.update(path.read_bytes())
     return digest.hexdigest()

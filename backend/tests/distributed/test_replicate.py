@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.data.batch import UNSCORED as IGNORE
+from app.data.batch import Batch
 from app.distributed import replicate
 from app.distributed.comm import Ranks
 from app.distributed.mesh import build_mesh
@@ -24,7 +26,7 @@ from app.training import step as step_module
 from app.training.config import TrainConfig
 from app.training.engine import AllReduced, Replicated
 from app.training.machine.runtime import Runtime
-from app.training.step import IGNORE, Sums, accumulate, gradient_norm
+from app.training.step import Sums, accumulate, gradient_norm
 from app.training.whole_model import WholeModel
 
 from ..training.conftest import Make, rows, same_weights
@@ -69,7 +71,7 @@ def _mine(shape: dict[str, Any], micro: int, exact: bool) -> tuple[dict[str, Ten
     mesh = build_mesh(config.parallel, "cpu")
     engine = kind(model, config, CPU, mesh, WholeModel.of(model))
     inputs, targets = batch()
-    sums = engine.gradients(inputs[engine.rows], targets[engine.rows], 0)
+    sums = engine.gradients(Batch(inputs, targets).rows(engine.rows), 0)
     found = [sums.loss, engine.norm(), sums.aux_loss, sums.load, sums.dropped]
     return gradients(model), found
 
@@ -100,7 +102,7 @@ def test_replicas_equal_the_whole_batch(size: int, micro: int, exact: bool) -> N
     """看到 8e-16；容差 1e-14。"""
     for name, shape in SHAPES.items():
         alone = model_of(shape)
-        sums = accumulate(alone, *batch(), micro, CPU)
+        sums = accumulate(alone, Batch(*batch()), micro, CPU)
         wanted = gradients(alone)
         for mine, (loss, norm, aux, load, dropped) in run_ranks(size, _mine, shape, micro, exact):
             assert worst(mine, wanted) < 1e-14, name
@@ -132,8 +134,8 @@ def test_the_counter_holds_few_and_adds_in_the_shape_of_a_tree() -> None:
 
 
 def _mean_of_means() -> None:
-    def accumulate(model: Any, x: Any, y: Any, valid: int, runtime: Any) -> Sums:
-        return step_module.backward(model, x, y, step_module.count_valid(y) * B, runtime)
+    def accumulate(model: Any, part: Any, weight: int, runtime: Any, objective: Any) -> Sums:
+        return step_module.backward(model, part, max(1, objective.weight(part)) * B, runtime)
 
     engine_module.backward = accumulate  # type: ignore[assignment]
 
@@ -151,7 +153,7 @@ def _wrong(spoil: Callable[[], None]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("spoil", [_mean_of_means, _share_of_local_tokens])
 def test_a_wrong_share_is_far_off(spoil: Callable[[], None]) -> None:
     alone = model_of({})
-    accumulate(alone, *batch(), 1, CPU)
+    accumulate(alone, Batch(*batch()), 1, CPU)
     assert worst(run_ranks(2, _wrong, spoil)[0], gradients(alone)) > 1e-2
 
 

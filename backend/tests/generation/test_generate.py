@@ -13,7 +13,7 @@ from app.generation.config import Options, SamplingConfig
 from app.generation.context import window_start
 from app.generation.generate import Decoding, generate
 from app.generation.row import Callbacks, Completion, Row
-from app.generation.sampling import sample, uniforms
+from app.generation.sampling import pick, sample, uniforms
 from app.models.transformer import GPT2Model, create_gpt2_model
 from tests.generation.helpers import completions, new_tokens
 
@@ -116,9 +116,9 @@ def test_logits_at_every_step_are_the_uncached_ones(monkeypatch, norm, position)
 
     def record(logits, *rest):
         seen.append(logits.clone())
-        return sample(logits, *rest)
+        return pick(logits, *rest)
 
-    monkeypatch.setattr(generate_module, "sample", record)
+    monkeypatch.setattr(generate_module, "pick", record)
     prompts = [[1, 2, 3], list(range(14)), [5]]
     new_tokens(model, prompts, max_new_tokens=40, sampling=GREEDY, overflow="slide")
     for row, prompt in enumerate(prompts):

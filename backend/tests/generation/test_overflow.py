@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.generation.config import SamplingConfig
 from app.generation.overflow import SINKS, usable
-from app.generation.sampling import sample
+from app.generation.sampling import pick
 from app.models.transformer import GPT2Config, GPT2Model, Positions
 from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.block import run_blocks
@@ -54,10 +54,10 @@ def decode(monkeypatch, model, prompts, new, **options) -> tuple[list[list[int]]
 
     def record(logits, *rest):
         seen.append(logits.clone())
-        return sample(logits, *rest)
+        return pick(logits, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate_module, "sample", record)
+        patch.setattr(generate_module, "pick", record)
         options = {"sampling": GREEDY, **options}
         rows = new_tokens(model, prompts, max_new_tokens=new, **options)
     return rows, torch.stack(seen, 1)
@@ -346,7 +346,7 @@ def test_int8_is_close_and_smaller(monkeypatch, mode):
             seen.append(logits.clone())
             return torch.tensor([forced[len(seen)]] * len(logits))
 
-        monkeypatch.setattr(generate_module, "sample", force)
+        monkeypatch.setattr(generate_module, "pick", force)
         options = {"overflow": mode, "kv_dtype": kv_dtype}
         new_tokens(model, [forced[:1], forced[:1]], max_new_tokens=60, **options)
         return torch.stack(seen)

@@ -118,6 +118,7 @@ assert "app" not in sys.modules
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_nothing_runs_without_the_flag(tmp_path: Path) -> None:
     """config.json 里的 auto_map、trust_remote_code 都是别人写的：只有调用者的旗子算数。"""
     save(model("post"), tmp_path / "evil")

@@ -203,6 +203,7 @@ def test_an_empty_context_and_spaces_at_its_end(trained: Any) -> None:
     assert spaced == plain
 
 
+@pytest.mark.slow
 def test_the_documented_command(trained: Any, tasks: Path, results: Any, tmp_path: Path) -> None:
     model, tokenizer = trained
     model.save_pretrained(tmp_path / "run")

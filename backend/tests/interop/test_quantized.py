@@ -70,7 +70,7 @@ def test_gguf_never_quantizes_twice(options: dict[str, Any], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("target", ["hf", "onnx"])
+@pytest.mark.parametrize("target", ["hf", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_other_formats_get_floats_and_say_so(target: Any, tmp_path: Path) -> None:
     package = {"hf": "transformers", "onnx": "onnxruntime"}[target]
     pytest.importorskip(package, reason=EXTRA)

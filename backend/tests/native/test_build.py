@@ -162,6 +162,7 @@ def test_a_cache_of_another_user_is_not_trusted(
     assert f"belongs to user {owner}, not to {owner + 1}" in load_native().reason
 
 
+@pytest.mark.slow
 def test_built_by_several_at_once(compiler: str) -> None:
     folder = cache_folder()
     with ThreadPoolExecutor(3) as pool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from app.models.transformer import GPT2Config, GPT2Model
-from app.models.transformer.layers.loss import CHUNK_BYTES
+from app.models.transformer.layers.loss import CHUNK_BYTES, GPU_CHUNK_BYTES
 from app.planning.footprint import activation_bytes, footprint, largest
 from app.training.config import OptimConfig, Optimizer
 from app.training.optim.build import build_optimizer, optimizer_kind
@@ -107,13 +107,14 @@ def test_the_optimizers_hold_what_is_said() -> None:
 
 
 def test_logits_stay_chunks() -> None:
-    def logits(rows: int) -> int:
+    def logits(rows: int, device: torch.device = CPU) -> int:
         config = GPT2Config(norm="pre")
         return footprint(
-            config, rows=rows, passes=1, optimizer=ADAMW, device=CPU, dtype=torch.float32
+            config, rows=rows, passes=1, optimizer=ADAMW, device=device, dtype=torch.float32
         ).logits
 
     assert logits(1) == logits(64) <= CHUNK_BYTES
+    assert CHUNK_BYTES < logits(64, torch.device("cuda")) <= GPU_CHUNK_BYTES
     whole = tiny_config()
     found = footprint(whole, rows=2, passes=1, optimizer=ADAMW, device=CPU, dtype=torch.float32)
     assert found.logits == 2 * 24 * 37 * 4

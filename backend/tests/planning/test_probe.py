@@ -150,6 +150,7 @@ def test_the_peak_between_two_marks_is_seen_once() -> None:
     assert first - before > 60 * 2**20 > second - before
 
 
+@pytest.mark.slow
 def test_a_real_probe() -> None:
     """两个子进程；外推出的峰值装得下整个模型的权重、梯度与两个矩，又不比它们大多少。"""
     run = config(6, batch=3, micro=2)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from app.serving.api.app import Address, Service
+from app.serving.api.template import Jinja
 from app.serving.engine import Limits
 from app.serving.served import Served, serve_model
 from tests.serving.helpers import BYTES, byte_model
@@ -52,8 +53,10 @@ class Running:
 
 
 @contextmanager
-def serving(models: list[Served], address: Address | None = None) -> Iterator[Running]:
-    service = Service(models, replace(address or Address(), port=0))
+def serving(
+    models: list[Served], address: Address | None = None, port: int = 0
+) -> Iterator[Running]:
+    service = Service(models, replace(address or Address(), port=port))
     server = service.server()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -79,7 +82,7 @@ def tiny(name: str = "tiny", **options: Any) -> Served:
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """两个模型：tiny 有对话模板，other 没有；float64，所以文字处处可比。"""
-    with serving([tiny(template=CHAT)]) as running:
+    with serving([tiny(template=Jinja(CHAT))]) as running:
         yield running
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from app.data.batch import Batch
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
 from app.training.config import OptimConfig, TrainConfig
 from app.training.machine.runtime import Runtime
@@ -67,7 +68,7 @@ def test_max_vio_by_hand() -> None:
 def test_the_aux_loss_reaches_the_gradient_once_with_the_share_of_its_tokens() -> None:
     model = GPT2Model(shape(aux_loss_coef=0.5, z_loss_coef=0.1)).double()
     inputs, targets = batch()
-    sums = accumulate(model, inputs, targets, 2, CPU)
+    sums = accumulate(model, Batch(inputs, targets), 2, CPU)
     got = gradients(model)
     loads, aux = [], 0.0
     for part in (slice(0, 2), slice(2, 4)):
@@ -81,10 +82,10 @@ def test_the_aux_loss_reaches_the_gradient_once_with_the_share_of_its_tokens() -
         torch.testing.assert_close(got[name], wanted, rtol=0, atol=1e-12)
     assert sums.aux_loss.item() == pytest.approx(aux, abs=1e-12) and aux > 0.5
     assert sums.load is not None and torch.equal(sums.load, sum(loads))
-    plain = accumulate(model, inputs, targets, 4, CPU)
+    plain = accumulate(model, Batch(inputs, targets), 4, CPU)
     assert plain.loss.item() == pytest.approx(sums.loss.item(), abs=1e-12)
     assert plain.load is not None and torch.equal(plain.load, sums.load)
-    dense = accumulate(GPT2Model(shape().dense()), inputs, targets, 4, CPU)
+    dense = accumulate(GPT2Model(shape().dense()), Batch(inputs, targets), 4, CPU)
     assert dense.load is None and dense.aux_loss.item() == 0.0
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.data.batch import Batch
 from app.models.transformer import GPT2Config, GPT2Model
+from app.models.transformer.layers.loss import cross_entropy
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime, compile_blocks
 from app.training.optim.build import build_optimizer
@@ -160,7 +163,7 @@ def test_optimizer_matches_the_plain_formula() -> None:
 def _gradients(micro: int, targets: np.ndarray, inputs: np.ndarray) -> tuple[float, torch.Tensor]:
     torch.manual_seed(0)
     model = GPT2Model(tiny()).double()
-    loss = accumulate(model, inputs, targets, micro, CPU).loss
+    loss = accumulate(model, Batch(inputs, targets), micro, CPU).loss
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     return float(loss), flat
 
@@ -208,11 +211,15 @@ def test_runtime_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.dtype == torch.bfloat16 and "slow" in asked.dtype_why
 
 
+def held(*blocks: torch.nn.Module) -> Any:
+    """编译要的只是模型的这两样。"""
+    return SimpleNamespace(h=dict(enumerate(blocks)), loss_chunk=cross_entropy)
+
+
 def test_compile_choices() -> None:
-    blocks = [torch.nn.Linear(2, 2)]
-    cpu = torch.device("cpu")
-    assert compile_blocks(blocks, "off", cpu, lambda: 1 / 0, print) == "off: asked for"
-    assert "(--compile on)" in compile_blocks(blocks, "auto", cpu, lambda: 1 / 0, print)
+    model, cpu = held(torch.nn.Linear(2, 2)), torch.device("cpu")
+    assert compile_blocks(model, "off", cpu, lambda: 1 / 0, print) == "off: asked for"
+    assert "(--compile on)" in compile_blocks(model, "auto", cpu, lambda: 1 / 0, print)
 
 
 def test_compile_falls_back_with_one_line() -> None:
@@ -224,7 +231,7 @@ def test_compile_falls_back_with_one_line() -> None:
         raise RuntimeError("no working C++ compiler\nlong story")
 
     before = torch.get_rng_state()
-    state = compile_blocks([block], "on", torch.device("cpu"), probe, told.append)
+    state = compile_blocks(held(block), "on", torch.device("cpu"), probe, told.append)
     assert state == "off: compiling failed"
     assert told == ["compile failed, going on without: RuntimeError: no working C++ compiler"]
     assert block._compiled_call_impl is None and list(block.state_dict()) == names
@@ -235,7 +242,7 @@ def test_compile_falls_back_with_one_line() -> None:
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
-    said = compile_blocks([], "on", torch.device("cpu"), lambda: None, print)
+    said = compile_blocks(held(), "on", torch.device("cpu"), lambda: None, print)
     assert said == "off: no C++ compiler found (install g++)"
 
 

@@ -27,9 +27,10 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 @installed
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("steps", [240, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [120, pytest.param(2000, marks=pytest.mark.slow)])
 def test_memory_and_files_do_not_grow(make: Make, tmp_path: Path, steps: int) -> None:
     """头四分之一是预热；其后增加不到 20 MB，文件数不变。"""
     config = make(

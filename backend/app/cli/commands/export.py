@@ -35,6 +35,10 @@ class Args:
         Doc("precision of the weights; None = the model's"),
     ] = None
     quantize: Annotated[Literal["q8_0"] | None, Doc("8-bit matrices (gguf only)")] = None
+    data: Annotated[
+        Path | None,
+        Doc("prepared conversations, the first 50 check the chat template; None = made-up ones"),
+    ] = None
 
 
 def run(args: Args) -> int:
@@ -43,10 +47,22 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是模型，去不了这种格式，或 --out 已有东西。
     """
+    from app.data.chat.convert import first_conversations
+    from app.data.chat.template import find_template
+    from app.interop.chat import Chat
     from app.interop.export import export
 
     model, tokenizer, folder = load_model(args.model, "cpu")
-    done = export(model, tokenizer, args.to, args.out, dtype=args.dtype, quantize=args.quantize)
+    template = find_template(folder)
+    if args.data is not None and template is None:
+        raise ValueError(
+            f"--data {args.data} checks a chat template, but {folder} has none: leave it out"
+        )
+    rows = [] if args.data is None else first_conversations(args.data)
+    chat = None if template is None else Chat(template, rows)
+    done = export(
+        model, tokenizer, args.to, args.out, dtype=args.dtype, quantize=args.quantize, chat=chat
+    )
     print(f"written  {done.written} ({done.kind})")
     for note in done.notes:
         print(f"note     {note}")

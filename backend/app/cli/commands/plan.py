@@ -94,7 +94,7 @@ def run(args: Args) -> None:
     from app.cli.shared.estimates import show_training
     from app.training.machine.runtime import choose_runtime
 
-    config = args.train
+    config = _with_steps(args.train)
     shape = config.model
     length = shape.context_size if args.length is None else args.length
     if length < 1:
@@ -121,6 +121,26 @@ def run(args: Args) -> None:
         print(note)
     if refused is not None:
         raise ValueError(refused)
+
+
+def _with_steps(config: TrainConfig) -> TrainConfig:
+    """
+    Raises:
+        ValueError: epochs 数的是还没有的数据。
+    """
+    if config.epochs is None:
+        return config
+    from app.data.shards import TokenDataset
+    from app.training.opened import feed_of, with_steps
+
+    folder = Path(config.data.folder) / "train"
+    if not folder.is_dir():
+        raise ValueError(
+            f"epochs={config.epochs} counts passes over {folder}, which does not exist yet: "
+            "prepare it, or give --steps"
+        )
+    data = TokenDataset.open(folder)
+    return with_steps(config, feed_of(data, config, config.batch_size, config.seed))
 
 
 def _check_ranks(args: Args) -> None:

@@ -22,7 +22,6 @@ from app.common.files import check_new
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from app.data.tokenizers import Tokenizer
     from app.evaluation.compare_models import Quality
     from app.models.transformer import GPT2Model
     from app.quantization.codes import Codes, Scheme
@@ -113,7 +112,7 @@ def run(args: Args) -> int:
         return 1
     made = rounded if args.method == "rtn" else _calibrated(args, model, chosen, texts)
     _show_quality(args, model, made, texts)
-    _write(args.out, made, trained.tokenizer)
+    _write(args.out, made, trained)
     return 0
 
 
@@ -311,16 +310,19 @@ def _head_cost(before: GPT2Model, after: QuantizedModel, texts: _Texts) -> float
     return compare_quality(before, only.eval(), texts.compared).kl
 
 
-def _write(out: Path, model: QuantizedModel, tokenizer: Tokenizer) -> None:
+def _write(out: Path, model: QuantizedModel, source: Trained) -> None:
     """写完读回来，码要逐位相同。"""
     import torch
 
     from app.common.files import write_folder
+    from app.data.chat.template import find_template
     from app.models.transformer import GPT2Model
 
     def fill(new: Path) -> None:
         model.save_pretrained(new)
-        tokenizer.save(new)
+        source.tokenizer.save(new)
+        if (template := find_template(source.folder)) is not None:
+            template.save(new)
         written = GPT2Model.from_pretrained(new).state_dict()
         for name, tensor in model.state_dict().items():
             if not torch.equal(written[name], tensor.cpu()):

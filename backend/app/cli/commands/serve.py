@@ -24,6 +24,7 @@ from app.models.transformer.cache.kv_dtype import KVDtype
 if TYPE_CHECKING:
     from app.cli.shared.trained import Trained
     from app.models.transformer import GPT2Model
+    from app.serving.api.template import Jinja, Own
     from app.serving.served import Served
 
 SUMMARY = "serve trained models over HTTP, for OpenAI clients, lm-eval and curl"
@@ -80,7 +81,8 @@ class Args:
         Doc("answer /v1/inspect and /v1/history; where neither is given: only on loopback"),
     ] = True
     chat_template: Annotated[
-        Path | None, Doc("Jinja file for /v1/chat/completions; None = the model's own, if any")
+        Path | None,
+        Doc("Jinja file for /v1/chat/completions; None = what it was tuned with, if any"),
     ] = None
     waiting: IdleThreads = "auto"
     device: Device = "auto"
@@ -119,6 +121,7 @@ def run(args: Args) -> int:
         server = Service(served, address).server()
         host = f"[{args.host}]" if ":" in args.host else args.host
         to_stderr(f"serving on http://{host}:{port} ({len(keys) or 'no'} API keys)")
+        to_stderr(f"look inside in a browser: http://{host}:{port}/")
         server.run([door])
     return 0
 
@@ -235,7 +238,6 @@ def _memory(args: Args, trained: Trained) -> int:
 
 
 def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
-    from app.serving.api.template import check
     from app.serving.engine import Limits
     from app.serving.schedule import Pace
     from app.serving.served import rows_for, serve_model
@@ -251,18 +253,25 @@ def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
             f"rows={rows} of {name} need more than {size(memory)} of keys and values: "
             f"at most {fits} fit; use --rows {fits}, a larger --kv-memory or --kv-dtype int8"
         )
-    path = args.chat_template or trained.folder / _TEMPLATE
-    template = path.read_text("utf-8") if args.chat_template or path.is_file() else None
-    if template is not None:
-        check(template)
     limits = Limits(queue=args.queue, pace=Pace(max_stall=args.max_stall))
     served = serve_model(
         name, model, trained.tokenizer, rows=rows, kv_dtype=args.kv_dtype, limits=limits,
-        guess=_guess(args, trained), template=template,
+        guess=_guess(args, trained), template=_chat_form(args, trained.folder),
     )  # fmt: skip
     # 检查点的上一层就是那次训练；别的文件夹不属于哪次训练。
     in_run = step_of(trained.folder) is not None
     return dataclasses.replace(served, run=trained.folder.parent if in_run else None)
+
+
+def _chat_form(args: Args, folder: Path) -> Jinja | Own | None:
+    """--chat-template；否则训练时的 chat.json；否则文件夹里的 Jinja。"""
+    from app.data.chat.template import find_template
+    from app.serving.api.template import Jinja, Own
+
+    own, path = find_template(folder), args.chat_template or folder / _TEMPLATE
+    if args.chat_template is None and own is not None:
+        return Own(own)
+    return Jinja(path.read_text("utf-8")) if args.chat_template or path.is_file() else None
 
 
 def _guess(args: Args, trained: Trained) -> Literal["off", "ngram"] | GPT2Model:

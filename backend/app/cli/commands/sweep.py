@@ -14,7 +14,7 @@ from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage
 from app.cli.shared.comparison import show_comparison
-from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
+from app.cli.shared.runfile import RunArgs, fit_model, parse_run
 from app.cli.shared.tables import print_table
 
 SUMMARY = "Train the same data and seeds with one switch changed, then compare."
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> Args:
         ValueError: 文件找不到或读不懂。
     """
     args = parse_run(Args, argv, Usage("sweep", SUMMARY, EXAMPLES), out="runs/sweep")
-    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
+    return fit_model(args, argv)
 
 
 def run(args: Args) -> int:

@@ -13,7 +13,7 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage
-from app.cli.shared.runfile import RunArgs, fit_vocabulary, names_vocabulary, parse_run
+from app.cli.shared.runfile import RunArgs, fit_model, parse_run
 from app.cli.shared.tables import print_table
 from app.common.console import forget_reader, say
 from app.distributed.launch import local_ranks, place, start_ranks, without_ranks
@@ -47,14 +47,13 @@ class Args(RunArgs):
 
 
 def parse(argv: Sequence[str]) -> Args:
-    """没有写明词表大小时，取数据集的。
+    """没有写明词表大小时，取数据集的；有 init_from 时，没有写明的形状取自那里。
 
     Raises:
         ValueError: 文件找不到或读不懂。
     """
     args = parse_run(Args, argv, Usage("train", SUMMARY, EXAMPLES))
-    args = args if names_vocabulary(args, argv) else fit_vocabulary(args)
-    return dataclasses.replace(args, argv=tuple(argv))
+    return dataclasses.replace(fit_model(args, argv), argv=tuple(argv))
 
 
 def run(args: Args) -> int:

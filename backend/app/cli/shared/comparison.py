@@ -14,11 +14,19 @@ if TYPE_CHECKING:
 
 def show_comparison(groups: Sequence[SeedGroup], notes: Sequence[str]) -> None:
     """两张表：结果，与不同的设置。"""
-    from app.training.report.compare_runs import HEAD, differing, row, settings_rows
+    from app.training.report.compare_runs import (
+        HEAD,
+        differing,
+        row,
+        settings_rows,
+        tuning_rows,
+    )
 
     for note in notes:
         print(note)
     print_table([HEAD, *map(row, groups)])
+    if tuning := tuning_rows(groups):
+        print_table(tuning)
     names = differing([run for group in groups for run in group.runs])
     if names:
         labels = [", ".join(Path(run.name).name for run in group.runs) for group in groups]

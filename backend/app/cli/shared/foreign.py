@@ -8,6 +8,7 @@ from pathlib import Path
 from app.models.transformer.weights.adapters import check_no_adapter
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer_meta.json"
+_WEIGHTS, _ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
 
 def refuse_foreign(path: Path) -> None:
@@ -23,7 +24,8 @@ def refuse_foreign(path: Path) -> None:
         )
     if not path.is_dir():
         return
-    check_no_adapter(path)
+    if (path / _WEIGHTS).is_file() or not (path / _ADAPTER).is_file():
+        check_no_adapter(path)
     kind = _foreign_kind(path)
     if kind is not None:
         raise ValueError(

@@ -14,8 +14,9 @@ import tyro
 from typing_extensions import Doc
 
 from app.cli.shared.command_line import Usage, parse_options
+from app.common.tell import to_stderr
 from app.training.config import TrainConfig
-from app.training.saving.home import at_home, home_lines
+from app.training.saving.home import at_home, home_lines, is_run
 
 _SUFFIX = ".yaml"
 _LIMIT = 1 << 20
@@ -28,6 +29,7 @@ class RunFile:
     Attributes:
         config: 训练文件夹里的，out 与 data.folder 是此刻真正的地方；别处的照原话。
         names_vocabulary: 它写明了词表大小。
+        shape: 它写明了 model 的哪些键。
         path, written: 哪个文件，与里面的原话；模型的 config.json 没有。
     """
 
@@ -35,6 +37,7 @@ class RunFile:
     names_vocabulary: bool
     path: Path | None = None
     written: TrainConfig | None = None
+    shape: frozenset[str] = frozenset()
 
     def lines(self, config: TrainConfig) -> list[str]:
         """按选项盖过之后的 config 训练会在哪里：与文件里写的不同就说。"""
@@ -82,7 +85,29 @@ def parse_run(
     base = TrainConfig() if file is None else file.config
     if changes:
         base = base.replace(**changes)
+    base = _one_length(base, argv)
     return parse_options(kind, argv, usage, kind(train=base, config=name, file=file))
+
+
+def _one_length(base: TrainConfig, argv: Sequence[str]) -> TrainConfig:
+    """命令行的 --steps 盖过文件里的 epochs；两个都在命令行就不知听谁的。"""
+    flags = {word.split("=")[0] for word in argv}
+    if "--steps" not in flags:
+        return base
+    if "--epochs" in flags:
+        raise ValueError("--steps and --epochs both say how long: give one")
+    return base if base.epochs is None else base.replace(epochs=None)
+
+
+def fit_model(args: A, argv: Sequence[str]) -> A:
+    """没有写明的形状：有 init_from 时取自那里；否则只有词表大小，取数据集的。
+
+    Raises:
+        ValueError: 见 start_shape。
+    """
+    if args.train.init_from is not None:
+        return start_shape(args, argv)
+    return args if names_vocabulary(args, argv) else fit_vocabulary(args)
 
 
 def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:
@@ -94,16 +119,60 @@ def names_vocabulary(args: RunArgs, argv: Sequence[str]) -> bool:
 def fit_vocabulary(args: A) -> A:
     """词表大小取数据集的；数据集还不存在就原样返回，由打开数据时报错。"""
     config = args.train
+    size = data_vocabulary(config)
+    if size is None:
+        return args
+    fitted = config.replace(model=config.model.replace(vocab_size=size))
+    return dataclasses.replace(args, train=fitted)
+
+
+def data_vocabulary(config: TrainConfig) -> int | None:
+    """数据集的词表大小；还没有数据集则 None。"""
     meta = Path(config.data.folder) / "train" / "meta.json"
     if not meta.is_file():
-        return args
+        return None
     try:
         size = json.loads(meta.read_bytes())["tokenizer"]["vocab_size"]
     except (ValueError, KeyError, TypeError, RecursionError):
         # 坏的 meta.json 由 TokenDataset.open 点名拒绝。
+        return None
+    return size if isinstance(size, int) else None
+
+
+def start_shape(args: A, argv: Sequence[str]) -> A:
+    """新的训练有 init_from 时，没有写明的形状取自那里；词表长到装得下数据的。
+
+    写明的照写明的：与权重不合的，开训时点名两个值拒绝。
+
+    Raises:
+        ValueError: 那里没有模型，或要的上下文比它的长。
+    """
+    from app.adapters.fit import shrunk
+    from app.adapters.rows import grown_config
+    from app.models.transformer.weights.recognise import config_from_file
+    from app.training.saving.checkpoint import resolve_checkpoint
+
+    config = args.train
+    # 续训的形状在 run.yaml 里写全了，那里的权重也许已经不在。
+    if config.init_from is None or is_run(Path(config.out)):
         return args
-    fitted = config.replace(model=config.model.replace(vocab_size=size))
-    return dataclasses.replace(args, train=fitted)
+    found = resolve_checkpoint(config.init_from, to_stderr)
+    if not (found / "config.json").is_file():
+        return args
+    shape = config_from_file(found / "config.json")
+    words = [word.split("=")[0].replace("-", "_") for word in argv]
+    flags = [word.split(".")[1] for word in words if word.startswith("__model.")]
+    fields = config.model.to_dict()
+    given = {flag if flag in fields else flag.removeprefix("no_") for flag in flags}
+    given |= args.file.shape if args.file is not None else set()
+    # 模型文件夹记下的版本号，不是形状。
+    given.discard("schema_version")
+    if "context_size" in given:
+        shape = shrunk(shape, config.model.context_size, f"init_from={found}")
+    if "vocab_size" not in given and (size := data_vocabulary(config)) is not None:
+        shape = grown_config(shape, size)
+    wanted = {name: getattr(config.model, name) for name in given}
+    return dataclasses.replace(args, train=config.replace(model=shape.replace(**wanted)))
 
 
 def recipe_folders() -> list[Path]:
@@ -176,7 +245,8 @@ def load_config(name: str) -> RunFile:
         config = TrainConfig.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return RunFile(at_home(path, config), "vocab_size" in (data.get("model") or {}), path, config)
+    shape = frozenset(data.get("model") or {})
+    return RunFile(at_home(path, config), "vocab_size" in shape, path, config, shape)
 
 
 def load_model_config(name: str) -> RunFile:

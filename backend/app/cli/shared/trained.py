@@ -43,9 +43,10 @@ class Trained(NamedTuple):
     def weights_sha256(self) -> str:
         """检查点的清单里就有（装入时刚核对过）；别的文件夹现算。"""
         from app.common.files import sha256_file
-        from app.training.saving.checkpoint import MANIFEST, MODEL_FILES
+        from app.training.saving.checkpoint import ADAPTER_FILES, MANIFEST, MODEL_FILES
 
-        manifest, weights = self.folder / MANIFEST, MODEL_FILES[1]
+        whole = (self.folder / MODEL_FILES[1]).is_file()
+        manifest, weights = self.folder / MANIFEST, (MODEL_FILES if whole else ADAPTER_FILES)[1]
         if manifest.is_file():
             return str(json.loads(manifest.read_bytes())["files"][weights]["sha256"])
         return sha256_file(self.folder / weights)
@@ -63,28 +64,36 @@ def load_trained(name: str | Path, device: str) -> Trained:
     return Trained(model, tokenizer, folder)
 
 
-def load_model(name: str | Path, device: str) -> tuple[GPT2Model, Tokenizer | None, Path]:
-    """同 load_trained，但没有分词器也行。
+def load_model(
+    name: str | Path, device: str, base: Path | None = None
+) -> tuple[GPT2Model, Tokenizer | None, Path]:
+    """同 load_trained，但没有分词器也行；适配器与它的原模型相加。
+
+    Args:
+        base: 适配器的原模型，若不在它记着的地方。
 
     Raises:
-        ValueError: 不是上面几种之一，或没有这个设备。
+        ValueError: 不是上面几种之一，没有这个设备，或原模型不在、已不是那个。
     """
+    from app.adapters.load import open_model
     from app.cli.shared.foreign import refuse_foreign
     from app.data.tokenizers import META_FILE, TABLE_FILE, load_tokenizer
-    from app.models.transformer import GPT2Model
     from app.training.saving.checkpoint import resolve_checkpoint
 
     refuse_foreign(Path(name))
     folder = resolve_checkpoint(name, tell=to_stderr)
-    tokenizer = None
-    if (folder / META_FILE).is_file():
-        tokenizer = load_tokenizer(folder)
+    base = None if base is None else resolve_checkpoint(base, tell=to_stderr)
+    tokenizer, beside = None, folder
+    if base is not None and not (folder / META_FILE).is_file():
+        beside = base
+    if (beside / META_FILE).is_file():
+        tokenizer = load_tokenizer(beside)
     elif (folder / TABLE_FILE).is_file():
         raise ValueError(
             f"{folder} has a tokenizer of another maker ({TABLE_FILE} without {META_FILE}): make a "
             f"model folder of it first with `gpt2 import {folder} --out NEW`"
         )
-    return GPT2Model.from_pretrained(folder, device=pick_device(device)), tokenizer, folder
+    return open_model(folder, pick_device(device), base=base), tokenizer, folder
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,10 +10,10 @@ _SHOWN = 8
 
 
 class Inventory:
-    """一次遍历的见闻；key 是记录里取的键。"""
+    """一次遍历的见闻；what 是记录里取的东西。"""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    def __init__(self, what: str) -> None:
+        self._what = what
         self.plain: Counter[str] = Counter()
         self.records: Counter[str] = Counter()
         self.twice: list[Path] = []
@@ -69,7 +69,7 @@ class Inventory:
             how = "split into documents" if splits else "one document a file"
             yield f"to read as plain text, {how}: {counts(self.plain)}"
         if self.records:
-            yield f"to read as records, text from {self._key!r}: {counts(self.records)}"
+            yield f"to read as records, {self._what}: {counts(self.records)}"
         if self._need_key:
             yield f"not read: {counts(self._need_key)} (name the key of their text with --text-key)"
         if self._left:

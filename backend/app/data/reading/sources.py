@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from app.data.reading.inventory import Inventory, is_prepared
 from app.data.reading.plain_text import PACKED_SUFFIXES, is_text, lines, read_text, split_at
-from app.data.reading.records import read_csv, read_json, read_jsonl, read_parquet
+from app.data.reading.records import json_records, jsonl_records, read_json, read_jsonl
+from app.data.reading.tables import csv_records, parquet_records, read_csv, read_parquet
 
+_RECORDS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+    ".jsonl": jsonl_records,
+    ".ndjson": jsonl_records,
+    ".parquet": parquet_records,
+    ".json": json_records,
+    ".csv": csv_records,
+    ".tsv": csv_records,
+}
 _READERS = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -35,7 +45,7 @@ _NEED_A_KEY = (".json", ".csv", ".tsv")
 class Reading:
     """怎样把文件读成文档。
 
-    text_key: 记录里哪个键（或列）是文本，None = "text"。
+    text_key: 记录里哪个键（或列）是文本，None = "text"；form：不取文本，取整条这种写法的记录。
     suffixes: 文件夹里只读这些后缀，空 = 凡是文本都读。
     document_per_line: 纯文本一行一篇；document_separator: 纯文本在这段文字处分篇。
 
@@ -47,6 +57,7 @@ class Reading:
     suffixes: tuple[str, ...] = ()
     document_per_line: bool = False
     document_separator: str | None = None
+    form: str | None = None
 
     def __post_init__(self) -> None:
         for suffix in self.suffixes:
@@ -65,6 +76,11 @@ class Reading:
         return "text" if self.text_key is None else self.text_key
 
     @property
+    def what(self) -> str:
+        """说给用户听的：记录里取什么。"""
+        return f"text from {self.key!r}" if self.form is None else self.form
+
+    @property
     def splits(self) -> bool:
         return self.document_per_line or self.document_separator is not None
 
@@ -74,6 +90,8 @@ class Reading:
         if self.suffixes:
             return name.endswith(tuple(s.lower() for s in self.suffixes))
         suffix = path.suffix.lower()
+        if self.form is not None:
+            return suffix in _RECORDS
         if suffix in _NEED_A_KEY:
             return self.text_key is not None
         return suffix not in PACKED_SUFFIXES
@@ -87,6 +105,10 @@ class Document:
     pieces: Callable[[], Iterator[str]]
     direct: bool
     plain: bool = field(default=True)
+
+
+class NothingToReadError(ValueError):
+    """文件夹里没有合用的文件。"""
 
 
 class Sources:
@@ -123,14 +145,34 @@ class Sources:
 
     def inventory(self) -> Inventory:
         """只看名字，不读内容。"""
-        seen = Inventory(self.reading.key)
+        seen = Inventory(self.reading.what)
         for path, _ in self._paths(seen):
             seen.read(path, record=path.suffix.lower() in _READERS)
         return seen
 
     def documents(self) -> Iterator[Document]:
-        for path, direct in self._paths(Inventory(self.reading.key)):
+        for path, direct in self._paths(Inventory(self.reading.what)):
             yield from self._open(path, direct)
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(写进报错的位置, 整条记录)；不是记录的文件略过，直接点名的则是错。"""
+        for path, direct in self._paths(Inventory(self.reading.what)):
+            reader = _RECORDS.get(path.suffix.lower())
+            if reader is not None:
+                yield from reader(path)
+            elif direct:
+                raise ValueError(
+                    f"{path}: conversations are read from {', '.join(RECORD_SUFFIXES)}: give one "
+                    "of these, or use --format text"
+                )
+
+    def first_record(self) -> tuple[str, dict[str, Any]] | None:
+        """第一个记录文件的第一条；没有记录文件是 None。"""
+        for path, _ in self._paths(Inventory(self.reading.what)):
+            reader = _RECORDS.get(path.suffix.lower())
+            if reader is not None:
+                return next(reader(path), None)
+        return None
 
     def _paths(self, seen: Inventory) -> Iterator[tuple[Path, bool]]:
         for root in self.paths:
@@ -158,7 +200,7 @@ class Sources:
         if not found:
             wanted = f" with the suffixes {' '.join(self.reading.suffixes)}"
             there = seen.left_out()
-            raise ValueError(
+            raise NothingToReadError(
                 f"{root}: no files{wanted if self.reading.suffixes else ' to read'}"
                 + (f"; there are {there}: choose with --suffixes or --text-key" if there else "")
             )

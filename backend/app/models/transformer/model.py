@@ -5,7 +5,8 @@ B 批、T 本次词元数、C 宽度、V 词表、N 层数。
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,10 +23,12 @@ from .experts.moe import Experts
 from .layers.context import CacheKeys, Context, Note, build_contexts, check_layers, make_notes
 from .layers.init import initialize
 from .layers.linear import Linear, linear
-from .layers.loss import check_targets, head_cross_entropy
+from .layers.loss import Chunk, check_targets, cross_entropy, head_cross_entropy
 from .layers.norm import make_norm
 from .visibility.inputs import check_ids, coordinates
 from .visibility.positions import Positions
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class GPT2Output(TypedDict, total=False):
@@ -56,6 +59,8 @@ class GPT2Model(nn.Module):
         input_ids: (B, T) int64。
         targets: (B, T) int64，已与 logits 对齐（下一个词元），-100 不计。给了它就返回
             loss，且不产生 logits，除非 logits_to_keep 要求。
+        head: (输出头的权重 (V, C), 头之前的 (B, T, C), targets) -> loss，代替交叉熵；在前向之内
+            调用：分片（FSDP2）的权重只在这时是完整的。
         attention_mask: (B, T)，1 词元、0 填充，任一侧；有缓存时只说本次的词元。
         positions: (B, T) 自定位置；默认由掩码、文档号与缓存推出。
         segment_ids: (B, T) 沿行不减的文档号；文档互不可见，位置各自从 0 起。
@@ -82,6 +87,8 @@ class GPT2Model(nn.Module):
         self.ln_f = make_norm(config) if config.has_final_norm else None
         tied = config.tie_weights
         self.lm_head = None if tied else Linear(config.n_embed, config.vocab_size, bias=False)
+        # 损失的一块怎样算；编译过的（training/machine/runtime.py）从这里换上。
+        self.loss_chunk: Chunk = cross_entropy
         initialize(self, config)
 
     def forward(
@@ -96,6 +103,7 @@ class GPT2Model(nn.Module):
         cache: KVCache | None = None,
         use_cache: bool = False,
         return_cache: bool = False,
+        head: Head | None = None,
         logits_to_keep: int = 0,
         return_attention: tuple[int, ...] = (),
         return_hidden: tuple[int, ...] = (),
@@ -127,7 +135,8 @@ class GPT2Model(nn.Module):
             x, hidden = run_blocks(self.h, self.ln_f, x, contexts, return_hidden)
             out = _noted(config, contexts)
             if targets is not None:
-                out["loss"] = self.head_loss(x, targets)
+                score = self.head_loss if head is None else partial(head, self.head_weight)
+                out["loss"] = score(x, targets)
             if targets is None or logits_to_keep:
                 out["logits"] = self.head(x[:, -logits_to_keep:])
         if cache is not None and step is not None:
@@ -159,7 +168,7 @@ class GPT2Model(nn.Module):
 
     def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """(B, T, C) 与 (B, T) -> 平均交叉熵，不产生整张 logits。"""
-        return head_cross_entropy(x, self.head_weight, targets)
+        return head_cross_entropy(x, self.head_weight, targets, self.loss_chunk)
 
     @property
     def head_weight(self) -> Tensor:

@@ -150,6 +150,9 @@ class Answer:
             made["logprobs"] = (
                 self._content(tokens) if self.chat else self._lists(scores, tokens, len(echo))
             )
+        if job.details is not None:
+            scores = self._scores.get(choice.prompt, ()) if first and job.echo else ()
+            made["details"] = [self._detail(one) for one in (*scores, *tokens)]
         if job.token_ids:
             made["token_ids"] = [token.id for token in tokens]
             if first:
@@ -169,11 +172,12 @@ class Answer:
             at += len(decoder.push([score.id]))
         every = [*scores, *tokens]
         tops: list[dict[str, float] | None] = []
+        k = self.job.logprobs or 0
         for one in every:
             if one.logprob is None:
                 tops.append(None)
                 continue
-            pairs = list(one.top)
+            pairs = list(one.top[:k])
             if one.id not in dict(pairs):
                 pairs.append((one.id, one.logprob))
             tops.append(_named(tokenizer, pairs))
@@ -184,6 +188,21 @@ class Answer:
             ],
             "top_logprobs": tops,
             "text_offset": offsets + [start + token.at for token in tokens],
+        }
+
+    def _detail(self, one: Scored) -> dict[str, Any]:
+        tokenizer = self.job.served.tokenizer
+        return {
+            "id": one.id,
+            "text": token_text(tokenizer, one.id),
+            "bytes": list(tokenizer.token_bytes(one.id)),
+            "logprob": None if one.logprob is None else max(one.logprob, _FLOOR),
+            "rank": one.rank,
+            "entropy": one.entropy,
+            "top": [
+                {"id": i, "text": token_text(tokenizer, i), "logprob": max(logprob, _FLOOR)}
+                for i, logprob in one.top[: self.job.details]
+            ],
         }
 
     def _content(self, tokens: Sequence[Scored]) -> dict[str, Any]:

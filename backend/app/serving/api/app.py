@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from app.serving.api.assets import Assets
 from app.serving.api.connection import Deadlined, Draining
 from app.serving.api.errors import ApiError
 from app.serving.api.gate import Gate
@@ -55,8 +56,10 @@ class Service:
             title="gpt2-workbench", openapi_url=None, docs_url=None, redoc_url=None,
             lifespan=self._lifespan,
         )  # fmt: skip
-        self.api.include_router(Routes(served, self.hub, metrics, address.inspect).router())
-        self.api.include_router(Inside(served, self.hub, address.inspect).router())
+        page, inspect = Assets(), address.inspect
+        routes = Routes(served, self.hub, metrics, inspect, page.version)
+        for each in (routes, Inside(served, self.hub, inspect), page):
+            self.api.include_router(each.router())
         self.api.add_exception_handler(ApiError, _refused)
         self.api.add_exception_handler(HTTPException, _refused)
         self.api.add_exception_handler(Exception, _broken)

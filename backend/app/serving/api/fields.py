@@ -70,6 +70,7 @@ class CompletionBody(Sampling):
     max_tokens: int | None = Field(None, ge=0, le=10_000_000)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    details: int | None = Field(None, ge=0, le=20)
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=10_000_000)
 
 
@@ -100,6 +101,7 @@ class TokenizeBody(_Body):
 
 class DetokenizeBody(_Body):
     tokens: list[int] = Field(max_length=MAX_CHARS)
+    with_pieces: bool | None = None
 
 
 class InspectBody(_Body):

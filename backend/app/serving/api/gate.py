@@ -38,12 +38,14 @@ class Gate:
 
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
+                headers = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
-                    (b"cache-control", b"no-store"),
                     (b"x-content-type-options", b"nosniff"),
                 ]
+                if all(name != b"cache-control" for name, _ in headers):
+                    headers.append((b"cache-control", b"no-store"))
+                message["headers"] = headers
                 # 只记路由与代码：查询串与正文都可能是用户的话。
                 _LOG.info("%s %s %s", request_id, scope["method"], message["status"])
             await send(message)
@@ -76,7 +78,7 @@ class Gate:
                 421, "host_not_allowed",
                 "this Host is not served here: start the server with --allow-host NAME",
             )  # fmt: skip
-        if not self._keys or scope["path"] in _OPEN:
+        if not self._keys or scope["path"] in _OPEN or _is_page(scope["path"]):
             return ""
         given = headers.get(b"authorization", b"")
         kind, _, key = given.partition(b" ")
@@ -88,6 +90,11 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
         return hashlib.sha256(key.strip()).hexdigest()[:16] if len(self._keys) > 1 else ""
+
+
+def _is_page(path: str) -> bool:
+    """页面自己的文件：人人相同的代码，没有模型的东西；钥匙由人在页面上给。"""
+    return path == "/" or path.startswith("/assets/")
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from app.generation.config import SamplingConfig
@@ -45,6 +45,7 @@ class Job:
     logprobs: int | None = None
     token_ids: bool = False
     usage: bool = False
+    details: int | None = None
 
 
 def pick(served: Mapping[str, Served], name: str | None) -> Served:
@@ -77,11 +78,16 @@ def completion_job(body: CompletionBody, served: Served, space: str) -> Job:
             for p in prompts
         ]
     echo = bool(body.echo)
-    score = echo and body.logprobs is not None
-    asks = _asks(body, served, [p.ids for p in prompts], most, body.logprobs, score, space)
+    wanted = [k for k in (body.logprobs, body.details) if k is not None]
+    asks = _asks(body, served, [p.ids for p in prompts], most, max(wanted, default=None), space)
+    if wanted:
+        asks = tuple(
+            replace(ask, score_prompt=echo and ask.leader is None, details=body.details is not None)
+            for ask in asks
+        )
     return Job(
         served, tuple(prompts), asks, body.n or 1, echo, body.logprobs,
-        bool(body.return_token_ids), _usage(body),
+        bool(body.return_token_ids), _usage(body), body.details,
     )  # fmt: skip
 
 
@@ -90,8 +96,6 @@ def chat_job(body: ChatBody, served: Served, space: str) -> Job:
     Raises:
         ApiError: 400：模型没有模板，模板不收这些话，或别的越界。
     """
-    from app.serving.api.template import render
-
     if served.template is None:
         raise wrong(
             "messages",
@@ -101,11 +105,11 @@ def chat_job(body: ChatBody, served: Served, space: str) -> Job:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
-    ids = tuple(render(served.template, body.messages, served.tokenizer))
+    ids = tuple(served.template.ids(body.messages, served.tokenizer))
     given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     most = max(1, served.context - len(ids)) if given is None else given
     top = (body.top_logprobs or 0) if body.logprobs else None
-    asks = _asks(body, served, [ids], most, top, False, space)
+    asks = _asks(body, served, [ids], most, top, space)
     prompt = Prompt(ids, "")
     return Job(
         served, (prompt,), asks, body.n or 1, False, top, bool(body.return_token_ids), _usage(body)
@@ -163,7 +167,6 @@ def _asks(
     prompts: Sequence[tuple[int, ...]],
     most: int,
     logprobs: int | None,
-    score: bool,
     space: str,
 ) -> tuple[Ask, ...]:
     n = body.n or 1
@@ -196,7 +199,7 @@ def _asks(
     return tuple(
         Ask(
             prompt=ids, seed=choice_seed(seed, i), leader=None if i == 0 else number * n,
-            score_prompt=score and i == 0, **shared,
+            **shared,
         )
         for number, ids in enumerate(prompts)
         for i in range(n)
@@ -245,6 +248,8 @@ def _bias(body: Sampling, served: Served) -> dict[int, float]:
 def _stop_ids(body: Sampling, served: Served) -> frozenset[int]:
     check_ids("stop_token_ids", body.stop_token_ids or [], served)
     own = () if body.ignore_eos else served.tokenizer.stop_ids
+    if isinstance(body, ChatBody) and served.template is not None and not body.ignore_eos:
+        own = (*own, *served.template.stop_ids(served.tokenizer))
     return frozenset([*own, *(body.stop_token_ids or [])])
 
 

@@ -33,12 +33,13 @@ _PIECES = 4096
 
 
 class Routes:
-    """served：名字 -> 模型；只有一个时可以不点名。"""
+    """served：名字 -> 模型，只有一个时可以不点名；page：页面的版本。"""
 
     def __init__(
-        self, served: dict[str, Served], hub: Hub, metrics: Metrics, inspect: bool
+        self, served: dict[str, Served], hub: Hub, metrics: Metrics, inspect: bool, page: str
     ) -> None:
-        self.served, self.hub, self.metrics, self.inspect = served, hub, metrics, inspect
+        self.served, self.hub, self.metrics = served, hub, metrics
+        self.inspect, self.page = inspect, page
         # 分词器都相同，就不必点名：lm-eval 的远程分词器不会点名。
         self._same_tokens = len({one.tokenizer.fingerprint() for one in served.values()}) == 1
 
@@ -84,7 +85,7 @@ class Routes:
             name: served.facts() | {"inspect": self.inspect, "inspect_limits": limits(served)}
             for name, served in self.served.items()
         }
-        return JSONResponse({"models": facts})
+        return JSONResponse({"models": facts, "page_version": self.page})
 
     async def slots(self) -> Response:
         """各行在做什么；没有文字。"""
@@ -111,7 +112,7 @@ class Routes:
                 "bos_token": token_text(tokenizer, start[0]) if start else None,
                 "pad_token": None,
                 "vocab_size": tokenizer.vocab_size,
-                "chat_template": served.template,
+                "chat_template": served.template.source if served.template else None,
             }
         )
 
@@ -130,11 +131,7 @@ class Routes:
             raise wrong("prompt", "the tokenizer of this model cannot encode this text") from None
         found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.context}
         if body.with_pieces:
-            found["pieces"] = [
-                {"id": i, "text": token_text(served.tokenizer, i),
-                 "bytes": list(served.tokenizer.token_bytes(i))}
-                for i in ids[:_PIECES]
-            ]  # fmt: skip
+            found["pieces"] = _pieces(served, ids)
         return JSONResponse(found)
 
     async def detokenize(self, request: Request) -> Response:
@@ -142,7 +139,10 @@ class Routes:
         served = self._speaker(body.model)
         check_ids("tokens", body.tokens, served)
         text = await asyncio.to_thread(served.tokenizer.decode, body.tokens)
-        return JSONResponse({"prompt": text, "content": text})
+        found: dict[str, Any] = {"prompt": text, "content": text}
+        if body.with_pieces:
+            found["pieces"] = _pieces(served, body.tokens)
+        return JSONResponse(found)
 
     async def completions(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
@@ -206,6 +206,14 @@ def _card(served: Served) -> dict[str, Any]:
         "id": served.name, "object": "model", "created": served.created,
         "owned_by": "gpt2-workbench", "max_model_len": served.context,
     }  # fmt: skip
+
+
+def _pieces(served: Served, ids: list[int]) -> list[dict[str, Any]]:
+    tokenizer = served.tokenizer
+    return [
+        {"id": i, "text": token_text(tokenizer, i), "bytes": list(tokenizer.token_bytes(i))}
+        for i in ids[:_PIECES]
+    ]
 
 
 async def _gather(events: AsyncIterator[Any], answer: Answer) -> None:

@@ -7,14 +7,14 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from app.common.tell import Tell
+from app.models.transformer.layers.loss import cross_entropy, cross_entropy_fused
 from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
 
@@ -23,12 +23,17 @@ from ..config import TrainConfig
 
 @dataclass(frozen=True)
 class Runtime:
-    """已定下的设备与精度，各附理由。"""
+    """已定下的设备与精度，各附理由。
+
+    Attributes:
+        products: GPU 上 float32 的乘法怎样算；别处 None。
+    """
 
     device: torch.device
     device_why: str
     dtype: torch.dtype
     dtype_why: str
+    products: tuple[str, str] | None = None
 
     def autocast(self) -> AbstractContextManager[object]:
         """权重始终是 float32；bfloat16 只用于矩阵乘法。"""
@@ -44,7 +49,7 @@ def choose_runtime(config: TrainConfig) -> Runtime:
     """
     device, device_why = _device(config.device)
     dtype, dtype_why = _dtype(config.precision, device)
-    return Runtime(device, device_why, dtype, dtype_why)
+    return Runtime(device, device_why, dtype, dtype_why, _products(device))
 
 
 def _device(name: str) -> tuple[torch.device, str]:
@@ -94,8 +99,24 @@ def _native_bfloat16(device: torch.device) -> tuple[bool, str]:
     return False, f"bfloat16 on {device.type} is not measured here"
 
 
+def _products(device: torch.device) -> tuple[str, str] | None:
+    """定下 GPU 上 float32 的乘法怎样算：(做法, 理由)；别的设备不动，None。
+
+    容器会用环境变量打开 TF32（10 位尾数，比 bfloat16 只多 3 位），要了 float32 的人并不知道；
+    要快的已经在用 bfloat16，剩下的（路由器、被点名的 float32）就是要准。
+    """
+    if device.type != "cuda":
+        return None
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    found = torch.get_float32_matmul_precision()
+    if found != "highest" or torch.backends.cuda.matmul.allow_tf32:
+        return found, "TF32 is forced on by the environment: float32 products have 10 bits"
+    return "IEEE float32", "TF32 is off; bfloat16 is the fast way"
+
+
 def compile_blocks(
-    blocks: Iterable[nn.Module],
+    model: GPT2Model,
     mode: str,
     device: torch.device,
     probe: Callable[[], object],
@@ -103,15 +124,20 @@ def compile_blocks(
 ) -> str:
     """就地编译每个块（权重名不变，没有 `_orig_mod.`），试跑一步，失败则退回。
 
+    GPU 上另编译损失的一块：不融合时 (R, V) 的 logits 读写十来遍，与各块的全部乘法一样久。
     probe 跑一次前向与反向；它不得留下梯度，随机数状态由这里复原。
     """
-    blocks = list(blocks)
+    blocks = list(model.h.values())
     reason = _why_not(mode, device)
     if reason:
         return f"off: {reason}"
     for block in blocks:
         block.compile()
-    devices = [device] if device.type == "cuda" else []
+    on_card = device.type == "cuda"
+    if on_card:
+        fused = torch.compile(cross_entropy_fused)
+        model.loss_chunk = lambda logits, labels, rows: fused(logits, labels)
+    devices = [device] if on_card else []
     try:
         with torch.random.fork_rng(devices=devices):
             probe()
@@ -119,11 +145,12 @@ def compile_blocks(
     except Exception as error:
         for block in blocks:
             block._compiled_call_impl = None
+        model.loss_chunk = cross_entropy
         torch.compiler.reset()
         first = str(error).strip().split("\n")[0][:200]
         tell(f"compile failed, going on without: {type(error).__name__}: {first}")
         return "off: compiling failed"
-    return "on: per block"
+    return "on: per block, and the loss" if on_card else "on: per block"
 
 
 def _why_not(mode: str, device: torch.device) -> str | None:
@@ -174,8 +201,12 @@ def _memory_advice(config: TrainConfig, rows: int) -> str:
             f"{held}: use --micro-batch {rows // 2} (the result stays the same)"
         )
     when = f"with one sequence of {shape.context_size} tokens at once and"
+    recompute = "--activation-checkpointing 1 (slower, the same result), or "
+    if not rows or config.activation_checkpointing == 1:
+        recompute = ""
     return (
-        f"out of memory {when if rows else 'for a model of'} {held}: use a smaller --model.n-layer "
+        f"out of memory {when if rows else 'for a model of'} {held}: use {recompute}a smaller "
+        f"--model.n-layer "
         f"(now {shape.n_layer}), --model.n-embed (now {shape.n_embed}) or --model.context-size; "
         "`gpt2 plan` says what fits"
     )

@@ -17,9 +17,13 @@ def learning_rate(step: int, *, peak: float, steps: int, schedule: ScheduleConfi
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     start = max(warmup, last - schedule.decay_steps(steps)) if schedule.kind == "wsd" else warmup
-    lowest = peak * schedule.min_lr_ratio
     done = min(1.0, max(0, step - start) / max(1, last - start))
-    return lowest + (peak - lowest) * _left(schedule.kind, done)
+    return lowered(peak, peak * schedule.min_lr_ratio, schedule.kind, done)
+
+
+def lowered(high: float, low: float, kind: str, done: float) -> float:
+    """从 high 往 low 降了 done（0 到 1）时。"""
+    return low + (high - low) * _left(kind, done)
 
 
 def _left(kind: str, done: float) -> float:

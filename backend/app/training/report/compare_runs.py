@@ -25,6 +25,8 @@ from ..saving.resume import RUN_FILE
 from .history import History
 from .metrics import METRICS
 from .run_facts import Facts, read_facts
+from .tuned import HEAD as TUNED_HEAD
+from .tuned import Tuned, compared, tuned_of
 
 # 不算作设置的差别：在哪里、怎样看着，不改变训练。
 _ASIDE = marked(TrainConfig, Mark.ASIDE)
@@ -40,6 +42,7 @@ class TrainedRun:
     settings: 带点的名字 -> 值。
     tokens, seconds: (N,) 做完每步时的累计；秒只计训练的步，不计验证、样文与保存。
     evals, val: 做过验证的步与损失。
+    tuned: 由训练好的权重开始的才有。
     """
 
     name: str
@@ -52,6 +55,7 @@ class TrainedRun:
     val: np.ndarray
     steps: int
     seconds_known: bool
+    tuned: Tuned | None = None
 
     def at_evals(self, column: np.ndarray) -> np.ndarray:
         """验证那一刻的累计；第 0 步是 0。"""
@@ -96,10 +100,11 @@ def load_run(folder: Path) -> TrainedRun:
     columns["loss"][at] = history.column("loss")
     columns["tokens"][at] = history.column("tokens")
     columns["seconds"][at] = np.cumsum(np.nan_to_num(seconds))
+    facts = read_facts(folder)
     return TrainedRun(
         name=str(folder),
         settings=settings,
-        facts=read_facts(folder),
+        facts=facts,
         loss=columns["loss"][1:],
         tokens=columns["tokens"][1:],
         seconds=columns["seconds"][1:],
@@ -107,6 +112,7 @@ def load_run(folder: Path) -> TrainedRun:
         val=val[known],
         steps=size - 1,
         seconds_known=whole,
+        tuned=tuned_of(history, facts) if settings.get("init_from") is not None else None,
     )
 
 
@@ -188,6 +194,13 @@ def row(group: SeedGroup) -> tuple[str, ...]:
     )
 
 
+def tuning_rows(groups: Sequence[SeedGroup]) -> list[tuple[str, ...]]:
+    """微调的各组，连表头；一组也没有就是空的。"""
+    found = [(g.label, [run.tuned for run in g.runs if run.tuned]) for g in groups]
+    rows = [compared(label, runs) for label, runs in found if runs]
+    return [TUNED_HEAD, *rows] if rows else []
+
+
 def settings_rows(groups: Sequence[SeedGroup], names: Sequence[str]) -> list[tuple[str, ...]]:
     """只有不同的设置：(名字, 每组的值...)。"""
     return [(name, *(str(group.runs[0].settings.get(name)) for group in groups)) for name in names]
@@ -249,6 +262,8 @@ def compare_page(groups: Sequence[SeedGroup], notes: Sequence[str]) -> bytes:
         *(figure(chart) for chart in compare_charts(groups)),
         "</div>",
     ]
+    if tuning := tuning_rows(groups):
+        body += ["<h2>Fine-tuning</h2>", table(tuning[1:], tuning[0])]
     if names:
         labels = [f"{n}: {', '.join(r.name for r in g.runs)}" for n, g in enumerate(groups, 1)]
         body += [

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens", "seconds")
+_COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens", "seconds", "scored")
 
 
 class History:

@@ -48,7 +48,9 @@ class Metrics:
 
     行的 kind："train" 完成了第 step 步；"skipped" 那一步没有更新；"groups" 那一步各层组的梯度；
     "moe" 那一步各 MoE 层的负载；
-    "eval"、"memory"、"sample" 做完 step 步后的验证、内存、样文。
+    "eval"、"memory"、"sample" 做完 step 步后的验证、内存、样文；"ending" 从这一步之后开始收尾。
+    "train" 里 scored 是计分的词元（DPO：对）的个数，另有目标自己的数；"eval" 有几个验证集时，set 是
+    决定 best 的那个，sets 是别的 {名字: {loss, measured, …}}。
     JSON 没有 NaN，非有限数写成 null。
     """
 

@@ -22,6 +22,7 @@ class Facts:
     data: 训练集与验证集的指纹；没有验证集的为空。
     expected_loss: 随机初始化时应有的损失。
     unigram: 数据的一元熵；停在这里的模型没有用上文。None = 没有算。
+    trained: 会训练的参数；None = 更早的训练没有记。
     """
 
     decisions: Decisions
@@ -31,6 +32,7 @@ class Facts:
     steps: int
     expected_loss: float
     unigram: float | None = None
+    trained: int | None = None
 
 
 def write_facts(run: Path, facts: Facts) -> None:
@@ -59,6 +61,7 @@ def read_facts(run: Path) -> Facts | None:
             steps=int(data["steps"]),
             expected_loss=float(data["expected_loss"]),
             unigram=None if data.get("unigram") is None else float(data["unigram"]),
+            trained=None if data.get("trained") is None else int(data["trained"]),
         )
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it") from None

@@ -22,13 +22,14 @@ from .history import History
 from .metrics import METRICS
 from .run_charts import charts, speeds
 from .run_facts import Facts, read_facts
+from .tuned import tuned_of, tuned_section
 
 REPORT = "report.html"
 
 # 画一次用去 t 秒，之后至少训练这么多倍的 t 才再画：至多占百分之二的时间。
 _REST = 50.0
 _MOST_SAMPLES, _MOST_EVENTS = 24, 200
-_QUIET_KINDS = {"eval", "sample", "memory", "groups", "moe"}
+_QUIET_KINDS = {"eval", "sample", "memory", "groups", "moe", "answers"}
 
 
 class Reporter:
@@ -74,6 +75,7 @@ def write_report(run: Path, history: History | None = None) -> Path:
         '<div class="charts">',
         *(figure(chart) for chart in charts(history, facts)),
         "</div>",
+        *(tuned_section(tuned_of(history, facts)) if _is_tuned(settings) else []),
         *_events(history, (facts.notes if facts else []) + problems),
         *_samples(history.of("sample")),
     ]
@@ -87,6 +89,10 @@ def write_report(run: Path, history: History | None = None) -> Path:
         ]
     write_atomic(run / REPORT, page(f"{name}: training report", body))
     return run / REPORT
+
+
+def _is_tuned(settings: list[tuple[str, str, str]]) -> bool:
+    return any(key == "init_from" and value != "None" for key, value, _ in settings)
 
 
 def _facts(run: Path) -> tuple[Facts | None, list[str]]:

@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 BEST = "best.json"
 MODEL_FILES = ("config.json", "model.safetensors")
+# 一套适配器，也是一个可加载的模型：原模型由它旁边的 base.json 找到。
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _STEP = re.compile(r"step-(\d{8,})")
 # 只认自己起的名字：别的程序的 .tmp-… 不是我们的，不删。
@@ -307,7 +309,7 @@ def resolve_checkpoint(path: str | Path, tell: Tell = print) -> Path:
         verify_checkpoint(path)
         tell_extra(path, tell)
         return path
-    if all((path / name).is_file() for name in MODEL_FILES):
+    if any(all((path / name).is_file() for name in kind) for kind in (MODEL_FILES, ADAPTER_FILES)):
         return path
     folder, skipped = find_latest(path)
     for item in skipped:

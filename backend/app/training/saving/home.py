@@ -42,7 +42,8 @@ def at_home(run_file: Path, config: TrainConfig) -> TrainConfig:
     home = home_of(run_file)
     if home is None:
         return config
-    data = dataclasses.replace(config.data, folder=_find_data(home, config))
+    val = {name: _first_there(home, config, place) for name, place in config.data.val.items()}
+    data = dataclasses.replace(config.data, folder=_find_data(home, config), val=val)
     return config.replace(out=str(home), data=data)
 
 
@@ -96,14 +97,22 @@ def _find_data(home: Path, config: TrainConfig) -> str:
     return next((p for p in places if (Path(p) / "train").is_dir()), config.data.folder)
 
 
-def _places(home: Path, config: TrainConfig) -> Iterator[str]:
-    folder = config.data.folder
+def _first_there(home: Path, config: TrainConfig, folder: str) -> str:
+    places = _from_here(home, config, folder)
+    return next((place for place in places if Path(place).is_dir()), folder)
+
+
+def _from_here(home: Path, config: TrainConfig, folder: str) -> Iterator[str]:
     yield folder
     if not os.path.isabs(folder):
         # 训练没有搬动，只是从别处敲的命令：当初的当前文件夹就是 home 去掉 out。
         parts, out = home.absolute().parts, Path(config.out).parts
         if not os.path.isabs(config.out) and parts[-len(out) :] == out:
             yield str(Path(*parts[: -len(out)]) / folder)
+
+
+def _places(home: Path, config: TrainConfig) -> Iterator[str]:
+    yield from _from_here(home, config, config.data.folder)
     known = _origin(home).get("data")
     if known is not None:
         yield known

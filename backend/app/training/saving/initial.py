@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
+from app.adapters.fit import fit_context
+from app.adapters.load import open_model
+from app.adapters.rows import grow_vocabulary
 from app.common.tell import Tell
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
@@ -12,15 +18,27 @@ from ..config import flat
 from .checkpoint import resolve_checkpoint
 
 
-def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: Tell) -> None:
-    """把 folder 的权重写进 model（保留 model 的精度与设备）。
+class Started(NamedTuple):
+    """从哪个文件夹起的；new：数据的分词器比它的多出的词元，各行是平均。"""
+
+    folder: Path
+    new: range
+
+
+def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: Tell) -> Started:
+    """把 folder 的权重写进 model（保留 model 的精度与设备）；上下文可以缩短，词表可以长。
 
     Raises:
-        ValueError: 那里没有模型，形状不同（点名两个值），或分词器不是数据的那个。
+        ValueError: 那里没有模型，形状不同（点名两个值），或数据的分词器不是由它的加长的。
     """
     found = resolve_checkpoint(folder, tell)
-    source = GPT2Model.from_pretrained(found)
+    source = open_model(found)
     check_float(source, f"init_from={found}")
+    longer = source.config.context_size
+    fit_context(source, model.config.context_size, f"init_from={found}")
+    new = new_tokens(load_tokenizer(found), tokenizer, f"init_from={found}")
+    if len(new):
+        grow_vocabulary(source, len(new), new.start)
     theirs = dict(flat(source.config.to_dict()))
     free = marked(GPT2Config, Mark.FREE)
     for name, ours in flat(model.config.to_dict()):
@@ -29,11 +47,28 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
                 f"model.{name}={ours!r} but init_from={found} has {theirs[name]!r}: its weights "
                 f"do not fit; use model.{name}={theirs[name]!r}"
             )
-    written, used = load_tokenizer(found).fingerprint(), tokenizer.fingerprint()
-    if written != used:
-        raise ValueError(
-            f"init_from={found} was trained with the tokenizer {written[:12]} but the data has "
-            f"{used[:12]}: prepare the data with the model's tokenizer"
-        )
     model.load_state_dict(source.state_dict())
     tell(f"weights from {found}; steps, optimizer and schedule start anew")
+    if longer != model.config.context_size:
+        tell(f"the context is {model.config.context_size} of the {longer} tokens it had")
+    if len(new):
+        tell(f"{len(new)} new tokens ({new.start}..{new.stop - 1}) start as the mean of the others")
+    return Started(found, new)
+
+
+def new_tokens(old: Tokenizer, now: Tokenizer, where: str) -> range:
+    """now 比 old 多出的特殊词元的 id；同一个分词器则空。
+
+    Raises:
+        ValueError: now 不是 old 加上特殊词元。
+    """
+    written, used = old.fingerprint(), now.fingerprint()
+    if written == used:
+        return range(0)
+    added = {text: i for text, i in now.special_tokens.items() if i >= old.vocab_size}
+    if added and old.with_special(sorted(added, key=added.__getitem__)).fingerprint() == used:
+        return range(old.vocab_size, now.vocab_size)
+    raise ValueError(
+        f"{where} was trained with the tokenizer {written[:12]} but the data has "
+        f"{used[:12]}: prepare the data with the model's tokenizer"
+    )

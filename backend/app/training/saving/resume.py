@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.common.tell import Tell
-from app.data.sampler import Sampler
+from app.data.feed import Feed
 from app.models.transformer.settings.fields import Mark, marked
 
 from ..config import TrainConfig, flat
@@ -26,7 +26,7 @@ from .lock import LOCK
 RUN_FILE = "run.yaml"
 SILENT = marked(TrainConfig, Mark.SILENT)
 # 决定优化器状态里有什么。
-_STATE_SHAPE = {"optim.name"}
+_STATE_SHAPE = ("optim.name", "tune.")
 
 
 def check_out(config: TrainConfig) -> None:
@@ -40,7 +40,10 @@ def check_out(config: TrainConfig) -> None:
         raise ValueError(f"out={config.out} is a file: give a folder")
     # 只剩锁文件：上一次在写下任何成果之前就失败了，照新文件夹看待。
     names = [path.name for path in run.iterdir()] if run.is_dir() else []
-    if all(name == LOCK or is_clutter(name) for name in names):
+    # 数据也可以住在里面（gpt2 finetune）：它先于训练写好，不算已有的训练。
+    data = Path(config.data.folder)
+    inside = data.name if data.parent.resolve() == run.resolve() else LOCK
+    if all(name in (LOCK, inside) or is_clutter(name) for name in names):
         return
     if config.resume == "none":
         raise ValueError(
@@ -120,9 +123,9 @@ def check_compatible(state: Mapping[str, Any], config: TrainConfig, data: str, t
     free = marked(TrainConfig, Mark.FREE)
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new or name in SILENT:
+        if old == new or any(f"{name}.".startswith(f"{quiet}.") for quiet in SILENT):
             continue
-        if name in _STATE_SHAPE or (name.startswith("model.") and name not in free):
+        if name.startswith(_STATE_SHAPE) or (name.startswith("model.") and name not in free):
             raise ValueError(
                 f"{name}={new!r} but the checkpoint has {old!r}: what it holds does not fit; "
                 f"set it back to {old!r} or start a new run with another --out"
@@ -146,7 +149,7 @@ def windows_read(state: Mapping[str, Any]) -> int:
     return state["step"] * state["config"]["batch_size"] if known is None else known
 
 
-def resume_lines(state: Mapping[str, Any], config: TrainConfig, sampler: Sampler) -> list[str]:
+def resume_lines(state: Mapping[str, Any], config: TrainConfig, feed: Feed) -> list[str]:
     """接着训之前要说清的：学习率在这一步从多少变到多少，数据从哪里读起。"""
     step, lines = state["step"], []
     kept = ("steps", "seed", "optim", "schedule")
@@ -163,10 +166,10 @@ def resume_lines(state: Mapping[str, Any], config: TrainConfig, sampler: Sampler
                 f"warning: the {name} of the next step (step {step + 1}) is {rates[1]:.3g}; with "
                 f"the settings of the checkpoint it was to be {rates[0]:.3g}"
             )
-    done, within = divmod(sampler.windows(step), sampler.n_windows)
+    done, within = divmod(feed.windows(step), feed.rows_in_epoch)
     lines.append(
-        f"data goes on at window {within + 1:,} of {sampler.n_windows:,} in pass {done + 1} "
-        f"({sampler.windows(step):,} windows of {sampler.context} tokens were read)"
+        f"data goes on at window {within + 1:,} of {feed.rows_in_epoch:,} in pass {done + 1} "
+        f"({feed.windows(step):,} windows of {feed.context} tokens were read)"
     )
     if old.seed != config.seed and within:
         lines.append(

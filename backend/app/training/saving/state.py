@@ -112,6 +112,10 @@ def write_tensors(folder: Path, model: GPT2Model, optimizer: torch.optim.Optimiz
 
 def read_tensors(folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer) -> None:
     load_weights(folder, model)
+    read_optimizer(folder, model, optimizer)
+
+
+def read_optimizer(folder: Path, model: GPT2Model, optimizer: torch.optim.Optimizer) -> None:
     load_optimizer_tensors(model, optimizer, load_file(folder / OPTIM))
 
 

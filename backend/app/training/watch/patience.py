@@ -15,9 +15,11 @@ class Patience:
     Args:
         limit: 连着几次没有更低就结束；0 = 从不。
         measured: 损失在什么上量的；换了尺子就从头数起。
+        delta: 低这么多以上才算更低。
     """
 
-    def __init__(self, limit: int, measured: Mapping[str, Any] | None) -> None:
+    def __init__(self, limit: int, measured: Mapping[str, Any] | None, delta: float = 0.0) -> None:
+        self._delta = delta
         self._limit, self._measured = limit, None if measured is None else dict(measured)
         self._lowest, self._at, self._last, self._stale = math.inf, 0, 0, 0
 
@@ -26,7 +28,7 @@ class Patience:
         if step <= self._last:
             return
         self._last = step
-        if loss < self._lowest:
+        if loss < self._lowest - self._delta:
             self._lowest, self._at, self._stale = loss, step, 0
         else:
             self._stale += 1

@@ -43,16 +43,17 @@ class PlateauWatch:
     """预热之后，每段 50 步的平均损失连续四段都在一元熵的 0.05 之内，就说一次。
 
     分段看平均：单步的损失起伏大；路过这一水平的训练不会四段都在近旁。
+    entropy 为 None：损失不是每个词元的交叉熵，不看。
     """
 
-    def __init__(self, entropy: float, config: TrainConfig) -> None:
+    def __init__(self, entropy: float | None, config: TrainConfig) -> None:
         self.entropy, self._config = entropy, config
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._told = False
 
     def note(self, step: int, loss: float) -> str | None:
         """第 step 步（从 1 起）的训练损失；该提醒时返回那一句话，至多一次。"""
-        if self._told or step <= self._config.schedule.warmup_steps:
+        if self.entropy is None or self._told or step <= self._config.schedule.warmup_steps:
             return None
         self._losses.append(loss)
         if len(self._losses) < WINDOW:

@@ -143,6 +143,7 @@ def test_packed_documents_do_not_leak(backend: str) -> None:
         assert relative(one[:, 10:], alone) <= 1e-12
 
 
+@pytest.mark.slow
 def test_blocked_inside_a_compiled_block() -> None:
     """块的循环留在图外；损失与梯度不变。"""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from app.models.transformer.backends import flex
 from app.models.transformer.backends.flex import (
     attend_flex,
     block_mask,
+    blocks_of,
     mask_mod,
     pattern_block_mask,
     pattern_mask_mod,
@@ -28,6 +29,8 @@ from app.models.transformer.visibility.atoms import Fixed, Global, Local, Longfo
 from app.models.transformer.visibility.pattern import CAUSAL, Pattern
 from app.models.transformer.visibility.positions import Positions
 from app.models.transformer.visibility.rule import visible
+
+from ..helpers import tiny_model, tokens
 
 CPU = torch.device("cpu")
 PATTERNS: tuple[Pattern, ...] = (
@@ -51,6 +54,10 @@ class Plan(NamedTuple):
     q: Positions
     k: Positions
     pattern: Pattern
+
+    @property
+    def blocks(self) -> BlockMask:
+        return blocks_of(self.pattern, self.q, self.k)
 
 
 @st.composite
@@ -364,3 +371,35 @@ def test_every_compiled_form_agrees(
         plans = [packed_and_marked()]
     for plan in plans:
         agrees(plan, dtype=dtype, heads=(4, 1), dim=64, close=close)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_compiled_blocks_share_one_block_mask_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """掩码在块之外备好：在编译过的块里求，每层每步都要重来一遍，还断一次图。"""
+    from torch._dynamo.testing import CompileCounter
+
+    built: list[int] = []
+    build = flex._build
+
+    def counting(*args: Any) -> BlockMask:
+        built.append(1)
+        return build(*args)
+
+    monkeypatch.setattr(flex, "_build", counting)
+    # 显卡上的走法。
+    monkeypatch.setattr(flex, "_inside", lambda q: torch.compiler.is_compiling())
+    torch._dynamo.reset()
+    model = tiny_model(
+        torch.float32, attention_pattern="local(4)", attention_backend="flex", n_layer=4
+    )
+    counter = CompileCounter()
+    for block in model.h.values():
+        block.compile(backend=counter)
+    for padding in (2, 3):
+        mask = torch.ones(2, 12, dtype=torch.int64)
+        mask[0, :padding] = 0
+        with torch.no_grad():
+            model(tokens(2, 12), attention_mask=mask)
+        assert len(built) == padding - 1
+    assert counter.frame_count == 1

@@ -57,7 +57,7 @@ def cached_logits(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(cuts=chunkings, seed=st.integers(0, 999))
 def test_cache_equals_no_cache(name: str, cuts: list[int], seed: int) -> None:
     torch.manual_seed(seed)

@@ -51,6 +51,7 @@ def test_eviction_equals_a_cache_that_never_held_the_middle(
         twin.feed(full(2, 1))
 
 
+@pytest.mark.slow
 @given(
     first=st.integers(0, 7),
     last=st.integers(1, 9),
@@ -59,7 +60,7 @@ def test_eviction_equals_a_cache_that_never_held_the_middle(
     padded=...,
     turning=...,
 )
-@settings(max_examples=80)
+@settings(max_examples=40)
 def test_eviction_from_rings_is_exact_or_refused(
     first: int, last: int, back: int, length: int, padded: bool, turning: bool
 ) -> None:

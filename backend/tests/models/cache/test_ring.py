@@ -30,7 +30,7 @@ __all__ = ["garbage_is_nan"]
 pytestmark = pytest.mark.usefixtures("garbage_is_nan")
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(1, 24), min_size=1, max_size=8),
     max_chunk=st.integers(1, 9),
@@ -97,7 +97,7 @@ def test_the_bound_on_rollback_is_tight(max_chunk: int, ragged: bool) -> None:
         twin.feed(full(2, 40))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     borders=st.lists(st.integers(1, 29), max_size=5, unique=True),
     sizes=st.lists(st.integers(1, 12), min_size=3, max_size=6),

@@ -119,6 +119,7 @@ def gradient_norms(norm: str, depth: int) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 def test_gradient_at_initialisation_by_depth() -> None:
     """pre 随深度变小、post 不变（arXiv:2002.04745）；deepnorm 与 keel 各层均匀。"""
     pre, post = ({d: gradient_norms(n, d)[-1] for d in (6, 48)} for n in ("pre", "post"))

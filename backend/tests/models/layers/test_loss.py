@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.models.transformer.layers import loss as loss_module
-from app.models.transformer.layers.loss import head_cross_entropy
+from app.models.transformer.layers.loss import (
+    cross_entropy,
+    cross_entropy_fused,
+    head_cross_entropy,
+)
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -63,6 +67,26 @@ def test_float32_gradients_agree_to_1e_6() -> None:
         assert (a - b).abs().max() / b.abs().max() <= 1e-6
 
 
+def test_the_chunk_written_for_the_compiler_is_the_same() -> None:
+    logits, labels = torch.randn(9, 37, dtype=torch.float64), torch.randint(0, 37, (9,))
+    labels[3] = -100
+    loss, grad = cross_entropy_fused(logits, labels)
+    wanted = cross_entropy(logits.clone(), labels)
+    assert torch.allclose(loss, wanted[0], rtol=1e-13, atol=0)
+    assert torch.allclose(grad, wanted[1], rtol=1e-13, atol=1e-15)
+    narrow = cross_entropy_fused(logits.bfloat16(), labels)
+    assert narrow[0].dtype == torch.float32 and narrow[1].dtype == torch.bfloat16
+    hidden, weight = torch.randn(2, 5, 6).double(), torch.randn(11, 6).double()
+    targets = torch.randint(0, 11, (2, 5))
+
+    def fused(*given: Tensor) -> Tensor:
+        return head_cross_entropy(*given, lambda x, y, rows: cross_entropy_fused(x, y))
+
+    pairs = [with_gradients(f, hidden, weight, targets, 2.0) for f in (fused, head_cross_entropy)]
+    for a, b in zip(*pairs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_autocast_agrees_with_its_plain_twin() -> None:
     hidden, weight = torch.randn(2, 16, 32), 0.1 * torch.randn(100, 32)
     targets = torch.randint(0, 100, (2, 16))
@@ -102,7 +126,11 @@ _MEASURE = """
 import sys, torch
 from pathlib import Path
 rows = int(sys.argv[1])
-from app.models.transformer.layers.loss import head_cross_entropy
+from app.models.transformer.layers.loss import (
+    cross_entropy,
+    cross_entropy_fused,
+    head_cross_entropy,
+)
 torch.set_num_threads(2)
 hidden = torch.randn(rows, 1024, 768, requires_grad=True)
 weight = torch.randn(50304, 768, requires_grad=True)
@@ -117,6 +145,7 @@ print((peak_kib() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_peak_memory_for_the_gpt2_vocabulary(rows: int) -> None:

@@ -77,6 +77,7 @@ def one_line(said: str) -> None:
     assert re.search(r"\d parameters \(\d+ MB with gradients and AdamW\)", said)
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_fits(make: Make, tmp_path: Path) -> None:
     tries, whole = limited(make, tmp_path, 140, 64)
     assert len(tries) > 1
@@ -91,6 +92,7 @@ def test_a_smaller_micro_batch_fits(make: Make, tmp_path: Path) -> None:
     assert losses == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_one_long_sequence(make: Make, tmp_path: Path) -> None:
     ((code, said, losses),), _ = limited(
         make, tmp_path, 140, 1, context_size=4096, n_embed=256, n_layer=4

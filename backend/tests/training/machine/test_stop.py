@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from app.data.feeding.windows import Windows
 from app.training import engine as engine_module
 from app.training import run as run_module
 from app.training import trainer as trainer_module
@@ -31,7 +32,7 @@ BUSY = {
 
 # 每一处：(对象, 名字, 第几次调用时信号到来)。
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "reading the batch": (trainer_module.Sampler, "batch", 3),
+    "reading the batch": (Windows, "batch", 3),
     "forward and backward": (engine_module, "accumulate", 4),
     "clipping": (torch.nn.utils, "clip_grads_with_norm_", 3),
     "metrics": (trainer_module.Metrics, "write", 9),

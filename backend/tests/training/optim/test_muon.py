@@ -13,7 +13,15 @@ from app.models.transformer import GPT2Config, GPT2Model
 from app.training import trainer as trainer_module
 from app.training.config import OptimConfig
 from app.training.optim.build import build_optimizer
-from app.training.optim.muon import ADAMW_RMS, COEFFICIENTS, ITERATIONS, MOMENTUM, orthogonalize
+from app.training.optim.muon import (
+    ADAMW_RMS,
+    COEFFICIENTS,
+    ITERATIONS,
+    MOMENTUM,
+    iterate,
+    iterate_gram,
+    orthogonalize,
+)
 from app.training.saving.state import load_optimizer_tensors, optimizer_tensors
 
 from ..conftest import Make, rows, train
@@ -59,6 +67,37 @@ def test_result_is_nearly_orthogonal_and_blind_to_scale() -> None:
     assert float(values.min()) > 0.6 and float(values.max()) < 1.3
     torch.testing.assert_close(orthogonalize(1e-3 * matrices), found)
     assert not orthogonalize(torch.zeros(1, 4, 4)).any()
+
+
+def unit(*shape: int) -> torch.Tensor:
+    x = torch.randn(*shape, dtype=torch.float64)
+    return x / x.norm(dim=(-2, -1), keepdim=True)
+
+
+def test_iterating_on_the_small_gram_is_the_same_polynomial() -> None:
+    torch.manual_seed(0)
+    x = unit(3, 12, 48)
+    torch.testing.assert_close(iterate_gram(x), iterate(x), rtol=0.0, atol=1e-12)
+
+
+def test_the_gram_stays_within_float32_where_singular_values_are_tiny() -> None:
+    """秩亏与 1e-4 的奇异值：G 的舍入放大之后仍不过文中说的 0.02。"""
+    torch.manual_seed(0)
+    u, s, vh = torch.linalg.svd(unit(2, 32, 128), full_matrices=False)
+    s[:, 8:16], s[:, 16:] = 1e-4, 0.0
+    x = (u * s[:, None]) @ vh
+    found = iterate_gram(x.float()).double()
+    torch.testing.assert_close(found, iterate(x), rtol=0.0, atol=0.02)
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16)])
+def test_a_matrix_has_the_same_bits_alone_and_among_others(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(5, *shape)
+    every = orthogonalize(matrices)
+    for i in range(5):
+        assert torch.equal(orthogonalize(matrices[i : i + 1])[0], every[i])
 
 
 def test_each_parameter_has_the_update_that_suits_it() -> None:

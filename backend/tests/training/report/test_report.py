@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from app.common.memory import peak_memory
+from app.data.batch import Batch
 from app.models.transformer import GPT2Model
 from app.training.report import run_page as report_module
 from app.training.report.history import History
@@ -215,7 +216,7 @@ def test_group_norms_add_up_to_the_total() -> None:
     torch.manual_seed(0)
     model = GPT2Model(tiny(norm="pre", tie_weights=False)).double()
     ids = np.random.default_rng(0).integers(0, 13, (2, 3, 6))
-    accumulate(model, ids[0], ids[1], 3, CPU)
+    accumulate(model, Batch(ids[0], ids[1]), 3, CPU)
     norms = gradient_norms(model.named_parameters())
     assert list(norms) == ["embed", "block 0", "block 1", "ln_f", "lm_head"]
     total = float(

@@ -14,7 +14,7 @@ from app.training.config import DataConfig
 from app.training.machine.runtime import choose_runtime
 from app.training.report.compare_runs import load_run
 from app.training.saving.checkpoint import BEST, best_measured, read_best, step_folder
-from app.training.watch.validation import Validation
+from app.training.watch.validation import Spread, Validation
 
 from ..conftest import Make, rows, same_weights, train, write_dataset
 
@@ -22,7 +22,7 @@ from ..conftest import Make, rows, same_weights, train, write_dataset
 def measured(config: Any) -> dict[str, Any]:
     data = TokenDataset.open(Path(config.data.folder) / "val")
     windows = config.eval_batches * config.batch_size
-    return Validation(data, config.model.context_size, windows, 1).measured
+    return Spread(data, config.model.context_size, windows, 1).measured
 
 
 def loss_of(config: Any, step: int) -> float:
@@ -31,7 +31,7 @@ def loss_of(config: Any, step: int) -> float:
     data = TokenDataset.open(Path(config.data.folder) / "val")
     windows = config.eval_batches * config.batch_size
     rows = config.micro_batch or config.batch_size
-    validation = Validation(data, config.model.context_size, windows, rows)
+    validation = Validation(Spread(data, config.model.context_size, windows, rows))
     loss = validation.loss(model, choose_runtime(config))
     assert loss is not None
     return loss

@@ -126,6 +126,7 @@ print(json.dumps({"code": code, "before": before, "kept": kept, "after": after})
 )
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full(make: Make, tmpfs: tuple[Path, list[str]], tmp_path: Path) -> None:
     """A5：满到最后：一行报错、点名旧检查点；腾出空间再续，与不间断的逐位相等，没有残余。"""
     disk, prefix = tmpfs

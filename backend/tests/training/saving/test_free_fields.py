@@ -59,4 +59,6 @@ def test_what_comparisons_set_aside() -> None:
     """种子之外，不算作差别的都不影响权重；改了验证集的批数、从哪里开始，曲线便不可比。"""
     aside, silent = marked(TrainConfig, Mark.ASIDE), marked(TrainConfig, Mark.SILENT)
     assert aside - silent == {"seed"}
-    assert silent - aside == {"eval_batches", "patience", "activation_checkpointing", "init_from"}
+    assert silent - aside == {
+        "eval_batches", "patience", "min_delta", "activation_checkpointing", "init_from", "data.val"
+    }  # fmt: skip

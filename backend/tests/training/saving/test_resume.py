@@ -16,11 +16,11 @@ import torch
 from app.data.sampler import Sampler
 from app.models.transformer import GPT2Model
 from app.training import run as run_module
-from app.training import trainer as trainer_module
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig
 from app.training.saving import state as state_module
 from app.training.saving.checkpoint import CheckpointError, list_steps, step_folder
 from app.training.saving.resume import check_compatible
+from app.training.watch import ending as ending_module
 
 from ..conftest import Make, rows, same_weights, train, write_dataset
 
@@ -101,8 +101,8 @@ def _forget_optimizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_schedule(patch: pytest.MonkeyPatch) -> None:
-    real = trainer_module.learning_rate
-    patch.setattr(trainer_module, "learning_rate", lambda step, **kw: real(step - 10, **kw))
+    real = ending_module.learning_rate
+    patch.setattr(ending_module, "learning_rate", lambda step, **kw: real(step - 10, **kw))
 
 
 def _forget_sampler(patch: pytest.MonkeyPatch) -> None:

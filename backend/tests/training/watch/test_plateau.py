@@ -112,7 +112,7 @@ def test_training_says_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.training import trainer as trainer_module
 
     told: list[str] = []
-    monkeypatch.setattr(trainer_module, "unigram_entropy", lambda data: 3.5)
+    monkeypatch.setattr("app.training.opened.unigram_entropy", lambda data: 3.5)
     monkeypatch.setattr(trainer_module.Progress, "tell", lambda self, text: told.append(text))
     train(make(steps=40, optim=OptimConfig(lr=1e-9)))
     assert len([line for line in told if "unigram entropy" in line]) == 1

@@ -230,15 +230,18 @@ def _bounds(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     return x.masked_fill(~real, _HIGH).amin(-1), x.masked_fill(~real, _LOW).amax(-1)
 
 
+def blocks_of(pattern: Pattern, q: Positions, k: Positions) -> BlockMask:
+    """这个设备上的块长的 block_mask。"""
+    return block_mask(pattern, q, k, _CPU_BLOCK if q.pos.is_cpu else _BLOCK)
+
+
 class Plan(Protocol):
-    """attend_flex 要的三样：查询与键的坐标、图样。"""
+    """attend_flex 要的两样；blocks 在编译过的块之外备好：在里面每层每步都要重算，还要等设备。"""
 
     @property
-    def q(self) -> Positions: ...
-    @property
-    def k(self) -> Positions: ...
-    @property
     def pattern(self) -> Pattern: ...
+    @property
+    def blocks(self) -> BlockMask | None: ...
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.0) -> Tensor:
@@ -250,6 +253,12 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.
     Raises:
         ValueError: why_not 给出的理由，或编译过的形状与图样多过 torch 的上限。
     """
+    assert plan.blocks is not None
+    if _inside(q):
+        joined: Tensor = flex_attention(
+            q, k, v, block_mask=plan.blocks, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return joined
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     reason = why_not(
         q.device, q.dtype, grad=grad, dropout=dropout, q_len=q.shape[2], head_dim=q.shape[3]
@@ -257,11 +266,10 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.
     if reason is not None:
         raise ValueError(f"attention_backend='flex': {reason}")
     on_cpu = q.device.type == "cpu"
-    mask = block_mask(plan.pattern, plan.q, plan.k, _CPU_BLOCK if on_cpu else _BLOCK)
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     try:
-        y = _compiled(on_cpu)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        y = _compiled(on_cpu)(q, k, v, block_mask=plan.blocks, enable_gqa=q.shape[1] != k.shape[1])
     except FailOnRecompileLimitHit:
         raise ValueError(
             f"attention_backend='flex': too many shapes or patterns compiled in this process "
@@ -270,6 +278,14 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float = 0.
         ) from None
     assert isinstance(y, Tensor)
     return y
+
+
+def _inside(q: Tensor) -> bool:
+    """正在编译的块里：随块一起编译，不断图；能不能做，选后端时已经查过。
+
+    CPU 上不行：块的形状会转为动态，见 _compiled。
+    """
+    return torch.compiler.is_compiling() and not q.is_cpu
 
 
 @functools.cache

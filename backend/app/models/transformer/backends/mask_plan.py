@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ..visibility.positions import PADDING, Positions
 from ..visibility.rule import visible
 from .choose import Case, Name, choose_backend
 from .tiles import Tiling, tile
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Part:
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """backend 决定用哪一项：sdpa 用 causal 或 mask；blocked 用 tiling；reference、flex 用坐标；
-    parts 用 parts：各有自己的计划。
+    """backend 决定用哪一项：sdpa 用 causal 或 mask；blocked 用 tiling；reference 用坐标；flex 用
+    blocks；parts 用 parts：各有自己的计划。
 
     Attributes:
         causal: SDPA 自带的因果标志就是全部的遮蔽。
@@ -61,6 +65,7 @@ class MaskPlan:
     tiling: Tiling | None = None
     global_queries: GlobalQueries | None = None
     parts: tuple[Part, ...] = ()
+    blocks: BlockMask | None = None
 
     @classmethod
     def build(
@@ -90,6 +95,11 @@ class MaskPlan:
         if backend == "blocked":
             tiling = tile(pattern, q, torch.promote_types(dtype, torch.float32))
             return plan(tiling=tiling, global_queries=_global_queries(q, pattern))
+        if backend == "flex":
+            # torch 的 FlexAttention 导入很慢，用到才导入。
+            from .flex import blocks_of
+
+            return plan(blocks=blocks_of(pattern, q, k))
         if backend == "sdpa" and not (square or last):
             return plan(mask=visible(q, k, pattern)[:, None])
         return plan(causal=square)

@@ -35,6 +35,16 @@ class Scatter:
         part[self.rows, :, self.slots] = x.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class At:
+    """步调一致的各行各写一个词元，槽号 (1,) 在设备上：录进 CUDA 图的一步不能有 Python 的数。"""
+
+    slot: Tensor
+
+    def put(self, part: Tensor, x: Tensor) -> None:
+        part.index_copy_(2, self.slot, x)
+
+
 class Store:
     """浮点存储，也是各种存储的共同部分。
 
@@ -67,7 +77,7 @@ class Store:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def write(self, where: Runs | Scatter, x: Tensor) -> None:
+    def write(self, where: Runs | Scatter | At, x: Tensor) -> None:
         """x (B, G, T, D)。"""
         where.put(self.parts[0], x)
 
@@ -116,7 +126,7 @@ class Int8Store(Store):
 
     layout = ((None, torch.int8), (1, torch.float32))
 
-    def write(self, where: Runs | Scatter, x: Tensor) -> None:
+    def write(self, where: Runs | Scatter | At, x: Tensor) -> None:
         x = x.float()
         # 全零的向量：尺度取最小的正数，商为零。
         scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(x.dtype).tiny)

@@ -27,6 +27,16 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width_out, width_in))
         self.bias = nn.Parameter(torch.empty(experts, width_out)) if bias else None
 
+    def forward(self, x: Tensor, ends: Tensor, grouped: bool, complete: bool) -> Tensor:
+        """x (R, I) -> (R, O)；grouped：用 torch 的分组矩阵乘。"""
+        if grouped:
+            return grouped_linear(x, self.weight, self.bias, ends, complete)
+        return sorted_linear(x, self.weight, self.bias, ends)
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """一个专家的 (weight (O, I), bias (O,))。"""
+        return self.weight[expert], None if self.bias is None else self.bias[expert]
+
 
 def sorted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """x (R, I) -> (R, O)；没有行的专家不读它的权重（反向只把它的梯度置零）。

@@ -16,7 +16,7 @@ from ..mlp import ACTIVATIONS, MLP
 from ..visibility.positions import PADDING
 from .balance import balance_loss, capacity, z_loss
 from .dispatch import Way, choose_dispatch, count, drop_overflow, group
-from .grouped import GroupedLinear, grouped_linear, sorted_linear
+from .grouped import GroupedLinear
 from .router import Choice, Router
 
 
@@ -53,27 +53,19 @@ class Experts(nn.Module):
 
     def each(self, way: Way, rows: Tensor, ends: Tensor, complete: bool) -> Tensor:
         """(R, C) -> (R, C)，按专家排好的行各过自己的专家；ends 之后的行是零。"""
-        rows = self.activation(_product(way, rows, self.c_fc, ends, complete))
-        return _product(way, rows, self.c_proj, ends, complete)
+        grouped = way == "grouped"
+        rows = self.activation(self.c_fc(rows, ends, grouped, complete))
+        y: Tensor = self.c_proj(rows, ends, grouped, complete)
+        return y
 
     def reference(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """每个专家算每个词元，再按权重相加：慢，但一眼看得出是对的。"""
         total = torch.zeros_like(x)
         for e in range(self.count):
-            fc_bias, proj_bias = (
-                None if layer.bias is None else layer.bias[e] for layer in (self.c_fc, self.c_proj)
-            )
-            hidden = self.activation(F.linear(x, self.c_fc.weight[e], fc_bias))
-            y = F.linear(hidden, self.c_proj.weight[e], proj_bias)
+            hidden = self.activation(F.linear(x, *self.c_fc.of(e)))
+            y = F.linear(hidden, *self.c_proj.of(e))
             total = total + y * ((expert == e) * weight).sum(1, keepdim=True).to(y.dtype)
         return total
-
-
-def _product(way: Way, x: Tensor, layer: GroupedLinear, ends: Tensor, complete: bool) -> Tensor:
-    """(R, in) -> (R, out)。"""
-    if way == "grouped":
-        return grouped_linear(x, layer.weight, layer.bias, ends, complete)
-    return sorted_linear(x, layer.weight, layer.bias, ends)
 
 
 class MoE(nn.Module):

@@ -115,6 +115,13 @@ def normalise_types(config: Any, prefix: str = "") -> None:
                 raise ValueError(f"{name}={value!r} must have {len(kinds)} values")
             fixed = tuple(_checked(v, (k,), name) for v, k in zip(value, kinds, strict=True))
             object.__setattr__(config, field, fixed)
+        elif get_origin(kind) is dict:
+            pairs = _checked(value, (dict,), name).items()
+            of_key, of_value = get_args(kind)
+            entries = {
+                _checked(k, (of_key,), name): _checked(v, (of_value,), name) for k, v in pairs
+            }
+            object.__setattr__(config, field, entries)
         else:
             kinds = get_args(kind) or (kind,)
             object.__setattr__(config, field, _checked(value, kinds, name))

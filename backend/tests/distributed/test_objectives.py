@@ -9,7 +9,7 @@ import pytest
 
 from app.distributed.check import check
 from app.distributed.config import ParallelConfig
-from app.training.config import DataConfig
+from app.training.config import DataConfig, OptimConfig
 from app.training.ranks import job_of
 
 from ..training.conftest import Make, rows, weights
@@ -66,8 +66,11 @@ def test_every_objective_gives_the_same_bits_in_shards(
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tensor", "context", "pipeline"])
 def test_packed_rows_on_split_models(make: Make, tmp_path: Path, chats: Path, axis: str) -> None:
-    """与一个进程差舍入。"""
-    change = {"data": DataConfig(folder=str(chats), pack=True), "model": small()}
+    """与一个进程差舍入；键的偏置的梯度只有舍入，eps 大些，Adam 才不把它放大成整步。"""
+    change = {
+        "data": DataConfig(folder=str(chats), pack=True), "model": small(),
+        "optim": OptimConfig(lr=1e-2, eps=1e-4, grad_clip=0.5),
+    }  # fmt: skip
     found = []
     for size in (1, 2):
         parallel = ParallelConfig(**({axis: 2} if size == 2 else {}))

@@ -306,6 +306,23 @@ def test_the_reference_is_the_start_to_the_bit(
         assert found[i] == pytest.approx(float(each[keep].double().sum()), abs=1e-5)
 
 
+def test_another_reference_is_computed_without_its_dropout(
+    make: Make, modes: dict[str, dict[str, Any]], pairs: Path, base: Path, tmp_path: Path
+) -> None:
+    """参考自己的配置里有 dropout：算它时关着，与没有 dropout 的同一份权重逐位相同。"""
+    wet, found = tmp_path / "wet", []
+    GPT2Model.from_pretrained(base, dropout=0.5).save_pretrained(wet)
+    load_tokenizer(base).save(wet)
+    for folder in (wet, base):
+        objective = ObjectiveConfig(kind="dpo", reference=str(folder))
+        change = {**modes["dpo"], "objective": objective, "steps": 1}
+        train(make(out=f"{folder}-run", schedule=ScheduleConfig(warmup_steps=0), **change))
+        (path,) = (pairs / "train").glob("reference-*.npy")
+        found.append(np.load(path))
+        path.unlink()
+    assert np.array_equal(*found)
+
+
 def test_the_reference_is_the_model_without_its_adapters(
     make: Make, modes: dict[str, dict[str, Any]], pairs: Path
 ) -> None:

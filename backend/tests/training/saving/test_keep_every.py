@@ -8,6 +8,7 @@ import pytest
 
 from app.training.config import TrainConfig
 from app.training.saving.checkpoint import list_steps, read_best, step_folder
+from app.training.watch.validation import Validation
 from tests.training.conftest import Make, same_weights, train
 
 
@@ -15,14 +16,19 @@ def held(out: Path | str) -> list[int]:
     return [step for step, _ in list_steps(Path(out))]
 
 
-def test_kept_besides_the_newest_and_the_best(make: Make, tmp_path: Path) -> None:
+def test_kept_besides_the_newest_and_the_best(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make(out=str(tmp_path / "kept"), steps=11, keep_every=3, keep_last=1, save_every=2)
     train(config)
     assert held(config.out) == [3, 6, 9, 11]
     both = config.replace(out=str(tmp_path / "both"), eval_every=4)
-    train(both)
-    best = read_best(Path(both.out))
-    assert best is not None and held(both.out) == sorted({3, 6, 9, 11, best[0]})
+    # 最好的在第 4 步：既不是最新的，也不是每三步的。
+    losses = iter([5.0, 1.0, 2.0, 3.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "loss", lambda *given: next(losses))
+        train(both)
+    assert read_best(Path(both.out)) == (4, 1.0) and held(both.out) == [3, 4, 6, 9, 11]
     plain = config.replace(out=str(tmp_path / "plain"), keep_every=0, save_every=0)
     train(plain)
     assert held(plain.out) == [11]

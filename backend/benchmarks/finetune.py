@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +37,7 @@ from app.training.saving.state import optimizer_tensors
 from app.training.step import accumulate, clip_gradients, gradient_norm
 
 from .common import table, write_result
+from .worker import Worker, peak
 
 PARTS = ("packed", "trainable", "trl")
 WAYS = {
@@ -232,41 +231,6 @@ def work(way: str, size: Size) -> None:
     print("sizes", *sizes, flush=True)
 
 
-def peak() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
-class Worker:
-    def __init__(self, way: str, tiny: bool) -> None:
-        command = [sys.executable, "-m", "benchmarks.finetune", "--way", way]
-        self.process = subprocess.Popen(
-            command + (["--tiny"] if tiny else []),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )  # fmt: skip
-        self.answer("ready")
-
-    def answer(self, kind: str) -> list[float]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(kind):
-                return [float(word) for word in line.split()[1:]]
-        raise RuntimeError("the worker ended early")
-
-    def step(self) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer("step")
-
-    def close(self) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        sizes = self.answer("sizes")
-        self.process.wait()
-        return sizes
-
-
 @dataclass(frozen=True)
 class Found:
     """seconds: 一步的中位数；losses: 每步的损失；sizes: 见 stored。"""
@@ -279,7 +243,8 @@ class Found:
 
 def measure(ways: tuple[str, ...], size: Size, tiny: bool) -> dict[str, Found]:
     """轮流各走一步，头一步只作热身（它的损失照样要相同）。"""
-    workers = {way: Worker(way, tiny) for way in ways}
+    small = ["--tiny"] if tiny else []
+    workers = {way: Worker("benchmarks.finetune", "--way", way, *small) for way in ways}
     rows: dict[str, list[list[float]]] = {way: [] for way in ways}
     for number in range(size.steps + 1):
         for way, worker in workers.items():
@@ -288,7 +253,7 @@ def measure(ways: tuple[str, ...], size: Size, tiny: bool) -> dict[str, Found]:
     return {
         way: Found(
             statistics.median(row[0] for row in rows[way][1:]), max(row[1] for row in rows[way]),
-            [row[2] for row in rows[way]], worker.close(),
+            [row[2] for row in rows[way]], worker.close("sizes"),
         )
         for way, worker in workers.items()
     }  # fmt: skip

@@ -9,13 +9,10 @@ nanoGPT 由运行的人自己克隆在旁边。
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +21,7 @@ from app.models.transformer import GPT2Config, GPT2Model
 from app.planning.flops import flops_per_token
 
 from .common import interleaved, table, write_result
+from .worker import Worker, peak
 
 VOCAB = 50304
 WAYS = {
@@ -94,41 +92,6 @@ def work(way: str, rows: int, length: int, dropout: float, clone: str) -> None:
         print("step", time.perf_counter() - start, peak(), value.item(), flush=True)
 
 
-def peak() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
-class Worker:
-    def __init__(self, way: str, shape: str, dropout: float, clone: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step", shape, "--nanogpt", clone]
-            + ["--way", way, "--dropout", str(dropout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )
-        self.answer("ready")
-
-    def answer(self, kind: str) -> list[float]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(kind):
-                return [float(word) for word in line.split()[1:]]
-        raise RuntimeError("the worker ended early")
-
-    def step(self) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.answer("step")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def gemm_peak() -> float:
     """这台机器一次大矩阵乘的速度，每秒浮点运算：一步的下限由它算出。"""
     n = 2048
@@ -157,7 +120,8 @@ def main() -> None:
     ways = [way for way in args.ways if args.nanogpt or not way.startswith("nanogpt")]
     found: dict[str, list[list[float]]] = {way: [] for way in ways}
     speed = gemm_peak()
-    workers = {way: Worker(way, args.shape, args.dropout, args.nanogpt) for way in ways}
+    same = [args.shape, "--nanogpt", args.nanogpt, "--dropout", str(args.dropout)]
+    workers = {way: Worker("benchmarks.train_step", *same, "--way", way) for way in ways}
     for index in range(args.rounds + 1):
         for way, worker in workers.items():
             result = worker.step()

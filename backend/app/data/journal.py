@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,30 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def write_once(
+    out: Path, command: dict[str, Any], write: Callable[[], object], say: Callable[[str], object]
+) -> None:
+    """整个一次写完的 out：write 做完才算数；同一条命令已做完就只说一句。
+
+    Raises:
+        ValueError: out 里有别的东西，或不是同一条命令。
+    """
+    journal: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "finished": False,
+    }
+    with locked(out):
+        if (out / JOURNAL_FILE).exists():
+            journal = read_journal(out / JOURNAL_FILE, journal)
+        if journal["finished"]:
+            say(f"{out} is already prepared from these sources: nothing to do")
+            return
+        save_journal(out, journal)
+        write()
+        save_journal(out, {**journal, "finished": True})
 
 
 def check_folder(out: Path) -> None:

@@ -13,14 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from app.data.journal import (
-    JOURNAL_FILE,
-    SCHEMA_VERSION,
-    check_folder,
-    locked,
-    read_journal,
-    save_journal,
-)
+from app.data.journal import check_folder, write_once
 from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
 from app.data.writer import INDEX_PART, NEW, ShardWriter
@@ -123,26 +116,17 @@ def prepare_tokens(
         "shard_tokens": shard_tokens,
         "content": {f"{side}.{k}": v for side, known in content.items() for k, v in known.items()},
     }
-    journal: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "command": command,
-        "finished": False,
-    }
-    with locked(out):
-        if (out / JOURNAL_FILE).exists():
-            journal = read_journal(out / JOURNAL_FILE, journal)
-        if journal["finished"]:
-            say(f"{out} is already prepared from these tokens: nothing to do")
-        else:
-            save_journal(out, journal)
-            for side, (source, start, end) in cuts.items():
-                origin = {"description": str(files.sides[source]), "split": "tokens", "side": side}
-                writer = ShardWriter(out / side, tokenizer, shard_tokens, NEW)
-                _copy(_part(files.chunks(source), start, end), tokenizer, writer)
-                writer.finish(origin)
-                (out / side / INDEX_PART).unlink(missing_ok=True)
-            save_journal(out, {**journal, "finished": True})
-        return {side: TokenDataset.open(out / side) for side in cuts}
+
+    def write() -> None:
+        for side, (source, start, end) in cuts.items():
+            origin = {"description": str(files.sides[source]), "split": "tokens", "side": side}
+            writer = ShardWriter(out / side, tokenizer, shard_tokens, NEW)
+            _copy(_part(files.chunks(source), start, end), tokenizer, writer)
+            writer.finish(origin)
+            (out / side / INDEX_PART).unlink(missing_ok=True)
+
+    write_once(out, command, write, say)
+    return {side: TokenDataset.open(out / side) for side in cuts}
 
 
 def _survey(files: TokenFiles, side: str, tokenizer: Tokenizer) -> dict[str, Any]:

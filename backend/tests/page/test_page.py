@@ -104,9 +104,8 @@ def slow_down(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "step", slowly)
 
 
-def test_stop_keeps_the_text_and_frees_the_row(
-    visit: Visit, server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def in_the_middle(visit: Visit, server: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """正写到一半的页面：占着一行，至少写了四个。"""
     slow_down(server, monkeypatch)
     page = visit.open()
     page.fill("#draft", "abc")
@@ -114,6 +113,13 @@ def test_stop_keeps_the_text_and_frees_the_row(
     page.keyboard.press("Control+Enter")
     page.locator("#tokens .made").nth(3).wait_for()
     assert held(server) == 1
+    return page
+
+
+def test_stop_keeps_the_text_and_frees_the_row(
+    visit: Visit, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = in_the_middle(visit, server, monkeypatch)
     page.keyboard.press("Escape")
     visit.done()
     wait_for(lambda: held(server) == 0)
@@ -126,13 +132,7 @@ def test_stop_keeps_the_text_and_frees_the_row(
 def test_reload_in_a_stream_frees_the_row(
     visit: Visit, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_down(server, monkeypatch)
-    page = visit.open()
-    page.fill("#draft", "abc")
-    page.fill("#count", "250")
-    page.keyboard.press("Control+Enter")
-    page.locator("#tokens .made").first.wait_for()
-    assert held(server) == 1
+    page = in_the_middle(visit, server, monkeypatch)
     page.reload()
     wait_for(lambda: held(server) == 0)
     page.locator("#continue:enabled").wait_for()

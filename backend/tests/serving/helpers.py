@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from app.data.tokenizers import ByteTokenizer
-from app.generation.config import Options
+from app.generation.config import Options, SamplingConfig
 from app.generation.generate import complete
 from app.models.transformer import GPT2Model
 from app.models.transformer.cache.row_cache import RowCache
@@ -114,3 +115,23 @@ def alone(model: GPT2Model, ask: Ask) -> tuple[str | None, str]:
         seeds=[ask.seed],
     )[0]
     return done.text, done.finish
+
+
+def some_ask(rng: random.Random, **fixed: Any) -> Ask:
+    """随机的一段；一半的提示有共同的开头，有的靠重复逼出好猜的文字。"""
+    start = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18] if rng.random() < 0.5 else []
+    prompt = (*start, *(rng.randrange(257) for _ in range(rng.randint(1, 12))))
+    sampling = rng.choice(
+        [
+            SamplingConfig(temperature=0),
+            SamplingConfig(),
+            SamplingConfig(temperature=0.7, top_k=9, top_p=0.9),
+            SamplingConfig(min_p=0.05, repetition_penalty=1.3),
+        ]
+    )
+    values: dict[str, Any] = {
+        "prompt": prompt, "max_tokens": rng.randint(1, 48 - len(prompt)), "sampling": sampling,
+        "seed": rng.randrange(2**40), "stop_ids": frozenset({256}),
+        "stop_strings": rng.choice([(), ("e",), ("ab", "\n")]),
+    }  # fmt: skip
+    return Ask(**{**values, **fixed})

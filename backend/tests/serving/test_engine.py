@@ -19,13 +19,13 @@ from tests.quantization.helpers import SCHEMES, float_model, quantized
 from tests.serving.helpers import (
     BYTES,
     COSTS,
-    Clock,
     alone,
     byte_model,
     check,
     ids,
     make_engine,
     run,
+    some_ask,
     text,
 )
 
@@ -46,26 +46,6 @@ def model_of(name: str) -> GPT2Model:
         torch.manual_seed(1)
         MODELS[name] = byte_model(**PATTERNS[name][0])
     return MODELS[name]
-
-
-def some_ask(rng: random.Random, **fixed: Any) -> Ask:
-    """随机的一段；一半的提示有共同的开头，有的靠重复逼出好猜的文字。"""
-    start = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18] if rng.random() < 0.5 else []
-    prompt = (*start, *(rng.randrange(257) for _ in range(rng.randint(1, 12))))
-    sampling = rng.choice(
-        [
-            SamplingConfig(temperature=0),
-            SamplingConfig(),
-            SamplingConfig(temperature=0.7, top_k=9, top_p=0.9),
-            SamplingConfig(min_p=0.05, repetition_penalty=1.3),
-        ]
-    )
-    values: dict[str, Any] = {
-        "prompt": prompt, "max_tokens": rng.randint(1, 48 - len(prompt)), "sampling": sampling,
-        "seed": rng.randrange(2**40), "stop_ids": frozenset({256}),
-        "stop_strings": rng.choice([(), ("e",), ("ab", "\n")]),
-    }  # fmt: skip
-    return Ask(**{**values, **fixed})
 
 
 def crowd(seed: int, name: str, limits: Limits, **cache: Any) -> tuple[Engine, list[Ask], Any]:
@@ -219,124 +199,6 @@ def test_where_guessing_does_not_pay_nothing_is_guessed() -> None:
     assert engine.counts.drafted == 0, "each token of COSTS costs as much as a step"
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_cancelled_anywhere_the_others_go_on(seed: int) -> None:
-    rng, model = random.Random(seed), model_of("causal")
-    engine = make_engine(model, 2, Limits(pace=Pace(chunk=4)), guess=bool(seed % 2))
-    victim, other = some_ask(rng), some_ask(rng)
-    late = some_ask(rng)
-    when = rng.randint(0, 8)
-    orders = [Order(0, (victim, victim)), Order(1, (other,)), Order(2, (late,))]
-
-    def each(step: int) -> None:
-        if step == when:
-            engine.cancel(0)
-            assert not any(r.order == 0 for r in [*engine._running, *engine._queue])
-
-    found = run(engine, orders, each)
-    assert text(found[1, 0]) == alone(model, other)[0]
-    assert text(found[2, 0]) == alone(model, late)[0]
-
-
-@pytest.mark.parametrize("way", ["nan", "raises"])
-@pytest.mark.parametrize("seed", range(5))
-def test_a_poisoned_row_dies_alone(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """一行的 logits 成了 NaN，或有它在前向就抛错：只有它得到错误，别的文字一字不差。"""
-    rng, model = random.Random(seed), byte_model()
-    engine = make_engine(model, 4)
-    asks = [some_ask(rng, max_tokens=20, stop_strings=(), stop_ids=frozenset()) for _ in range(4)]
-    victim = rng.randrange(4)
-    secret, calls, real = 200 + victim, [0], model.embed.forward
-    asks = [Ask(prompt=(200 + i, *a.prompt[:9]), max_tokens=9, seed=i) for i, a in enumerate(asks)]
-    wanted = [alone(model, ask)[0] for ask in asks]
-
-    def embed(input_ids: Any, where: Any) -> Any:
-        calls[0] += 1
-        x = real(input_ids, where)
-        bad = (input_ids == secret) & (where.pos == 0)
-        if way == "raises" and bool(bad.any()):
-            raise RuntimeError("planted")
-        return x.masked_fill(bad[..., None], float("nan"))
-
-    monkeypatch.setattr(model.embed, "forward", embed)
-    found = run(engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
-    for i in range(4):
-        if i == victim:
-            assert [event.failure for event in found[i, 0]] == ["internal"]
-        else:
-            assert text(found[i, 0]) == wanted[i]
-    assert calls[0] <= 9 + 2 * 2 + 2
-    monkeypatch.undo()
-    # 那一行清过零，给下一个人用。
-    again = run(engine, [Order(9 + i, (ask,)) for i, ask in enumerate(asks)])
-    assert [text(again[9 + i, 0]) for i in range(4)] == wanted
-
-
-def test_every_admitted_row_goes_on_and_no_step_is_long() -> None:
-    """I9：长提示之外还有人写，一步不超过时限；短提示三步之内写出第一个。"""
-    engine = make_engine(byte_model(context_size=400), 4, Limits(pace=Pace(max_stall=0.03)))
-    writer = Ask(prompt=(1,), max_tokens=80, sampling=SamplingConfig(temperature=0))
-    long = Ask(prompt=tuple(i % 250 for i in range(390)), max_tokens=4)
-    sizes, waited = [], []
-    engine.submit(Order(0, (writer,)))
-    engine.step()
-    engine.submit(Order(1, (long,)))
-    engine.step()
-    engine.submit(Order(2, (Ask(prompt=(4, 5, 6), max_tokens=2),)))
-    first: dict[int, int] = {}
-    for step in range(1, 200):
-        before = engine.counts.step_tokens
-        for event in engine.step():
-            first.setdefault(event.order, step)
-        sizes.append(engine.counts.step_tokens - before)
-        waited += [r.waited for r in engine._running]
-    assert first[2] <= 3 and not engine.busy
-    assert max(sizes[:60]) <= 30 and max(waited) <= 5
-
-
-def test_the_long_prompt_is_not_starved_by_short_ones() -> None:
-    clock = Clock()
-    engine = make_engine(byte_model(context_size=100), 3, Limits(pace=Pace(chunk=8)), clock)
-    engine.submit(Order(0, (Ask(prompt=tuple(range(90)), max_tokens=1),)))
-    done: dict[int, int] = {}
-    for step in range(300):
-        clock.now += 0.1
-        if step < 200:
-            engine.submit(Order(1 + step, (Ask(prompt=tuple(range(step % 8, 8)), max_tokens=1),)))
-        for event in engine.step():
-            done.setdefault(event.order, step)
-    assert done[0] < 120
-
-
-def test_eight_equal_clients_get_equal_shares() -> None:
-    engine = make_engine(model_of("causal"), 8)
-    for i in range(8):
-        engine.submit(Order(i, (Ask(prompt=(i, 1, 2), max_tokens=40),)))
-    made = [0] * 8
-    for _ in range(20):
-        for event in engine.step():
-            made[event.order] += len(event.tokens)
-    assert sum(made) ** 2 / (8 * sum(n * n for n in made)) >= 0.99
-
-
-def test_the_queue_has_an_end() -> None:
-    engine = make_engine(model_of("causal"), 1, Limits(queue=2))
-    for i in range(5):
-        engine.submit(Order(i, (Ask(prompt=(1, 2), max_tokens=3),)))
-    found = run(engine)
-    full = [i for i in range(5) if found[i, 0][-1].failure == "full"]
-    assert full == [2, 3, 4]
-
-
-def test_deadlines() -> None:
-    clock = Clock()
-    engine = make_engine(model_of("causal"), 1, clock=clock)
-    ask = Ask(prompt=(1, 2), max_tokens=40)
-    orders = [Order(0, (ask,), until=5.0), Order(1, (ask,), wait_until=3.0)]
-    found = run(engine, orders, lambda step: setattr(clock, "now", float(step)))
-    assert [found[i, 0][-1].failure for i in (0, 1)] == ["deadline", "deadline"]
-
-
 @pytest.mark.parametrize("seed", range(16))
 def test_text_comes_exactly_once(seed: int) -> None:
     """I10：各片相接就是整段；概率一个词元一条，收尾的分隔符也有。"""
@@ -444,22 +306,3 @@ def test_quantized_models_are_served_alike(name: str) -> None:
     asks = [some_ask(rng, sampling=SamplingConfig(temperature=0)) for _ in range(8)]
     found = run(served.engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
     assert [text(found[i, 0]) for i in range(8)] == [alone(model, ask)[0] for ask in asks]
-
-
-def test_slots_and_the_speed_of_late() -> None:
-    """给人看的数：各行借了几个、写了几个；近两秒每秒几个词元，停了就是零。"""
-    clock = Clock()
-    engine = make_engine(byte_model(), rows=2, clock=clock)
-    prompt = tuple(range(20))
-    run(engine, [Order(0, (Ask(prompt=prompt, max_tokens=3, seed=1),))])
-    clock.now = 50.0
-    engine.submit(Order(1, (Ask(prompt=(*prompt, 77), max_tokens=20, seed=1),)))
-    for _ in range(11):
-        engine.step()
-        clock.now += 0.1
-    busy, idle = engine.slots()
-    assert busy == {"row": 0, "busy": True, "tokens": 31, "cached": 20, "made": 11}
-    assert idle == {"row": 1, "busy": False, "tokens": 0, "cached": 0, "made": 0}
-    assert engine.tokens_per_second == pytest.approx(10 / 1.1)
-    clock.now += 3
-    assert engine.tokens_per_second == 0

@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from app.cli.shared.trained import Device, IdleThreads, TrainedName
+from app.cli.shared.knobs import (
+    CachedAs,
+    Greedy,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    sampling,
+)
+from app.cli.shared.trained import Device, IdleThreads, TrainedName, load_trained
 from app.common.tell import to_stderr
 from app.common.waiting import settle_waiting
-from app.generation.config import Options, SamplingConfig
-from app.models.transformer.cache.kv_dtype import KVDtype
+from app.generation.config import Options
 
 if TYPE_CHECKING:
     from app.generation.conversation import Answer, Conversation
@@ -51,21 +60,14 @@ class Args:
     model: TrainedName
     system: Annotated[str | None, Doc("said before the conversation; None = nothing")] = None
     max_new_tokens: Annotated[int, Doc("longest answer, in tokens")] = _MOST_NEW
-    temperature: Annotated[float, Doc("0 = greedy; below 1 = safer, above 1 = wilder")] = 0.8
-    top_k: Annotated[int | None, Doc("keep the k most likely tokens")] = None
-    top_p: Annotated[
-        float | None, Doc("keep the smallest set of tokens with this much probability")
-    ] = 0.95
-    min_p: Annotated[
-        float | None, Doc("drop tokens below this fraction of the likeliest one's probability")
-    ] = None
-    repetition_penalty: Annotated[float, Doc("above 1 = fewer repetitions, 1 = off")] = 1.0
-    greedy: Annotated[bool, Doc("always the likeliest token: temperature 0")] = False
+    temperature: Temperature = 0.8
+    top_k: TopK = None
+    top_p: TopP = 0.95
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = 1.0
+    greedy: Greedy = False
     seed: Annotated[int, Doc("answer i uses seed + i")] = 0
-    kv_dtype: Annotated[
-        KVDtype,
-        Doc("int8 = smaller cache of keys and values, rounded; None = the model's own type"),
-    ] = None
+    kv_dtype: CachedAs = None
     waiting: IdleThreads = "auto"
     device: Device = "auto"
 
@@ -77,17 +79,10 @@ def run(args: Args) -> int:
     """
     options = Options(
         max_new_tokens=args.max_new_tokens,
-        sampling=SamplingConfig(
-            temperature=0.0 if args.greedy else args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-        ),
+        sampling=sampling(args),
         kv_dtype=args.kv_dtype,
     )
     settle_waiting(args.waiting, serving=False)
-    from app.cli.shared.trained import load_trained
     from app.data.chat.template import load_chat
     from app.generation.conversation import Conversation
 

@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
+from app.cli.shared.knobs import (
+    CachedAs,
+    Greedy,
+    MinP,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    sampling,
+)
 from app.cli.shared.trained import Device, IdleThreads, Trained, TrainedName, load_trained
 from app.common.escapes import unescape
 from app.common.tell import to_stderr
 from app.common.waiting import settle_waiting
-from app.generation.config import Options, SamplingConfig
+from app.generation.config import Options
 from app.generation.overflow import Overflow, usable
-from app.models.transformer.cache.kv_dtype import KVDtype
 
 if TYPE_CHECKING:
     from app.data.tokenizers import Tokenizer
@@ -53,16 +62,12 @@ class Args:
     max_new_tokens: Annotated[
         int | None, Doc("tokens to add; None = 200, or fewer where the context ends before")
     ] = None
-    temperature: Annotated[float, Doc("0 = greedy; below 1 = safer, above 1 = wilder")] = 0.8
-    top_k: Annotated[int | None, Doc("keep the k most likely tokens")] = None
-    top_p: Annotated[
-        float | None, Doc("keep the smallest set of tokens with this much probability")
-    ] = 0.95
-    min_p: Annotated[
-        float | None, Doc("drop tokens below this fraction of the likeliest one's probability")
-    ] = None
-    repetition_penalty: Annotated[float, Doc("above 1 = fewer repetitions, 1 = off")] = 1.0
-    greedy: Annotated[bool, Doc("always the likeliest token: temperature 0")] = False
+    temperature: Temperature = 0.8
+    top_k: TopK = None
+    top_p: TopP = 0.95
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = 1.0
+    greedy: Greedy = False
     seed: Annotated[int, Doc("sample i of every prompt uses seed + i, whatever the batch")] = 0
     num_samples: Annotated[int, Doc("texts per prompt")] = 1
     stop: Annotated[
@@ -81,10 +86,7 @@ class Args:
             "without end and without reading again (RoPE or none)"
         ),
     ] = "error"
-    kv_dtype: Annotated[
-        KVDtype,
-        Doc("int8 = smaller cache of keys and values, rounded; None = the model's own type"),
-    ] = None
+    kv_dtype: CachedAs = None
     batch_size: Annotated[int, Doc("texts computed at once; does not change them")] = 16
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
@@ -122,13 +124,7 @@ def _options(args: Args) -> Options:
     """装入模型之前就能定下的；其余的之后再填。"""
     return Options(
         max_new_tokens=_DEFAULT_NEW if args.max_new_tokens is None else args.max_new_tokens,
-        sampling=SamplingConfig(
-            temperature=0.0 if args.greedy else args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-        ),
+        sampling=sampling(args),
         stop_strings=tuple(unescape(text, "stop") for text in args.stop),
         overflow=args.overflow,
         prefill_chunk=args.prefill_chunk,

@@ -21,14 +21,7 @@ from app.data.chat.encode import Encoder
 from app.data.chat.forms import Form, renamed
 from app.data.chat.shorten import shortened
 from app.data.chat.template import Template, builtin
-from app.data.journal import (
-    JOURNAL_FILE,
-    SCHEMA_VERSION,
-    check_folder,
-    locked,
-    read_journal,
-    save_journal,
-)
+from app.data.journal import JOURNAL_FILE, check_folder, write_once
 from app.data.prepare import TokenizerSpec
 from app.data.reading.inventory import counts
 from app.data.reading.sources import Sources
@@ -115,25 +108,19 @@ def prepare_examples(
         "shard_tokens": shard_tokens,
         "content": survey.content(),
     }
-    journal = {"schema_version": SCHEMA_VERSION, "command": command, "finished": False}
-    with locked(out):
-        if (out / JOURNAL_FILE).exists():
-            journal = read_journal(out / JOURNAL_FILE, journal)
-        if journal["finished"]:
-            say(f"{out} is already prepared from these records: nothing to do")
-        else:
-            save_journal(out, journal)
-            encoder = Encoder(template, ready)
-            try:
-                _write(survey, encoder, out, shard_tokens, say)
-            except ValueError:
-                # 不留下写了一半的：改好数据之后，同一个文件夹可以再用
-                for path in (out / "train", out / "val"):
-                    shutil.rmtree(path, ignore_errors=True)
-                (out / JOURNAL_FILE).unlink()
-                raise
-            save_journal(out, {**journal, "finished": True})
-        return {side: TokenDataset.open(out / side) for side in survey.sides}
+
+    def write() -> None:
+        try:
+            _write(survey, Encoder(template, ready), out, shard_tokens, say)
+        except ValueError:
+            # 不留下写了一半的：改好数据之后，同一个文件夹可以再用
+            for path in (out / "train", out / "val"):
+                shutil.rmtree(path, ignore_errors=True)
+            (out / JOURNAL_FILE).unlink()
+            raise
+
+    write_once(out, command, write, say)
+    return {side: TokenDataset.open(out / side) for side in survey.sides}
 
 
 class _Survey:

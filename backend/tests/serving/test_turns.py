@@ -1,0 +1,151 @@
+"""引擎轮到谁、等多久：取消、坏掉的行、公平、队与期限（I7 到 I9）。文字本身见 test_engine.py。"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from app.generation.config import SamplingConfig
+from app.serving.engine import Limits
+from app.serving.request import Ask, Order
+from app.serving.schedule import Pace
+from tests.serving.helpers import Clock, alone, byte_model, make_engine, run, some_ask, text
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cancelled_anywhere_the_others_go_on(seed: int) -> None:
+    rng, model = random.Random(seed), byte_model()
+    engine = make_engine(model, 2, Limits(pace=Pace(chunk=4)), guess=bool(seed % 2))
+    victim, other = some_ask(rng), some_ask(rng)
+    late = some_ask(rng)
+    when = rng.randint(0, 8)
+    orders = [Order(0, (victim, victim)), Order(1, (other,)), Order(2, (late,))]
+
+    def each(step: int) -> None:
+        if step == when:
+            engine.cancel(0)
+            assert not any(r.order == 0 for r in [*engine._running, *engine._queue])
+
+    found = run(engine, orders, each)
+    assert text(found[1, 0]) == alone(model, other)[0]
+    assert text(found[2, 0]) == alone(model, late)[0]
+
+
+@pytest.mark.parametrize("way", ["nan", "raises"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_poisoned_row_dies_alone(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """一行的 logits 成了 NaN，或有它在前向就抛错：只有它得到错误，别的文字一字不差。"""
+    rng, model = random.Random(seed), byte_model()
+    engine = make_engine(model, 4)
+    asks = [some_ask(rng, max_tokens=20, stop_strings=(), stop_ids=frozenset()) for _ in range(4)]
+    victim = rng.randrange(4)
+    secret, calls, real = 200 + victim, [0], model.embed.forward
+    asks = [Ask(prompt=(200 + i, *a.prompt[:9]), max_tokens=9, seed=i) for i, a in enumerate(asks)]
+    wanted = [alone(model, ask)[0] for ask in asks]
+
+    def embed(input_ids: Any, where: Any) -> Any:
+        calls[0] += 1
+        x = real(input_ids, where)
+        bad = (input_ids == secret) & (where.pos == 0)
+        if way == "raises" and bool(bad.any()):
+            raise RuntimeError("planted")
+        return x.masked_fill(bad[..., None], float("nan"))
+
+    monkeypatch.setattr(model.embed, "forward", embed)
+    found = run(engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
+    for i in range(4):
+        if i == victim:
+            assert [event.failure for event in found[i, 0]] == ["internal"]
+        else:
+            assert text(found[i, 0]) == wanted[i]
+    assert calls[0] <= 9 + 2 * 2 + 2
+    monkeypatch.undo()
+    # 那一行清过零，给下一个人用。
+    again = run(engine, [Order(9 + i, (ask,)) for i, ask in enumerate(asks)])
+    assert [text(again[9 + i, 0]) for i in range(4)] == wanted
+
+
+def test_every_admitted_row_goes_on_and_no_step_is_long() -> None:
+    """I9：长提示之外还有人写，一步不超过时限；短提示三步之内写出第一个。"""
+    engine = make_engine(byte_model(context_size=400), 4, Limits(pace=Pace(max_stall=0.03)))
+    writer = Ask(prompt=(1,), max_tokens=80, sampling=SamplingConfig(temperature=0))
+    long = Ask(prompt=tuple(i % 250 for i in range(390)), max_tokens=4)
+    sizes, waited = [], []
+    engine.submit(Order(0, (writer,)))
+    engine.step()
+    engine.submit(Order(1, (long,)))
+    engine.step()
+    engine.submit(Order(2, (Ask(prompt=(4, 5, 6), max_tokens=2),)))
+    first: dict[int, int] = {}
+    for step in range(1, 200):
+        before = engine.counts.step_tokens
+        for event in engine.step():
+            first.setdefault(event.order, step)
+        sizes.append(engine.counts.step_tokens - before)
+        waited += [r.waited for r in engine._running]
+    assert first[2] <= 3 and not engine.busy
+    assert max(sizes[:60]) <= 30 and max(waited) <= 5
+
+
+def test_the_long_prompt_is_not_starved_by_short_ones() -> None:
+    clock = Clock()
+    engine = make_engine(byte_model(context_size=100), 3, Limits(pace=Pace(chunk=8)), clock)
+    engine.submit(Order(0, (Ask(prompt=tuple(range(90)), max_tokens=1),)))
+    done: dict[int, int] = {}
+    for step in range(300):
+        clock.now += 0.1
+        if step < 200:
+            engine.submit(Order(1 + step, (Ask(prompt=tuple(range(step % 8, 8)), max_tokens=1),)))
+        for event in engine.step():
+            done.setdefault(event.order, step)
+    assert done[0] < 120
+
+
+def test_eight_equal_clients_get_equal_shares() -> None:
+    engine = make_engine(byte_model(), 8)
+    for i in range(8):
+        engine.submit(Order(i, (Ask(prompt=(i, 1, 2), max_tokens=40),)))
+    made = [0] * 8
+    for _ in range(20):
+        for event in engine.step():
+            made[event.order] += len(event.tokens)
+    assert sum(made) ** 2 / (8 * sum(n * n for n in made)) >= 0.99
+
+
+def test_the_queue_has_an_end() -> None:
+    engine = make_engine(byte_model(), 1, Limits(queue=2))
+    for i in range(5):
+        engine.submit(Order(i, (Ask(prompt=(1, 2), max_tokens=3),)))
+    found = run(engine)
+    full = [i for i in range(5) if found[i, 0][-1].failure == "full"]
+    assert full == [2, 3, 4]
+
+
+def test_deadlines() -> None:
+    clock = Clock()
+    engine = make_engine(byte_model(), 1, clock=clock)
+    ask = Ask(prompt=(1, 2), max_tokens=40)
+    orders = [Order(0, (ask,), until=5.0), Order(1, (ask,), wait_until=3.0)]
+    found = run(engine, orders, lambda step: setattr(clock, "now", float(step)))
+    assert [found[i, 0][-1].failure for i in (0, 1)] == ["deadline", "deadline"]
+
+
+def test_slots_and_the_speed_of_late() -> None:
+    """给人看的数：各行借了几个、写了几个；近两秒每秒几个词元，停了就是零。"""
+    clock = Clock()
+    engine = make_engine(byte_model(), rows=2, clock=clock)
+    prompt = tuple(range(20))
+    run(engine, [Order(0, (Ask(prompt=prompt, max_tokens=3, seed=1),))])
+    clock.now = 50.0
+    engine.submit(Order(1, (Ask(prompt=(*prompt, 77), max_tokens=20, seed=1),)))
+    for _ in range(11):
+        engine.step()
+        clock.now += 0.1
+    busy, idle = engine.slots()
+    assert busy == {"row": 0, "busy": True, "tokens": 31, "cached": 20, "made": 11}
+    assert idle == {"row": 1, "busy": False, "tokens": 0, "cached": 0, "made": 0}
+    assert engine.tokens_per_second == pytest.approx(10 / 1.1)
+    clock.now += 3
+    assert engine.tokens_per_second == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +51,15 @@ def create_environment() -> None:
     if PYTHON.exists():
         return
     say(f"creating the environment in {VENV}")
+    existed = VENV.exists()
     try:
         run([sys.executable, "-m", "venv", VENV])
-    except subprocess.CalledProcessError:
-        print("on Debian or Ubuntu: sudo apt install python3-venv python3-pip", file=sys.stderr)
+    except BaseException as error:
+        # venv 先放 bin/python、后装 pip：留下半个，下次就以为装好了。
+        if not existed:
+            shutil.rmtree(VENV, ignore_errors=True)
+        if isinstance(error, subprocess.CalledProcessError):
+            print("on Debian or Ubuntu: sudo apt install python3-venv python3-pip", file=sys.stderr)
         raise
 
 

@@ -27,14 +27,16 @@ from .common import interleaved, table, write_result
 from .training_step import stepper
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-# 2025 年之前的写法：AdamW、学来的位置、GELU。
+# 从前的配方；它的 900 步用的时间，就是每个做法得到的。
+BEFORE = "AdamW, learned positions, GELU"
+BEFORE_STEPS = 900
 PLAIN = {
     "optim.name": "adamw", "optim.lr": 3e-3, "model.position": "learned", "model.qk_norm": False,
     "model.activation": "gelu_tanh", "model.bias": True, "schedule.kind": "cosine",
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "the recipe": {},
-    "AdamW, learned positions, GELU": PLAIN,
+    BEFORE: PLAIN,
     "AdamW for Muon, lr 3e-3": {"optim.name": "adamw", "optim.lr": 3e-3},
     "learned positions": {"model.position": "learned"},
     "no qk_norm": {"model.qk_norm": False},
@@ -113,24 +115,30 @@ def trained(work: Path, changes: dict[str, Any], steps: int, seed: int) -> float
     return loss / math.log(2) * val["tokens"] / val["bytes"]
 
 
+def step_times(names: list[str], rounds: int, kept: Path) -> dict[str, float]:
+    """一步几秒；量过的从 kept 里取，训练就可以分几次跑。"""
+    if kept.exists():
+        known: dict[str, float] = json.loads(kept.read_text())
+        return known
+    times = interleaved({name: stepper(changed(WAYS[name])) for name in names}, rounds)
+    kept.write_text(json.dumps(times, indent=1))
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=None, help="None = the recipe's steps")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--work", type=Path, default=None, help="keeps the prepared data")
+    parser.add_argument("--work", type=Path, default=None, help="keeps the data and the times")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    names = list(dict.fromkeys(["the recipe", *args.ways]))
-    times = interleaved({name: stepper(changed(WAYS[name])) for name in names}, args.rounds)
-    for name, seconds in times.items():
-        print(f"{name}: {1e3 * seconds:.1f} ms a step", file=sys.stderr, flush=True)
-    base = times["the recipe"]
-    budget = args.seconds or changed({}).steps * base
+    names = list(dict.fromkeys([BEFORE, "the recipe", *args.ways]))
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
+        times = step_times(names, args.rounds, work / "times.json")
+        budget = BEFORE_STEPS * times[BEFORE]
         for name in names:
             steps = round(budget / times[name])
             found = [trained(work, WAYS[name], steps, seed) for seed in args.seeds]
@@ -141,9 +149,10 @@ def main() -> None:
     rows.sort(key=lambda row: str(row[-1]))
     header = ["what is changed", "ms a step", "steps", "bits per byte, a seed each", "mean"]
     note = (
-        f"\n\nEach way trains for as many steps as fit into {budget:.0f} s at its own step time "
-        f"(medians of {args.rounds} rounds, the ways taking turns). Bits per byte of windows "
-        f"spread over the held-out files, {EVAL_TOKENS:,} tokens."
+        f"\n\nEach way trains for as many steps as fit into the time of {BEFORE_STEPS} steps of "
+        f"the first recipe ({BEFORE}): {budget:.0f} s here, by step times that are medians of "
+        f"{args.rounds} rounds, the ways taking turns. Bits per byte of windows spread over the "
+        f"held-out files, {EVAL_TOKENS:,} tokens."
     )
     command = "cd backend && python -m benchmarks.quickstart"
     write_result("quickstart", command, table(header, rows) + note)

@@ -20,6 +20,8 @@ from app.data.token_table import TableTokenizer, utf8
 MAX_VOCAB = 10_000_000
 # 解码时垫在前面的普通文字：词元在文本中间的写法，减去它。
 _ANCHOR = "a"
+# 编码时垫在前面的：与文本并成一个词元的（as、and）不能用，就换下一个。
+_ANCHORS = (_ANCHOR, "A", "0", ".")
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -132,16 +134,24 @@ class HubTokenizer(TableTokenizer):
         ]
 
     def encode_continued(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """垫一个字母在前面再编码，减去它：开头补空格、`▁` 之类的规则都不会触发。"""
+        """垫一个字在前面再编码，减去它：开头补空格、`▁` 之类的规则都不会触发。"""
         return [np.array(self._continued(text), dtype=np.uint32) for text in texts]
 
     def _continued(self, text: str) -> list[int]:
         utf8(text)
-        ids = self._raw(_ANCHOR + text)
-        if ids[: len(self._anchor)] != self._anchor:
+        rest = self._after(text)
+        if rest is None:
             return self.encode(text)
-        rest = ids[len(self._anchor) :]
         return self._cut(text, first=False) if self._is_special(rest) else rest
+
+    def _after(self, text: str) -> list[int] | None:
+        """text 接在别的文字之后的 id；None = 与哪个字都并在一起，或那些字它都不认得。"""
+        for anchor in _ANCHORS:
+            before, ids = self._raw(anchor), self._raw(anchor + text)
+            known = before and self._unknown not in before
+            if known and ids[: len(before)] == before:
+                return ids[len(before) :]
+        return None
 
     def to_json(self) -> dict[str, Any]:
         return self._data
@@ -170,8 +180,13 @@ class HubTokenizer(TableTokenizer):
         ids: list[int] = []
         for start, end in zip([0, *borders], [*borders, len(text)], strict=True):
             fresh = first and not start
-            part = text[start:end]
-            ids += self._raw(part) if fresh else self._raw(_ANCHOR + part)[len(self._anchor) :]
+            part = self._raw(text[start:end]) if fresh else self._after(text[start:end])
+            if part is None:
+                raise ValueError(
+                    f"the text {text[start:end][:60]!r} cannot be cut out of {text[:60]!r} by this "
+                    "tokenizer, which merges it with every letter before it: take it out"
+                )
+            ids += part
         if self._is_special(ids):
             bad = next(self._special[i] for i in ids if i in self._special and i != self._unknown)
             raise ValueError(

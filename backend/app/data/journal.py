@@ -17,6 +17,8 @@ LOCK_FILE = "prepare.lock"
 _OUR_FILES = re.compile(
     r"(tokens-\d{5}\.bin|(index|scored)\.npy|(meta|chat|examples|tokenizer|tokenizer_meta)\.json)(\.tmp)?"
     r"|(index|scored)\.tmp"
+    # DPO 的训练记在数据旁边的（training/objectives/reference.py）
+    r"|reference-[\w.-]+\.npy(\.tmp)?"
 )
 
 

@@ -302,8 +302,10 @@ def _own(kind: str, data: Any, source: str) -> TableTokenizer:
     if not all(isinstance(line, str) for line in merges):
         raise ValueError(f"{source}: model.merges must be a list of texts")
     pairs = byte_level.parse_merges("\n".join(merges), source)
-    added = data.get("added_tokens")
-    extra = [t.get("content") for t in added if t.get("id", -1) >= len(vocab)] if added else []
+    added = data.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise ValueError(f"{source}: added_tokens must be a list of objects")
+    extra = [t.get("content") for t in added if t.get("id", -1) >= len(vocab)]
     texts = _special_texts(extra, source)
     return BPETokenizer("bpe" if kind == "bpe" else "gpt2", vocab, pairs, source, texts)
 

@@ -29,8 +29,6 @@ from app.models.transformer import GPT2Model
 
 from .scoring import Metric, score_rows
 
-# 一行一个对象、要说取哪个键的文件。
-
 
 class TokenSource(Protocol):
     """可随机读取的词元，不含开头的分隔符。"""
@@ -57,12 +55,13 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """要打分的数据；name 给人看，identity 是数据集的指纹或文件的 sha256。"""
+    """要打分的数据；name 给人看，identity 是数据集的指纹或文件的 sha256，kind 是数据集的。"""
 
     name: str
     source: TokenSource
     identity: str
     documents: int
+    kind: str = "text"
 
 
 def open_dataset(folder: Path, tokenizer: Tokenizer) -> HeldOut:
@@ -85,6 +84,11 @@ def open_dataset(folder: Path, tokenizer: Tokenizer) -> HeldOut:
                 "text file with --text"
             )
     data = TokenDataset.open(path)
+    if data.kind == "preference":
+        raise ValueError(
+            f"{path} holds preferences, a better and a worse answer to each question: they are no "
+            "running text to score; the run's report has its margins"
+        )
     written = data.meta["tokenizer"]["fingerprint"]
     if written != tokenizer.fingerprint():
         raise ValueError(
@@ -93,7 +97,7 @@ def open_dataset(folder: Path, tokenizer: Tokenizer) -> HeldOut:
             "text itself with --text"
         )
     _check_siblings(path, written)
-    return HeldOut(str(path), data, data.fingerprint, len(data.document_starts))
+    return HeldOut(str(path), data, data.fingerprint, len(data.document_starts), data.kind)
 
 
 def _check_siblings(part: Path, written: str) -> None:
@@ -133,7 +137,8 @@ def open_text(path: Path, tokenizer: Tokenizer, text_key: str | None = None) -> 
     border = np.array([*ends, *tokenizer.document_start], dtype=np.uint32)
     for unit in split.units(sources, plan, census):
         try:
-            parts.append(tokenizer.encode_batch([unit.text])[0])
+            encode = tokenizer.encode_batch if unit.begin else tokenizer.encode_continued
+            parts.append(encode([unit.text])[0])
         except ValueError as error:
             raise ValueError(
                 f"text={path} cannot be encoded with the model's tokenizer: {error}"

@@ -59,5 +59,11 @@ def applied(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise ValueError(f"--set {name}={value}: {part} has no parts")
+        if isinstance(place.get(last), dict):
+            some = next(iter(place[last]), "item")
+            raise ValueError(
+                f"--set {name}={value}: {name} has parts, and the others would be reset: set one, "
+                f"as in --set {name}.{some}=..."
+            )
         place[last] = value
     return TrainConfig.from_dict(data)

@@ -130,7 +130,7 @@ def shaped(model: GPT2Model, plan: Plan) -> GPT2Model:
 def _validation(start: Start, folder: Path) -> tuple[dict[str, str], list[str]]:
     """微调的数据决定 best；旧数据只量忘了多少。"""
     if not (folder / "val").is_dir():
-        return {}, []
+        return {}, [f"neither the best step nor forgetting is measured: {folder} has no val part"]
     if start.old is None:
         return {TUNED: str(folder)}, [f"forgetting is not measured: {start.why_not}"]
     return {TUNED: str(folder), BEFORE: str(start.old)}, []

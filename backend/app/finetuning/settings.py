@@ -131,7 +131,7 @@ def with_lengths(config: TrainConfig, feed: Feed, wish: Wish) -> TrainConfig:
 
 def _epochs(wish: Wish, dpo: bool) -> float:
     """给了步数时用不到它，但总要有一个。"""
-    return wish.epochs or (DPO_EPOCHS if dpo else EPOCHS)
+    return (DPO_EPOCHS if dpo else EPOCHS) if wish.epochs is None else wish.epochs
 
 
 def _without_length(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,10 @@ class WorkbenchLM(LM):
         max_gen_toks: int = 256,
     ) -> None:
         super().__init__()
-        if batch_size is not None and not str(batch_size).isdigit():
-            raise ValueError(f"batch_size={batch_size!r} must be a number: nothing is probed here")
+        if batch_size is not None and not (str(batch_size).isdigit() and int(batch_size)):
+            raise ValueError(
+                f"batch_size={batch_size!r} must be a number of at least 1: nothing is probed here"
+            )
         folder = resolve_checkpoint(path)
         self._start(
             open_model(folder, _device(device)),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,10 @@ def test_data_prepared_anew_is_not_the_data_of_the_run(folder, tmp_path, capsys)
     code, _, err = gpt2(capsys, str(run))
     note = f"note: scoring the data of the run, {data} (from {run / 'run.yaml'})\n"
     assert (code, err) == (0, note)
+    # 微调的训练有几个验证集，指纹以空格隔开
+    facts = facts_of(data)
+    write_facts(run, replace(facts, data=(facts.data[0], f"{facts.data[1]} {'0' * 64}")))
+    assert gpt2(capsys, str(run))[0] == 0
     old = TokenDataset.open(data / "train").fingerprint
     shutil.rmtree(data)
     prepared(tmp_path, "data", TEXT.upper())

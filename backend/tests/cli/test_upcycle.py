@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from app.cli.main import main
+from app.data.chat.template import builtin, find_template
 from app.data.prepare import TokenizerSpec, prepare
 from app.data.reading.sources import Sources
 from app.data.tokenizers import load_tokenizer
@@ -100,7 +102,9 @@ def test_noise_layers_and_router_are_told(dense, tmp_path, capsys):
 
 def test_average_and_prune_report_the_loss(dense, data, tmp_path, capsys):
     up, mean, fewer = tmp_path / "up", tmp_path / "mean", tmp_path / "fewer"
-    gpt2(capsys, "upcycle", dense, "--experts", 6, "--noise", 0.3, "--seed", 1, "--out", up)
+    chatty = shutil.copytree(dense, tmp_path / "chatty")
+    builtin("plain", load_tokenizer(dense)).save(chatty)
+    gpt2(capsys, "upcycle", chatty, "--experts", 6, "--noise", 0.3, "--seed", 1, "--out", up)
     code, text, _ = gpt2(capsys, "experts", up, "--average", "--out", mean, "--data", data)
     assert code == 0 and not GPT2Model.from_pretrained(mean).config.moe_num_experts
     before, after = loss(up, data), loss(mean, data)
@@ -112,6 +116,8 @@ def test_average_and_prune_report_the_loss(dense, data, tmp_path, capsys):
     after = loss(fewer, data)
     assert f"{before:.4f} -> {after:.4f} ({after - before:+.4f})" in text
     assert GPT2Model.from_pretrained(fewer).config.moe_num_experts == 3
+    # 会答话的模型仍会答话
+    assert find_template(chatty) == find_template(up) == find_template(mean) == find_template(fewer)
 
 
 def test_the_load_counts_every_token_once(dense, data, tmp_path, capsys):

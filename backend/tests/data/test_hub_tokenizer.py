@@ -204,6 +204,19 @@ def test_a_continued_part_encodes_as_within_the_whole(
     )
 
 
+def test_a_part_that_merges_with_the_letter_before_it() -> None:
+    """词表里有 `▁as`：垫一个 a 再切掉，会丢了 s；换一个字垫。"""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), *((c, -3.0) for c in "▁a0.s<>x"), ("▁as", -0.5)]
+    hub = Hub(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    hub.pre_tokenizer = pre_tokenizers.Metaspace()
+    hub.decoder = decoders.Metaspace()
+    hub.add_special_tokens(["<s>"])
+    ours = HubTokenizer(hub.to_str(), None)
+    names = [ours.names[i] for i in ours.encode_continued(["sx"])[0].tolist()]
+    assert names == ["s", "x"]
+    assert ours.decode(ours.encode("x<s>")).strip() == "x<s>"
+
+
 @pytest.mark.parametrize("name", ["byte level", "prefix space", "metaspace first"])
 def test_lossless_kinds_come_back(name: str) -> None:
     hub = MAKERS[name]()

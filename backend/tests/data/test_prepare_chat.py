@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app.data.chat.encode import Turn, encode_conversation
@@ -15,6 +16,7 @@ from app.data.chat.prepare import ChatSpec, prepare_examples
 from app.data.prepare import TokenizerSpec
 from app.data.reading.sources import Reading, Sources
 from app.data.shards import TokenDataset
+from app.training.objectives.reference import store
 from tests.data.helpers import tree
 
 
@@ -133,6 +135,11 @@ def test_preference_and_its_prompt_written_twice(tmp_path: Path) -> None:
         ("qgood<|endoftext|>", "good<|endoftext|>"),
         ("qbad<|endoftext|>", "bad<|endoftext|>"),
     ]
+    # DPO 的训练把参考的对数概率存在数据旁边：不是别人的文件，接着的那条命令也照做
+    store(data, "0123abcd", np.zeros(len(data.document_starts)), lambda line: None)
+    said: list[str] = []
+    prepare(path, tmp_path / "out", val_fraction=0, say=said.append)
+    assert "nothing to do" in said[-1]
 
 
 def test_prompt_messages_are_not_scored(tmp_path: Path) -> None:
@@ -210,6 +217,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("role", bad(message("tool", "x"), *GOOD["messages"]), r"line 2: role 'tool'"),
     ("lost", bad({**USER, "tool_calls": []}), r"line 2: .*'tool_calls' would be lost"),
     ("weight", bad({**USER, "weight": 0.5}), r"weight=0\.5"),
+    (
+        "lost in the other form",
+        {"conversations": [{"from": "human", "value": "q", "tool": 1}]},
+        r"line 2: .*'tool' would be lost \(from, value and weight are read\)",
+    ),
     ("not a list", {"messages": "hello"}, r"line 2: 'messages' is a text, expected a list"),
     ("other form", {"prompt": "a", "completion": "b"}, r"line 2: no 'messages' \(keys: 'prompt'"),
 ]
@@ -219,7 +231,8 @@ BAD: list[tuple[str, Any, str]] = [
 def test_bad_records_are_named_and_nothing_is_written(
     record: Any, message: str, tmp_path: Path
 ) -> None:
-    path, out = write(tmp_path / "a.jsonl", [GOOD, record]), tmp_path / "out"
+    first = SAME["conversations"][0] if "conversations" in record else GOOD
+    path, out = write(tmp_path / "a.jsonl", [first, record]), tmp_path / "out"
     with pytest.raises(ValueError, match=message):
         prepare(path, out, val_fraction=0)
     assert not out.exists() or not [p for p in out.rglob("*") if p.name != "prepare.lock"]
@@ -295,6 +308,10 @@ def test_validation_records(tmp_path: Path) -> None:
     turned = prepare(write(tmp_path / "c.jsonl", MESSAGES[::-1]), tmp_path / "3", val_fraction=0.3)
     straight = prepare(path, tmp_path / "4", val_fraction=0.3)
     assert sorted(texts(turned["val"])) == sorted(texts(straight["val"]))
+    # 同样的记录，a 从验证挪到训练：不是同一条命令
+    moved = write(tmp_path / "e.jsonl", MESSAGES[:3] + MESSAGES)
+    with pytest.raises(ValueError, match="val_examples was 3 and is now None"):
+        prepare(moved, tmp_path / "1", val_fraction=0)
     with pytest.raises(ValueError, match="too few to hold out"):
         prepare(write(tmp_path / "d.jsonl", MESSAGES[:1]), tmp_path / "5")
 
@@ -307,10 +324,19 @@ def test_tokenizers_made_from_records(kind: str, tmp_path: Path) -> None:
     assert texts(data)[7][1] == "a 7<|im_end|>"
 
 
+def test_a_weight_of_nothing_in_the_other_form(tmp_path: Path) -> None:
+    turns = [*SAME["conversations"][0]["conversations"], {"from": "gpt", "value": "b"}]
+    turns[1] = {**turns[1], "weight": 0}
+    path = write(tmp_path / "a.jsonl", [{"conversations": turns}])
+    assert texts(prepare(path, tmp_path / "out", val_fraction=0)["train"])[0][1] == "b<|im_end|>"
+
+
 def test_a_folder_of_records(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "a.jsonl", MESSAGES[:20])
+    # 空的文件什么形式也不说
+    write(folder / "0.jsonl", [])
     write(folder / "b.json", MESSAGES[20:])
     (folder / "readme.txt").write_text("not a conversation")
     data = prepare(folder, tmp_path / "out", val_fraction=0)["train"]

@@ -163,6 +163,11 @@ BAD: dict[str, tuple[str, str, list[str], str]] = {
     "a longer context": ("t.txt", "text " * 99, ["--context", "97"], "never grow"),
     "no such setting": ("t.txt", "text " * 99, ["--set", "optim.lrr=1"], "'lr'"),
     "a shape": ("t.txt", "text " * 99, ["--set", "model.n_layer=3"], "comes from MODEL"),
+    "a whole section": ("t.txt", "text " * 99, ["--set", "optim={lr: 1e-4}"], "optim.name="),
+    "no epoch": ("t.txt", "text " * 99, ["--epochs", "0"], "epochs=0"),
+    "old data without a val part": (
+        "t.txt", "text " * 99, ["--old-data", "nowhere"], "no validation part",
+    ),
     "chat of text": ("t.txt", "text " * 99, ["--chat", "chatml"], "plain text"),
     "a bad fraction": ("t.txt", "text " * 99, ["--val", "1.5"], "below 1"),
     "two lengths": (

@@ -12,7 +12,7 @@ from typing_extensions import Doc
 
 from app.cli.shared.held_out import check_held_out, held_out
 from app.cli.shared.trained import Device, Trained, TrainedName, load_trained
-from app.common.files import check_new
+from app.common.files import check_new, write_new
 from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
@@ -166,5 +166,4 @@ def _dtype(model: GPT2Model) -> str:
 def _write(path: Path, facts: dict[str, Any]) -> None:
     # 文件名里可能有编不成 UTF-8 的字节（孤立代理项）：写成 JSON 的转义。
     text = json.dumps(facts, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
+    write_new(path, text.encode("utf-8", errors="backslashreplace"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from app.cli.shared.trained import Trained, own_data
+from app.common.tell import to_stderr
 
 if TYPE_CHECKING:
     from app.evaluation.perplexity import HeldOut
@@ -52,4 +53,11 @@ def held_out(args: Asked, trained: Trained, instead: str) -> HeldOut:
 
     if args.text is not None:
         return open_text(args.text, trained.tokenizer, args.text_key)
-    return open_dataset(args.data or own_data(trained.folder, instead), trained.tokenizer)
+    folder = args.data or own_data(trained.folder, instead)
+    found = open_dataset(folder, trained.tokenizer)
+    if found.kind != "text":
+        to_stderr(
+            f"note: {found.name} holds {found.kind} examples: every token is scored here, the "
+            "questions too, while training scores the answers alone (see its report)"
+        )
+    return found

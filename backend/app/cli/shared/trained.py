@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from app.data.chat.template import Template
     from app.data.tokenizers import Tokenizer
     from app.models.transformer import GPT2Config, GPT2Model
 
@@ -115,9 +116,10 @@ def write_trained(
     state: Mapping[str, Tensor],
     tokenizer: Tokenizer,
     out: Path,
+    template: Template | None,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """写一个新的模型文件夹，连同分词器与 files（文件名 -> 内容）。"""
+    """写一个新的模型文件夹，连同分词器、对话的模板与 files（文件名 -> 内容）。"""
     import torch
 
     from app.models.transformer import GPT2Model
@@ -129,6 +131,8 @@ def write_trained(
     def fill(new: Path) -> None:
         model.save_pretrained(new)
         tokenizer.save(new)
+        if template is not None:
+            template.save(new)
         for name, text in (files or {}).items():
             (new / name).write_text(text, encoding="utf-8")
 
@@ -169,14 +173,14 @@ def own_data(folder: Path, instead: str) -> Path:
 
 
 def _check_unchanged(data: Path, kept: tuple[str, str], run: Path, instead: str) -> None:
-    """kept: 开训时训练与验证部分的指纹；没有验证部分的为空。"""
+    """kept: 开训时训练与验证部分的指纹；没有验证部分的为空，几个验证集的以空格隔开。"""
     from app.data.shards import META_FILE, TokenDataset
 
     for part, wanted in zip(("train", "val"), kept, strict=True):
         if not (data / part / META_FILE).is_file():
             continue
         found = TokenDataset.open(data / part).fingerprint
-        if found != wanted:
+        if found not in wanted.split():
             had = f"was trained with {wanted[:12]}" if wanted else "was trained without one"
             raise ValueError(
                 f"{data / part} is not the data of the run any more: it holds {found[:12]}, but "

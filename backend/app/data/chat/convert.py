@@ -121,19 +121,10 @@ def _messages(given: Any, where: str) -> Turns:
     turns = []
     for number, message in enumerate(_listed(given, where), start=1):
         at = f"{where} item {number}"
-        unknown = sorted(set(message) - {"role", "content", "weight"})
-        # 表格里没有的键读出来是 None
-        unknown = [key for key in unknown if message[key] is not None]
-        if unknown:
-            raise ValueError(
-                f"{at}: {', '.join(map(repr, unknown))} would be lost (role, content and weight "
-                f"are read): {_FIX}"
-            )
+        _nothing_lost(message, ("role", "content", "weight"), at)
         role = checked(message.get("role"), f"{at}: 'role'")
-        weight = message.get("weight")
-        if weight not in (None, 0, 1):
-            raise ValueError(f"{at}: weight={weight!r} is neither 0 (not scored) nor 1: {_FIX}")
-        turns.append(_turn(role, checked(message.get("content"), f"{at}: 'content'"), weight != 0))
+        text = checked(message.get("content"), f"{at}: 'content'")
+        turns.append(_turn(role, text, _weight(message, at)))
     return turns
 
 
@@ -141,12 +132,30 @@ def _conversations(given: Any, where: str) -> Turns:
     turns = []
     for number, message in enumerate(_listed(given, where), start=1):
         at = f"{where} item {number}"
+        _nothing_lost(message, ("from", "value", "weight"), at)
         speaker = checked(message.get("from"), f"{at}: 'from'")
         if speaker not in _SPEAKERS:
             raise ValueError(f"{at}: from={speaker!r} is not one of {', '.join(_SPEAKERS)}: {_FIX}")
         text = checked(message.get("value"), f"{at}: 'value'")
-        turns.append(_turn(_SPEAKERS[speaker], text))
+        turns.append(_turn(_SPEAKERS[speaker], text, _weight(message, at)))
     return turns
+
+
+def _nothing_lost(message: Mapping[str, Any], read: Sequence[str], at: str) -> None:
+    # 表格里没有的键读出来是 None
+    unknown = [key for key in sorted(set(message) - set(read)) if message[key] is not None]
+    if unknown:
+        raise ValueError(
+            f"{at}: {', '.join(map(repr, unknown))} would be lost ({', '.join(read[:-1])} and "
+            f"{read[-1]} are read): {_FIX}"
+        )
+
+
+def _weight(message: Mapping[str, Any], at: str) -> bool:
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{at}: weight={weight!r} is neither 0 (not scored) nor 1: {_FIX}")
+    return weight != 0
 
 
 def _turn(role: str, content: str, scored: bool = True) -> Turn:

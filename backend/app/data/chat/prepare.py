@@ -108,6 +108,9 @@ def prepare_examples(
         "shard_tokens": shard_tokens,
         "content": survey.content(),
     }
+    if val is not None:
+        # 同样的记录，分在别处，就不是同一条命令
+        command["val_examples"] = survey.given
 
     def write() -> None:
         try:
@@ -136,7 +139,7 @@ class _Survey:
         self._extra = Counter[str]()
         self._digest, held, self._shared = hashlib.sha256(), set[bytes](), list[str]()
         self._keys: list[float] = []
-        self._given = 0
+        self.given = 0
         unscored = False
         for example, given in self._read():
             identity = _identity(example)
@@ -144,14 +147,14 @@ class _Survey:
             self._keys.append(fraction(identity))
             if given == "val":
                 held.add(identity)
-                self._given += 1
+                self.given += 1
             elif identity in held:
                 self._shared.append(example.where)
             for turn in (turn for side in example.sides for turn in side):
                 unscored = unscored or not turn.scored
                 self.alphabet.update(turn.content)
-        if not len(self._keys) - self._given or (val and not self._given):
-            empty = val if val and not self._given else sources
+        if not len(self._keys) - self.given or (val and not self.given):
+            empty = val if val and not self.given else sources
             raise ValueError(f"{empty.description}: no records there, nothing to prepare")
         self.all_scored = not unscored
         share = float(np.mean(np.array(self._keys) < val_fraction))

@@ -167,11 +167,11 @@ class Sources:
                 )
 
     def first_record(self) -> tuple[str, dict[str, Any]] | None:
-        """第一个记录文件的第一条；没有记录文件是 None。"""
+        """各记录文件里的第一条；一条也没有是 None。"""
         for path, _ in self._paths(Inventory(self.reading.what)):
             reader = _RECORDS.get(path.suffix.lower())
-            if reader is not None:
-                return next(reader(path), None)
+            if reader is not None and (found := next(reader(path), None)) is not None:
+                return found
         return None
 
     def _paths(self, seen: Inventory) -> Iterator[tuple[Path, bool]]:

@@ -183,6 +183,8 @@ def _read_characters(data: dict[str, Any], vocab: dict[str, Any], source: str) -
     characters = sorted((c for c in vocab if c != SEPARATOR_TEXT), key=lambda c: str(vocab[c]))
     if not characters or any(len(c) != 1 for c in characters):
         raise ValueError(f"{source}: a WordLevel vocabulary of words, only characters can be read")
+    if not all(isinstance(number, int) for number in vocab.values()):
+        raise ValueError(f"{source}: an id of model.vocab is no number")
     by_id = {number: text for text, number in vocab.items()}
     ordered = [by_id[i] for i in range(len(vocab)) if by_id.get(i, SEPARATOR_TEXT) in characters]
     if len(ordered) != len(characters):

@@ -13,7 +13,7 @@ from .config import GPT2Config
 from .layers.context import Context
 from .layers.fused import attention_parts
 from .layers.linear import Linear
-from .layers.norm import EPS
+from .layers.norm import RMSNorm
 
 
 class Attention(nn.Module):
@@ -26,8 +26,8 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embed, config.n_embed, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         # Henry et al. 2020, arXiv:2010.04245；各头共用一组尺度。
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)。"""

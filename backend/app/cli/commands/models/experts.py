@@ -55,13 +55,14 @@ def run(args: Args) -> None:
         ValueError: 没有专家，选项互相矛盾，数据不合，或 --out 已存在。
     """
     from app.common.progress import count_tokens
+    from app.data.chat.template import find_template
     from app.evaluation.evaluate import mean_nats
     from app.evaluation.reduce import averaged, pruned
     from app.quantization.model import check_float
 
     _check(args)
     trained = load_trained(args.model, args.device)
-    model, tokenizer, _ = trained
+    model, tokenizer, folder = trained
     check_float(model, "averaging or pruning experts")
     if not model.config.moe_num_experts:
         raise ValueError(f"{args.model} has moe_num_experts=0: there are no experts in it")
@@ -72,7 +73,7 @@ def run(args: Args) -> None:
         else pruned(model, tokenizer, held, args.keep, args.batch_size, count_tokens)
     )
     before = mean_nats(model, tokenizer, held, args.batch_size, count_tokens)
-    write_trained(found.config, found.state, tokenizer, args.out)
+    write_trained(found.config, found.state, tokenizer, args.out, find_template(folder))
     made = load_trained(args.out, args.device).model
     after = mean_nats(made, tokenizer, held, args.batch_size, count_tokens)
     for layer, kept in found.layers.items():

@@ -148,6 +148,11 @@ def _start(args: Args, folder: Path, config: GPT2Config, tokenizer: Tokenizer) -
     from app.finetuning.plan import Start
 
     if args.old_data is not None:
+        if not (args.old_data / "val").is_dir():
+            raise ValueError(
+                f"--old-data {args.old_data} has no validation part, on which forgetting is "
+                "measured: give a folder that `gpt2 prepare` wrote with one"
+            )
         return Start(folder, config, tokenizer, args.old_data)
     old, why_not = _old_data(folder)
     return Start(folder, config, tokenizer, old, why_not)

@@ -44,7 +44,7 @@ def run(args: Args) -> None:
     import torch
 
     from app.adapters.files import is_adapter
-    from app.data.chat.template import CHAT_FILE
+    from app.data.chat.template import find_template
 
     check_free(args.out)
     model, tokenizer, folder = load_model(args.model, "cpu", args.base)
@@ -54,9 +54,10 @@ def run(args: Args) -> None:
         raise ValueError(f"{folder} has no tokenizer and --base {args.base} has none either")
     if args.dtype is not None:
         model = model.to(getattr(torch, args.dtype))
-    template = folder / CHAT_FILE
-    beside = {CHAT_FILE: template.read_text(encoding="utf-8")} if template.is_file() else {}
-    write_trained(model.config, model.state_dict(), tokenizer, args.out, beside)
+    template = find_template(folder)
+    if template is None and args.base is not None:
+        template = find_template(args.base)
+    write_trained(model.config, model.state_dict(), tokenizer, args.out, template)
     print(
         f"{args.out}: {model.num_parameters():,} parameters in "
         f"{str(next(model.parameters()).dtype).removeprefix('torch.')}, the adapter of {folder} "

@@ -59,6 +59,7 @@ def run(args: Args) -> int:
     Raises:
         ValueError: 不是稠密的模型，选项互相矛盾，或 --out 已存在。
     """
+    from app.data.chat.template import find_template
     from app.models.transformer import GPT2Model
     from app.models.transformer.experts.upcycle import upcycle
     from app.quantization.model import check_float
@@ -68,9 +69,8 @@ def run(args: Args) -> int:
     check_float(dense, "upcycling")
     config = _target(args, dense.config)
     state = upcycle(dense.state_dict(), dense.config, config, seed=args.seed, noise=args.noise)
-    write_trained(
-        config, state, tokenizer, args.out, {TRAIN_FILE: _train_file(args, folder, config)}
-    )
+    files = {TRAIN_FILE: _train_file(args, folder, config)}
+    write_trained(config, state, tokenizer, args.out, find_template(folder), files)
     return _report(args, folder, dense, GPT2Model.from_pretrained(args.out))
 
 

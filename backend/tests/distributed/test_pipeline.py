@@ -55,8 +55,8 @@ def _run(cases: list[tuple[Any, Case]]) -> dict[str, Off]:
     for schedule, case in cases:
         pipe = Pipeline(case.model, Ranks.world(), schedule)
         pipe.connect(MICRO)
-        x, y, segment = case.batch
-        flow = pipe.step(x, y, _shares(y), segment)
+        x, y = case.batch.x, case.batch.y
+        flow = pipe.step(x, y, _shares(y), case.batch.places)
         pipe.finish_gradients()
         found[case.name] = compare(case, [pipe], float(flow.loss))
     return found

@@ -12,11 +12,12 @@ import torch
 from app.distributed.check import Job, check, check_alone
 from app.distributed.comm import Ranks
 from app.distributed.config import ParallelConfig
-from app.distributed.mesh import degrees
+from app.distributed.mesh import Mesh, degrees
 from app.models.transformer import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
 from app.training import run as run_module
-from app.training.config import TrainConfig
+from app.training.config import ObjectiveConfig, TrainConfig
+from app.training.ranks import with_leaves
 
 from ..training.conftest import Make
 from .ranks import run_ranks
@@ -87,6 +88,28 @@ def test_refusals_name_both_values_and_the_fix(case: Any) -> None:
     world, parallel, model, rest, said = case
     with pytest.raises(ValueError, match=said):
         check(job(parallel, model, rest), world)
+
+
+def test_a_batch_that_the_chosen_micro_batch_cannot_divide_is_refused() -> None:
+    """--ranks 2 --parallel.pipeline 2 --batch-size 7：微批没有写明，流水线却分不匀。"""
+    pipeline = ParallelConfig(pipeline=2)
+    with pytest.raises(ValueError, match=r"batch_size=7 .* 1 ranks .* 2 pipeline .*batch_size=8"):
+        with_leaves(TrainConfig(parallel=pipeline, batch_size=7), 1)
+    pairs = ObjectiveConfig(kind="dpo")
+    config = TrainConfig(objective=pairs, init_from="x", batch_size=2, model=TrainConfig().model)
+    with pytest.raises(ValueError, match="batch_size=2 .* 2 ranks .*whole pairs.*batch_size=4"):
+        with_leaves(config, 2)
+    assert with_leaves(TrainConfig(parallel=pipeline, batch_size=6), 1).micro_batch == 3
+
+
+def test_the_chosen_micro_batch_is_checked_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(
+        batch_size=4, micro_batch=None, parallel=ParallelConfig(pipeline=2),
+        model=make().model.replace(dropout=0.0),
+    )  # fmt: skip
+    monkeypatch.setattr(run_module, "with_leaves", lambda c, n: c.replace(micro_batch=4))
+    with pytest.raises(ValueError, match="batch_size=4 and micro_batch=4 give 1 micro-batches"):
+        run_module.train(config, lambda plan: None, mesh=Mesh(world=Ranks(0, 2, None)))
 
 
 def test_what_is_offered_is_not_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from app.training.machine.runtime import Runtime
 from app.training.objectives import reference as reference_module
 from app.training.objectives.reference import log_probs
 from app.training.opened import feed_of, open_data, with_steps
-from app.training.saving.checkpoint import step_folder
+from app.training.saving.checkpoint import best_measured, step_folder
 from app.training.saving.tuned import base_again, begin, read_tuned_weights
 from app.training.watch import ending as ending_module
 from app.training.watch.patience import Patience
@@ -263,6 +264,23 @@ def test_dpo_starts_at_ln_2_and_is_compared_once(
 
 def forbidden(*args: Any) -> Any:
     raise AssertionError("computed again")
+
+
+def test_another_beta_is_another_ruler(make: Make, modes: dict[str, dict[str, Any]]) -> None:
+    """β 换了，从前的最好就重量一遍，不拿两种损失相比；耐心也从头数起。"""
+    change = modes["dpo"]
+    config = make(eval_every=3, **change)
+    train(config)
+    before = best_measured(Path(config.out))
+    assert before is not None and before["dpo_beta"] == change["objective"].dpo_beta
+    assert before["dpo_sft"] == 0.1 and before["reference"]
+    told: list[str] = []
+    other = replace(change["objective"], dpo_beta=5.0)
+    train(config.replace(objective=other, resume="auto", steps=7), told)
+    (line,) = [line for line in told if "measured again" in line]
+    assert "dpo_beta=0.1" in line and "dpo_beta=5.0" in line
+    after = best_measured(Path(config.out))
+    assert after == before | {"dpo_beta": 5.0}
 
 
 def test_a_lost_reference_is_computed_again(

@@ -244,8 +244,10 @@ def _seed_everything(seed: int) -> None:
 
 
 def _compile(trainer: Trainer, stop: StopSignal, tell: Tell) -> str:
+    # 几个 rank 一起试跑：一个中途走了，别的就在集合操作里空等。它们编译完，第一步之前就停。
+    alone = trainer.world.alone
     try:
-        with stop.at_once():
+        with stop.at_once() if alone else contextlib.nullcontext():
             return trainer.compile(tell)
     except Interrupted:
         return f"off: {stop.requested} while compiling"

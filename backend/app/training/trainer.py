@@ -395,7 +395,8 @@ class Trainer:
         if self.engine.why_not_compile is not None and self.config.compile != "off":
             return f"off: {self.engine.why_not_compile}"
         try:
-            return compile_blocks(self.model, self.config.compile, self.runtime.device, probe, tell)
+            how, device = self.config.compile, self.runtime.device
+            return compile_blocks(self.model, how, device, probe, tell, self.world)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

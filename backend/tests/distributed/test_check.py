@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from app.distributed.check import Job, check, check_alone
 from app.distributed.comm import Ranks
 from app.distributed.config import ParallelConfig
 from app.distributed.mesh import Mesh, degrees
+from app.distributed.ways.context import choose_way
 from app.models.transformer import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
 from app.training import run as run_module
@@ -55,9 +57,9 @@ REFUSED: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
      "capacity_factor=4.0 with parallel.context=2"),
     (3, {"context": 3}, {}, {}, "parallel.context=3 does not divide model.context_size=32: use 33"),
     (2, {"context": 2, "context_way": "halo"}, {"attention_pattern": "local(20)"}, {},
-     "reaches 20 tokens but with parallel.context=2 a rank holds 16 of 32"),
+     "parallel.context=2: .* needs 19 earlier keys and a rank holds 16"),
     (2, {"context": 2, "context_way": "halo"}, {"attention_pattern": "longformer(4, 1)"}, {},
-     "halo with attention_pattern='longformer.*marked"),
+     "halo with attention_pattern='longformer.*far keys"),
     (2, {"context": 2, "context_way": "halo"}, {}, {}, "halo with attention_pattern='causal'"),
     (2, {"context": 2, "context_way": "ulysses"}, {"n_kv_head": 1}, {}, "kv heads .* 1 is not"),
     (2, {"context_way": "ring"}, {}, {}, "context_way=ring has no effect with parallel.context=1"),
@@ -88,6 +90,22 @@ def test_refusals_name_both_values_and_the_fix(case: Any) -> None:
     world, parallel, model, rest, said = case
     with pytest.raises(ValueError, match=said):
         check(job(parallel, model, rest), world)
+
+
+@pytest.mark.parametrize("window", [16, 17, 18])
+def test_the_check_of_halo_is_that_of_the_split(window: int) -> None:
+    """一个 rank 16 个词元：local(17) 还要左邻的 16 个，正好；18 就不够。"""
+    asked = job(
+        {"context": 2, "context_way": "halo"}, {"attention_pattern": f"local({window})"}, {}
+    )
+    (pattern,) = set(asked.model.patterns)
+    refused = {16: False, 17: False, 18: True}[window]
+    for ask in (
+        lambda: check(asked, 2),
+        lambda: choose_way("halo", pattern, 16, 4, Ranks(0, 2)),
+    ):
+        with pytest.raises(ValueError, match="needs 17 ") if refused else nullcontext():
+            ask()
 
 
 def test_a_batch_that_the_chosen_micro_batch_cannot_divide_is_refused() -> None:

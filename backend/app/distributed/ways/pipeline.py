@@ -38,8 +38,9 @@ from app.models.transformer import GPT2Config, GPT2Model
 
 from ..comm import Ranks
 from ..config import Schedule
+from ..sharding.rows import local
 from .stages import Autocast, Places, Stage, keep_stages, layers_of, rank_of, stages_of
-from .way import Count, Way, local
+from .way import Count, Way
 
 
 class Order(NamedTuple):

@@ -15,7 +15,7 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.weights.own_folder import assemble
 
 from .lora import loras
-from .rows import grow_vocabulary, new_rows
+from .rows import grow_vocabulary, new_rows, vocabulary_leaves
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ class Adapter:
     def merge_into(self, model: GPT2Model) -> None:
         """就地：W + scale·B·A，至少在 float32 里加，再回到 W 的精度：bf16 里加会丢掉小的更新。
 
-        model 是原模型，还没有长过新词元。
+        model 是原模型，还没有长过新词元；装得下它们时只写给了的行：PEFT 可以只训练嵌入，头就不动。
+
+        Raises:
+            ValueError: 装不下，而要长的叶子里有一个没有给它的行。
         """
         for name, (a, b) in self.pairs.items():
             leaf = model.get_submodule(name)
@@ -82,12 +85,18 @@ class Adapter:
             wide = torch.promote_types(weight.dtype, torch.float32)
             a, b = (x.to(weight.device, wide) for x in (a, b))
             weight.copy_(weight.to(wide) + self.scale * (b @ a))
-        if len(self.new):
+        if self.new.stop > (size := model.config.vocab_size):
+            if lacking := [n for n, _ in vocabulary_leaves(model) if n not in self.rows]:
+                raise ValueError(
+                    f"the adapter's tokens end at {self.new.stop} but the base has vocab_size="
+                    f"{size} and there are no rows for {lacking[0]}: train them for embedding and "
+                    "head together, or merge into a base that has the tokens"
+                )
             grow_vocabulary(model, len(self.new), self.new.start)
-            for name, rows in self.rows.items():
-                weight = model.get_submodule(name).weight
-                assert isinstance(weight, Tensor)
-                weight[self.new.start : self.new.stop] = rows.to(weight)
+        for name, rows in self.rows.items():
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight[self.new.start : self.new.stop] = rows.to(weight)
 
 
 def merged(model: GPT2Model) -> GPT2Model:

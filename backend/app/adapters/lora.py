@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -17,8 +16,6 @@ from app.models.transformer import GPT2Model
 from app.models.transformer.experts.grouped import GroupedLinear, sorted_linear
 from app.models.transformer.layers.linear import Linear, linear
 from app.models.transformer.settings.tune_config import TuneConfig
-
-from .rows import NewRows, new_rows
 
 # 目标 -> 模块名字的末尾；叠起来的专家与共享专家也在 up、down 里。
 TARGETS = {
@@ -38,12 +35,10 @@ class LoraLinear(Linear):
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = _pair(base.weight, tune.lora_rank)
         self.dropout = nn.Dropout(tune.lora_dropout)
-        self.scale, self.on = tune.lora_alpha / tune.lora_rank, True
+        self.scale = tune.lora_alpha / tune.lora_rank
 
     def forward(self, x: Tensor) -> Tensor:
         y = linear(x, self.weight, self.bias)
-        if not self.on:
-            return y
         return y + self.scale * linear(linear(self.dropout(x), self.lora_A), self.lora_B)
 
 
@@ -54,20 +49,16 @@ class LoraGroupedLinear(GroupedLinear):
         nn.Module.__init__(self)
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = _pair(base.weight, tune.lora_rank)
-        self.scale, self.on = tune.lora_alpha / tune.lora_rank, True
+        self.scale = tune.lora_alpha / tune.lora_rank
 
     def forward(self, x: Tensor, ends: Tensor, grouped: bool, complete: bool) -> Tensor:
         y = super().forward(x, ends, grouped, complete)
-        if not self.on:
-            return y
         # 秩很小，行往往不是 16 字节的倍数：分组的内核不收，这两次总逐个专家算。
         low = sorted_linear(x, self.lora_A, None, ends)
         return y + self.scale * sorted_linear(low, self.lora_B, None, ends)
 
     def of(self, expert: int) -> tuple[Tensor, Tensor | None]:
         weight, bias = super().of(expert)
-        if not self.on:
-            return weight, bias
         return weight + self.scale * (self.lora_B[expert] @ self.lora_A[expert]), bias
 
 
@@ -109,27 +100,6 @@ def loras(model: nn.Module) -> Iterator[tuple[str, Lora]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear | LoraGroupedLinear):
             yield name, module
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """其间模型就是原模型，逐位相同（DPO 的参照）。
-
-    Raises:
-        ValueError: 模型没有适配器：那样得到的参照就是它自己。
-    """
-    found: list[Lora | NewRows] = [leaf for _, leaf in loras(model)]
-    found += [leaf for _, leaf in new_rows(model)]
-    if not found:
-        raise ValueError("the model has no adapters to switch off: its reference is another model")
-    before = [leaf.on for leaf in found]
-    for leaf in found:
-        leaf.on = False
-    try:
-        yield
-    finally:
-        for leaf, on in zip(found, before, strict=True):
-            leaf.on = on
 
 
 def _pair(weight: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -88,7 +88,7 @@ class NewRows(nn.Module):
         super().__init__()
         weight = base.weight
         assert isinstance(weight, nn.Parameter)
-        self.first, self.on = new.start, True
+        self.first = new.start
         self._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
         self.rows = nn.Parameter(weight.detach()[new.start : new.stop].clone())
 
@@ -97,8 +97,6 @@ class NewRows(nn.Module):
         """(V, C)。"""
         whole = self._parameters["weight"]
         assert whole is not None
-        if not self.on:
-            return whole
         after = self.first + len(self.rows)
         return torch.cat([whole[: self.first], self.rows, whole[after:]])
 

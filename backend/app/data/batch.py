@@ -23,6 +23,7 @@ class Batch:
         inputs: (B, T) int64。
         targets: (B, T) int64，输入左移一位；UNSCORED 的位置不计分。
         segments: (B, T) int64，行内第几例，不减；补齐的那一段自成一例，从不计分。
+        mask: (B, T) bool，补齐的是 False；没有补齐则 None，与从前的训练同一条路。
         positions: (B, T) int64，每例从 0 起。
         reference: (B,) float64，参考模型给这一行的对数概率（偏好训练）。
     """
@@ -32,6 +33,7 @@ class Batch:
     segments: np.ndarray | None = None
     positions: np.ndarray | None = None
     reference: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -19,6 +19,7 @@ from app.models.transformer.settings.fields import differing
 from .comm import Ranks
 from .config import ParallelConfig
 from .mesh import AXES, DATA, degrees
+from .ways.context import why_not_halo
 
 # 各有一个测试的两两组合；别的都拒绝。
 TESTED = {
@@ -279,23 +280,13 @@ def _context(job: Job, context: int) -> Iterator[str]:
 
 
 def _halo(model: GPT2Config, context: int) -> Iterator[str]:
-    share = model.context_size // context
     for pattern in dict.fromkeys(model.patterns):
-        if pattern.takes_marks:
+        why = why_not_halo(pattern, model.context_size // context)
+        if why is not None:
             yield (
-                f"parallel.context_way=halo with attention_pattern={str(pattern)!r}, whose marked "
-                "tokens lie anywhere: use context_way=gather or ring"
-            )
-        elif pattern.reach is None or pattern.pinned:
-            yield (
-                f"parallel.context_way=halo with attention_pattern={str(pattern)!r}, which sees "
-                "more than the nearest tokens: use context_way=ulysses, gather or ring"
-            )
-        elif pattern.reach > share:
-            yield (
-                f"attention_pattern={str(pattern)!r} reaches {pattern.reach} tokens but with "
-                f"parallel.context={context} a rank holds {share} of {model.context_size}: use "
-                "a smaller parallel.context, or context_way=gather or ring"
+                f"parallel.context_way=halo with attention_pattern={str(pattern)!r} and "
+                f"parallel.context={context}: {why}; use a smaller parallel.context, or "
+                "context_way=gather or ring"
             )
 
 

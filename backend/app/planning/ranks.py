@@ -24,6 +24,7 @@ from app.models.transformer import GPT2Model
 from app.training.config import TrainConfig
 from app.training.machine.recompute import checkpoint_blocks
 from app.training.optim.build import build_optimizer
+from app.training.ranks import with_leaves
 
 from .probe import few_layers, probe_layers
 from .tracked import Calls, Step, Way, tracked_step
@@ -37,6 +38,7 @@ class RanksPlan:
     """
     Attributes:
         replicate, shard: R 与 S。
+        micro_batch: 一次几行；没有写明时与训练选的相同。
         rounds: 一个 rank 一步做几个微批。
         peak: {类别: 字节}，一个 rank 的峰值；held 是各轮之间留着的梯度，另算。
         layers: 实际走了几层；0 = 全部。
@@ -45,6 +47,7 @@ class RanksPlan:
 
     replicate: int
     shard: int
+    micro_batch: int
     rounds: int
     peak: dict[str, int]
     held: int
@@ -66,6 +69,8 @@ def plan_ranks(config: TrainConfig, world: int) -> RanksPlan:
         ValueError: 分不匀，或这种并行还不能这样规划。
     """
     replicate, shard = _degrees(config, world)
+    config = with_leaves(config, world)
+    _check_batch(config, world)
     leaves = config.batch_size // config.rows_at_once
     group = leaf_group(leaves) if config.parallel.exact else 1
     rounds = leaves // (world * group)
@@ -80,6 +85,7 @@ def plan_ranks(config: TrainConfig, world: int) -> RanksPlan:
     return RanksPlan(
         replicate=replicate,
         shard=shard,
+        micro_batch=config.rows_at_once,
         rounds=rounds * group,
         peak=step.peak,
         held=held,
@@ -109,6 +115,12 @@ def _degrees(config: TrainConfig, world: int) -> tuple[int, int]:
             f"ranks={world} but parallel.replicate={replicate} x parallel.shard={shard} is "
             f"{replicate * shard}: use --ranks {max(1, replicate) * shard} or other degrees"
         )
+    if parallel.exact:
+        check_tree(world, "ranks")
+    return replicate, shard
+
+
+def _check_batch(config: TrainConfig, world: int) -> None:
     at_once = world * config.rows_at_once
     each, rest = divmod(config.batch_size, at_once)
     if rest or not each:
@@ -116,9 +128,6 @@ def _degrees(config: TrainConfig, world: int) -> tuple[int, int]:
             f"batch_size={config.batch_size} is no multiple of {world} ranks x "
             f"{config.rows_at_once} sequences at once: use --batch-size {at_once * max(1, each)}"
         )
-    if parallel.exact:
-        check_tree(world, "ranks")
-    return replicate, shard
 
 
 def _layers(config: TrainConfig) -> tuple[int, ...]:

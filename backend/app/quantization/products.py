@@ -136,9 +136,4 @@ def _pieces(codes: Codes) -> list[Codes]:
     """按输出切开：还原时只有一块是浮点的。"""
     outs, width = codes.shape
     step = max(1, BLOCK // width)
-    return [_outputs(codes, slice(at, at + step)) for at in range(0, outs, step)]
-
-
-def _outputs(codes: Codes, which: slice) -> Codes:
-    parts = {name: tensor[which] for name, tensor in codes.tensors().items()}
-    return Codes(codes.bits, group=codes.group, **parts)
+    return [codes.outputs(slice(at, at + step)) for at in range(0, outs, step)]

@@ -18,6 +18,7 @@ from app.distributed.comm import Ranks
 from app.distributed.mesh import Mesh
 from app.distributed.replicate import (
     TreeSum,
+    clip,
     give_gradients,
     leaf_group,
     my_rows,
@@ -208,10 +209,7 @@ class Replicated(Plain):
         return total_norm(row_squares(grad) for grad in self._found())
 
     def clip(self, norm: Tensor, size: float) -> None:
-        """系数是主机上的一个数，处处相同；1e-6 是 torch 的 clip_grad_norm_ 的。"""
-        largest, found = self.config.optim.grad_clip, float(norm) + 1e-6
-        if largest and found > largest:
-            torch._foreach_mul_(self._found(), largest / found)
+        clip(self._found(), float(norm), self.config.optim.grad_clip)
 
     def _found(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]

@@ -32,16 +32,18 @@ class Data:
         val: {名字: 验证集}，第一个决定 best 与 patience；可以没有。
         feed: 训练集怎样读。
         reference: {数据集的指纹: 参考模型给各例的对数概率 (N,)}；只有 DPO 有。
+        reference_key: 哪个参考。
     """
 
     train: TokenDataset
     val: dict[str, TokenDataset]
     feed: Feed
     reference: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reference_key: str | None = None
 
-    def compared(self, reference: Mapping[str, np.ndarray]) -> Data:
+    def compared(self, reference: Mapping[str, np.ndarray], key: str) -> Data:
         feed = with_reference(self.feed, reference[self.train.fingerprint])
-        return replace(self, feed=feed, reference=reference)
+        return replace(self, feed=feed, reference=reference, reference_key=key)
 
     @property
     def entropy(self) -> float | None:
@@ -125,9 +127,12 @@ def held_rows(name: str, opened: Data, config: TrainConfig) -> Held:
     if text and config.data.documents == "joined":
         return Spread(data, config.model.context_size, windows, config.rows_at_once)
     feed = feed_of(data, config, config.rows_at_once, 0)
+    how = {"scored": "all" if text or config.objective.score == "all" else "answers"}
     if data.fingerprint in opened.reference:
         feed = with_reference(feed, opened.reference[data.fingerprint])
-    how = "all" if text or config.objective.score == "all" else "answers"
+        # 别的 β、别的参考就是别的损失。
+        how |= {name: getattr(config.objective, name) for name in ("dpo_beta", "dpo_sft")}
+        how["reference"] = opened.reference_key
     return Taken(feed, data, windows, how)
 
 

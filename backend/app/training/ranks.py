@@ -36,11 +36,23 @@ def job_of(config: TrainConfig) -> Job:
 
 
 def with_leaves(config: TrainConfig, data_ranks: int) -> TrainConfig:
-    """微批定下来，写进 run.yaml：换 rank 数续训时叶子不变。"""
+    """微批定下来，写进 run.yaml：换 rank 数续训时叶子不变。
+
+    Raises:
+        ValueError: 一批分不匀。
+    """
     if config.micro_batch is not None:
         return config
-    parts = data_ranks * stages_of(config.parallel)
+    stages = stages_of(config.parallel)
+    parts = data_ranks * stages
     unit = 2 if config.objective.kind == "dpo" else 1  # 一对两行不可拆开
+    if rest := config.batch_size % (least := unit * parts):
+        pairs = ", in whole pairs of rows" if unit == 2 else ""
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be divided evenly over {data_ranks} ranks that "
+            f"read rows x {stages} pipeline stages{pairs}: use batch_size="
+            f"{config.batch_size - rest + least}, or fewer ranks"
+        )
     if config.parallel.exact and config.batch_size % (unit * max(LEAVES, parts)) == 0:
         parts = max(LEAVES, parts)
     return config.replace(micro_batch=config.batch_size // parts)

@@ -122,6 +122,8 @@ def train(
     else:
         check(job_of(config), world.size)
         config = with_leaves(config, mesh.data.size)
+        # 微批这才定下来，流水线要看它。
+        check(job_of(config), world.size)
     given = config
     data = world.together(lambda: open_data(given, note))
     config = with_steps(config, data.feed)
@@ -204,7 +206,7 @@ def _assemble(
         known = comparer.find(
             data, model if start is None else None, (state or {}).get("reference")
         )
-        data = data.compared(known.log_probs)
+        data = data.compared(known.log_probs, known.key)
     said, base = world.together(lambda: begin(config, model, started))
     if config.tune.trainable != "all":
         tell(said.line)
@@ -242,8 +244,10 @@ def _seed_everything(seed: int) -> None:
 
 
 def _compile(trainer: Trainer, stop: StopSignal, tell: Tell) -> str:
+    # 几个 rank 一起试跑：一个中途走了，别的就在集合操作里空等。它们编译完，第一步之前就停。
+    alone = trainer.world.alone
     try:
-        with stop.at_once():
+        with stop.at_once() if alone else contextlib.nullcontext():
             return trainer.compile(tell)
     except Interrupted:
         return f"off: {stop.requested} while compiling"

@@ -73,7 +73,7 @@ class SplitModel(Streamed):
         seed_rows(self.config.seed, step, self.mesh.world.rank)
         rows, weight = Rows.on(batch, self.runtime.device), self._weight(batch)
         micro = self.config.rows_at_once
-        flow = self.split.gradients(rows.inputs, rows.targets, micro, weight, rows.segments)
+        flow = self.split.gradients(rows.inputs, rows.targets, micro, weight, rows.places)
         aux = torch.zeros_like(flow.loss) if flow.aux_loss is None else flow.aux_loss
         small = [flow.loss, aux]
         if flow.load is not None and flow.dropped is not None:
@@ -90,8 +90,7 @@ class SplitModel(Streamed):
         """只有语言模型：别的目标在开始之前就拒绝了（distributed/check.py）。"""
         valid = max(1, int((rows.targets != IGNORE).sum()))
         if (context := self.split.context) is not None:
-            segments = None if rows.segments is None else context.batch(rows.segments)
-            rows = Rows(context.batch(rows.inputs), context.batch(rows.targets), segments)
+            rows = Rows(*(None if x is None else context.batch(x) for x in rows))
         if self.split.pipe is None:
             out = forward(model, rows)
             loss = out["loss"] * (int((rows.targets != IGNORE).sum()) / valid)
@@ -101,7 +100,7 @@ class SplitModel(Streamed):
 
     def _through_stages(self, rows: Rows, valid: int) -> Tensor:
         """流水线的微批形状不可变：不足的行用没有目标的补齐。"""
-        x, y, segments = rows.inputs, rows.targets, rows.segments
+        x, y, places = rows.inputs, rows.targets, rows.places
         pipe, micro = self.split.pipe, self.config.rows_at_once
         assert pipe is not None
         tokens = self.config.model.context_size // self.mesh.context.size
@@ -115,11 +114,10 @@ class SplitModel(Streamed):
         extra = count * micro - len(x)
         x = torch.cat([x, x[:1].expand(extra, -1)])
         y = torch.cat([y, y.new_full((extra, tokens), IGNORE)])
-        if segments is not None:
-            segments = torch.cat([segments, segments[:1].expand(extra, -1)])
+        places = {name: torch.cat([p, p[:1].expand(extra, -1)]) for name, p in places.items()}
         share = torch.stack([(part != IGNORE).sum() for part in y.split(micro)]).double() / valid
         pipe.connect(count)
-        return pipe.evaluate(x, y, torch.stack([share, share], 1), segments).loss
+        return pipe.evaluate(x, y, torch.stack([share, share], 1), places).loss
 
     def norm(self) -> Tensor:
         return gradient_norm(self._gradients_here(self.whole.names), self._ways)

@@ -131,12 +131,14 @@ def check(config: TrainConfig) -> None:
     """这一个能开始或续上吗；什么也不写。
 
     Raises:
-        ValueError: 数据、设备、后端不行，或文件夹里是别的训练。
+        ValueError: 数据、设备、后端、可调的部分或并行不行，或文件夹里是别的训练。
     """
+    from app.distributed.check import check_alone
     from app.models.transformer.backends.choose import explain_backends
 
     from .machine.runtime import choose_runtime
     from .opened import open_data
+    from .saving.tuned import check_tune
     from .watch.samples import check_prompt
 
     for name in ("epochs", "time_limit"):
@@ -144,6 +146,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name}={value} lets each run of a sweep have its own length: give --steps"
             )
+    check_tune(config)
+    check_alone(config.parallel)
     # 内容由训练自己核对，每次只读一遍。
     sizes = dataclasses.replace(config.data, verify="size")
     data = open_data(config.replace(data=sizes), lambda text: None)
@@ -176,7 +180,7 @@ def finished(config: TrainConfig) -> bool:
     history = History(run / METRICS)
     history.refresh()
     validated = any(row["step"] == config.steps for row in history.of("eval"))
-    return validated or not (Path(config.data.folder) / "val").is_dir()
+    return validated or not (config.data.val or (Path(config.data.folder) / "val").is_dir())
 
 
 def run_sweep(

@@ -318,8 +318,8 @@ class Trainer:
         self._prune()
 
     def _prune(self) -> None:
-        last, every = self.config.keep_last, self.config.keep_every
-        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, last, every))
+        last, every, saved = self.config.keep_last, self.config.keep_every, self.saved
+        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, last, every, saved))
 
     def _tidy(self, what: str, action: Callable[[], object]) -> bool:
         """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""
@@ -395,7 +395,8 @@ class Trainer:
         if self.engine.why_not_compile is not None and self.config.compile != "off":
             return f"off: {self.engine.why_not_compile}"
         try:
-            return compile_blocks(self.model, self.config.compile, self.runtime.device, probe, tell)
+            how, device = self.config.compile, self.runtime.device
+            return compile_blocks(self.model, how, device, probe, tell, self.world)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

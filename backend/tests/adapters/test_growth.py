@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.adapters.adapter import merged
-from app.adapters.lora import adapters_off
+from app.adapters.adapter import Adapter, merged
 from app.adapters.rows import grow_vocabulary, grown_size
 from app.adapters.trainable import apply_trainable
 from app.models.transformer import GPT2Model
@@ -60,7 +59,6 @@ def test_with_lora_only_the_new_rows_train() -> None:
     new = grow_vocabulary(model, 2)
     said = apply_trainable(model, LORA, new)
     assert "and the rows of 2 new tokens" in said.what
-    start = copy.deepcopy(model)
     old = model.embed.wte.weight.detach().clone()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.5)
@@ -74,8 +72,21 @@ def test_with_lora_only_the_new_rows_train() -> None:
     assert [i for i, equal in enumerate(same) if not equal] == list(new)
     ours = model.eval()(ids)["logits"]
     assert (merged(model)(ids)["logits"] - ours).abs().max() <= 5e-6
-    with adapters_off(model), adapters_off(start):
-        assert torch.equal(model(ids)["logits"], start.eval()(ids)["logits"])
+
+
+def test_rows_of_the_embedding_alone_leave_an_untied_head() -> None:
+    """PEFT 可以只训练嵌入的几行，号在词表之内：头一位不动。"""
+    model = tiny_model(norm="pre", tie_weights=False)
+    head, old = (x.weight.detach().clone() for x in (model.lm_head, model.embed.wte))
+    rows = torch.randn(2, old.shape[1], dtype=old.dtype)
+    Adapter({}, 1.0, range(3, 5), {"embed.wte": rows}).merge_into(model)
+    assert torch.equal(model.lm_head.weight, head)
+    wanted = torch.cat([old[:3], rows, old[5:]])
+    assert torch.equal(model.embed.wte.weight, wanted)
+    size = model.config.vocab_size
+    beyond = Adapter({}, 1.0, range(size - 1, size + 1), {"embed.wte": rows})
+    with pytest.raises(ValueError, match=f"end at {size + 1} .* vocab_size={size} .*for lm_head"):
+        beyond.merge_into(model)
 
 
 def test_what_cannot_grow_is_refused() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.adapters.adapter import Adapter, merged
-from app.adapters.lora import adapters_off, loras
+from app.adapters.lora import loras
 from app.adapters.trainable import apply_trainable
 from app.generation.sampling import SamplingConfig
 from app.models.transformer import GPT2Model
@@ -54,9 +54,6 @@ def test_it_starts_as_the_base_to_the_bit_and_merges_within_rounding(name: str) 
     ours = logits(model, ids)
     assert (ours - logits(base, ids)).abs().max() > 0.1
     assert (logits(merged(model), ids) - ours).abs().max() <= 1e-12
-    with adapters_off(model):
-        assert torch.equal(logits(model, ids), logits(base, ids))
-    assert torch.equal(logits(model, ids), ours)
 
 
 def test_merged_in_float32() -> None:
@@ -165,7 +162,5 @@ def test_what_cannot_be_right_is_refused() -> None:
         apply_trainable(
             tiny_model(moe_num_experts=4), TuneConfig(trainable="lora", lora_dropout=0.1)
         )
-    with pytest.raises(ValueError, match="no adapters to switch off"), adapters_off(tiny_model()):
-        pass
     with pytest.raises(ValueError, match="has no adapters: it is saved whole"):
         Adapter.of(tiny_model())

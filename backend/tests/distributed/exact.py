@@ -18,11 +18,17 @@ ROWS, TOKENS, VOCAB = 4, 32, 96
 
 
 class Batch(NamedTuple):
-    """x、y (B, T)，y 有的行有 -100，有一行全是；segment 文档号，None = 没有打包。"""
+    """x、y (B, T)，y 有的行有 -100，有一行全是；segment 文档号与 mask，None = 没有打包、补齐。"""
 
     x: Tensor
     y: Tensor
     segment: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def places(self) -> dict[str, Tensor]:
+        given = {"segment_ids": self.segment, "attention_mask": self.mask}
+        return {name: x for name, x in given.items() if x is not None}
 
 
 class Off(NamedTuple):
@@ -52,8 +58,12 @@ def make_batch(packed: bool = False, rows: int = ROWS, tokens: int = TOKENS) -> 
     y[0, : tokens // 2] = -100
     y[1] = -100
     y[2, 5:9] = -100
+    if not packed:
+        return Batch(x, y)
     starts = torch.rand(rows, tokens) < 0.12
-    return Batch(x, y, starts.long().cumsum(1) if packed else None)
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    mask[0, tokens - 3 :], mask[3, tokens // 3 :] = False, False
+    return Batch(x, y.masked_fill(~mask, -100), starts.long().cumsum(1), mask)
 
 
 def valid(y: Tensor) -> int:
@@ -64,10 +74,9 @@ def one_step(model: GPT2Model, batch: Batch, total: int, micro: int = ROWS) -> f
     """在各微批上反向；返回损失之和（MoE 的均衡损失也在梯度里，不在返回值里）。"""
     sum_of = 0.0
     for first in range(0, len(batch.x), micro):
-        x, y, segment = (None if part is None else part[first : first + micro] for part in batch)
-        assert x is not None and y is not None
-        out = model(x, targets=y, segment_ids=segment)
-        share = valid(y) / total
+        part = Batch(*(None if x is None else x[first : first + micro] for x in batch))  # type: ignore[arg-type]
+        out = model(part.x, targets=part.y, **part.places)
+        share = valid(part.y) / total
         wanted = out["loss"] + out.get("aux_loss", 0.0)
         (wanted * share).backward()
         sum_of += float(out["loss"].detach()) * share

@@ -11,6 +11,7 @@ from torch import Tensor
 from app.distributed.comm import ALONE, Ranks
 from app.distributed.replicate import (
     TreeSum,
+    clip,
     give_gradients,
     leaf_group,
     seed_rows,
@@ -18,7 +19,7 @@ from app.distributed.replicate import (
     total_norm,
     tree_sum,
 )
-from app.distributed.sharding.norm import clip, gathered_rows
+from app.distributed.sharding.norm import gathered_rows
 from app.distributed.sharding.rows import local
 from app.distributed.sharding.shard import gathers_now, my_groups
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
@@ -118,7 +119,7 @@ def finish(
     """范数、裁剪、更新；返回范数。"""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norm = float(total_norm(gathered_rows(gradients, ranks).values()))
-    clip(gradients.values(), norm, optim.grad_clip)
+    clip([local(grad) for grad in gradients.values()], norm, optim.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from app.distributed.check import Job, check, check_alone
 from app.distributed.comm import Ranks
 from app.distributed.config import ParallelConfig
-from app.distributed.mesh import degrees
+from app.distributed.mesh import Mesh, degrees
+from app.distributed.ways.context import choose_way
 from app.models.transformer import GPT2Config
 from app.models.transformer.settings.moe_config import MoEConfig
 from app.training import run as run_module
-from app.training.config import TrainConfig
+from app.training.config import ObjectiveConfig, TrainConfig
+from app.training.ranks import with_leaves
 
 from ..training.conftest import Make
 from .ranks import run_ranks
@@ -54,9 +57,9 @@ REFUSED: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], str]] =
      "capacity_factor=4.0 with parallel.context=2"),
     (3, {"context": 3}, {}, {}, "parallel.context=3 does not divide model.context_size=32: use 33"),
     (2, {"context": 2, "context_way": "halo"}, {"attention_pattern": "local(20)"}, {},
-     "reaches 20 tokens but with parallel.context=2 a rank holds 16 of 32"),
+     "parallel.context=2: .* needs 19 earlier keys and a rank holds 16"),
     (2, {"context": 2, "context_way": "halo"}, {"attention_pattern": "longformer(4, 1)"}, {},
-     "halo with attention_pattern='longformer.*marked"),
+     "halo with attention_pattern='longformer.*far keys"),
     (2, {"context": 2, "context_way": "halo"}, {}, {}, "halo with attention_pattern='causal'"),
     (2, {"context": 2, "context_way": "ulysses"}, {"n_kv_head": 1}, {}, "kv heads .* 1 is not"),
     (2, {"context_way": "ring"}, {}, {}, "context_way=ring has no effect with parallel.context=1"),
@@ -87,6 +90,45 @@ def test_refusals_name_both_values_and_the_fix(case: Any) -> None:
     world, parallel, model, rest, said = case
     with pytest.raises(ValueError, match=said):
         check(job(parallel, model, rest), world)
+
+
+@pytest.mark.parametrize("window", [16, 17, 18])
+def test_the_check_of_halo_is_that_of_the_split(window: int) -> None:
+    """一个 rank 16 个词元：local(17) 还要左邻的 16 个，正好；18 就不够。"""
+    asked = job(
+        {"context": 2, "context_way": "halo"}, {"attention_pattern": f"local({window})"}, {}
+    )
+    (pattern,) = set(asked.model.patterns)
+    refused = {16: False, 17: False, 18: True}[window]
+    for ask in (
+        lambda: check(asked, 2),
+        lambda: choose_way("halo", pattern, 16, 4, Ranks(0, 2)),
+    ):
+        with pytest.raises(ValueError, match="needs 17 ") if refused else nullcontext():
+            ask()
+
+
+def test_a_batch_that_the_chosen_micro_batch_cannot_divide_is_refused() -> None:
+    """--ranks 2 --parallel.pipeline 2 --batch-size 7：微批没有写明，流水线却分不匀。"""
+    pipeline = ParallelConfig(pipeline=2)
+    with pytest.raises(ValueError, match=r"batch_size=7 .* 1 ranks .* 2 pipeline .*batch_size=8"):
+        with_leaves(TrainConfig(parallel=pipeline, batch_size=7), 1)
+    pairs = ObjectiveConfig(kind="dpo")
+    model = TrainConfig().model.replace(dropout=0.0)
+    config = TrainConfig(objective=pairs, init_from="x", batch_size=2, model=model)
+    with pytest.raises(ValueError, match="batch_size=2 .* 2 ranks .*whole pairs.*batch_size=4"):
+        with_leaves(config, 2)
+    assert with_leaves(TrainConfig(parallel=pipeline, batch_size=6), 1).micro_batch == 3
+
+
+def test_the_chosen_micro_batch_is_checked_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(
+        batch_size=4, micro_batch=None, parallel=ParallelConfig(pipeline=2),
+        model=make().model.replace(dropout=0.0),
+    )  # fmt: skip
+    monkeypatch.setattr(run_module, "with_leaves", lambda c, n: c.replace(micro_batch=4))
+    with pytest.raises(ValueError, match="batch_size=4 and micro_batch=4 give 1 micro-batches"):
+        run_module.train(config, lambda plan: None, mesh=Mesh(world=Ranks(0, 2, None)))
 
 
 def test_what_is_offered_is_not_refused() -> None:

@@ -166,11 +166,15 @@ def _with_experts() -> dict[str, Off]:
         moe = MoEConfig(router=router, shared_experts=1)  # type: ignore[arg-type]
         model, batch = small_model(moe_num_experts=4, moe=moe), make_batch(packed=True)
         case = make_case(f"{way} {router}", model, batch, micro=1)
-        pairs = zip(batch.x.split(1), batch.segment.split(1), strict=True)  # type: ignore[union-attr]
-        load = sum(model(row, segment_ids=part)["expert_load"] for row, part in pairs)
+        given = (batch.x, batch.segment, batch.mask)
+        each = zip(*(x.split(1) for x in given if x is not None), strict=True)
+        load = sum(
+            model(row, segment_ids=part, attention_mask=mask)["expert_load"]
+            for row, part, mask in each
+        )
         config = ParallelConfig(context=2, context_way=way)  # type: ignore[arg-type]
         split = Split(model, {"context": Ranks.world()}, config)
-        flow = split.gradients(batch.x, batch.y, 1, valid(batch.y), batch.segment)
+        flow = split.gradients(batch.x, batch.y, 1, valid(batch.y), batch.places)
         assert flow.load is not None and torch.equal(flow.load, load)  # type: ignore[arg-type]
         found[case.name] = compare(case, split.ways, float(flow.loss))
     return found

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from app.distributed.comm import Ranks
 from app.distributed.storage import files
-from app.distributed.storage.files import Stream, read_rows, write_alone
+from app.distributed.storage.files import Stream, read_rows
 from app.distributed.storage.pieces import Box, Part, part_of
 from app.models.transformer.weights.safetensors_file import write_tensors_file
 
@@ -106,7 +106,7 @@ def test_the_file_is_that_of_one_process(
     want = hashlib.sha256((tmp_path / "library").read_bytes()).hexdigest()
     if size == 1:
         table = {name: part_of(x, first=True) for name, x in tensors().items()}
-        assert write_alone(table, tmp_path / "all") == want
+        assert Stream({"all": table}, Ranks()).write("all", tmp_path / "all") == want
     else:
         for found in run_ranks(size, write, tmp_path, size):
             assert found["sha"][0] == want and found["same"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.distributed.ways.layout import Cut, cut, join, layout
+from app.distributed.ways.layout import Cut, cut, cut_of, join
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.moe_config import MoEConfig
 
@@ -21,8 +21,8 @@ def test_joined_pieces_are_the_whole(size: int) -> None:
     seen = set()
     model = GPT2Model(CONFIG)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
-    for name, rule in layout({n: t.shape for n, t in tensors.items()}, CONFIG).items():
-        whole = tensors[name]
+    for name, whole in tensors.items():
+        rule = cut_of(name, whole.shape, CONFIG)
         if rule is not None and any(part % size for part in rule.parts):
             with pytest.raises(ValueError, match="cannot be cut evenly over"):
                 cut(whole, rule, 0, size)
@@ -37,7 +37,7 @@ def test_joined_pieces_are_the_whole(size: int) -> None:
 
 def test_which_weights_are_cut() -> None:
     shapes = {name: p.shape for name, p in GPT2Model(CONFIG).named_parameters()}
-    rules = layout(shapes, CONFIG)
+    rules = {name: cut_of(name, shape, CONFIG) for name, shape in shapes.items()}
     tensor = {name for name, rule in rules.items() if rule and rule.axis == "tensor"}
     assert tensor == {
         "embed.wte.weight", "lm_head.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_fc.bias",

@@ -92,7 +92,7 @@ def _run(cases: list[tuple[str, str, Case]], recomputed: Collection[int] = ()) -
         extra = ways[len(split.ways) :]
         for way in extra:
             mine = Batch(*(None if x is None else way.batch(x) for x in mine))
-        flow = split.gradients(mine.x, mine.y, 1, valid(case.batch.y), mine.segment)
+        flow = split.gradients(mine.x, mine.y, 1, valid(case.batch.y), mine.places)
         loss = float(flow.loss)
         for way in extra:
             way.finish_gradients()

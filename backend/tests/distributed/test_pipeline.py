@@ -55,8 +55,8 @@ def _run(cases: list[tuple[Any, Case]]) -> dict[str, Off]:
     for schedule, case in cases:
         pipe = Pipeline(case.model, Ranks.world(), schedule)
         pipe.connect(MICRO)
-        x, y, segment = case.batch
-        flow = pipe.step(x, y, _shares(y), segment)
+        x, y = case.batch.x, case.batch.y
+        flow = pipe.step(x, y, _shares(y), case.batch.places)
         pipe.finish_gradients()
         found[case.name] = compare(case, [pipe], float(flow.loss))
     return found
@@ -85,7 +85,7 @@ def _five_steps(schedule: Any) -> tuple[Tensor, float]:
     model = small_model(n_layer=4)
     pipe = Pipeline(model, Ranks.world(), schedule)
     pipe.connect(MICRO)
-    x, y, _ = make_batch(rows=MICRO)
+    x, y, *_ = make_batch(rows=MICRO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(5):
         optimizer.zero_grad()
@@ -99,7 +99,7 @@ def _five_steps(schedule: Any) -> tuple[Tensor, float]:
 
 def test_tied_copies_stay_equal_to_the_bit() -> None:
     model = small_model(n_layer=4)
-    x, y, _ = make_batch(rows=MICRO)
+    x, y, *_ = make_batch(rows=MICRO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(5):
         optimizer.zero_grad()
@@ -125,7 +125,7 @@ def _loads() -> tuple[Tensor, float]:
     model = small_model(n_layer=4, moe_num_experts=4)
     pipe = Pipeline(model, Ranks.world(), "1f1b")
     pipe.connect(MICRO)
-    x, y, _ = make_batch(rows=MICRO)
+    x, y, *_ = make_batch(rows=MICRO)
     flow = pipe.step(x, y, _shares(y))
     assert flow.load is not None and flow.aux_loss is not None
     return flow.load, float(flow.aux_loss)
@@ -133,7 +133,7 @@ def _loads() -> tuple[Tensor, float]:
 
 def test_loads_of_all_stages_are_the_models() -> None:
     model = small_model(n_layer=4, moe_num_experts=4)
-    x, y, _ = make_batch(rows=MICRO)
+    x, y, *_ = make_batch(rows=MICRO)
     parts = [model(row) for row in x.split(1)]
     load = sum(out["expert_load"] for out in parts)
     each = torch.stack([out["aux_loss"].detach() for out in parts])

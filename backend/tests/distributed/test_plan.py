@@ -105,13 +105,15 @@ def test_layers_and_rounds_left_out_are_extrapolated_to_the_byte() -> None:
 
 
 def test_a_thousand_ranks_are_planned_here() -> None:
+    """微批没有写明：与训练选的相同，整批一次放不进一个 rank。"""
     config = SMALL.replace(
         model=SMALL.model.replace(n_layer=1),
-        batch_size=1024,
+        batch_size=2048,
+        micro_batch=None,
         parallel=ParallelConfig(shard=128),
     )
     found = fake(None, plan_ranks, config, 1024)
-    assert (found.replicate, found.shard, found.rounds) == (8, 128, 1)
+    assert (found.replicate, found.shard, found.micro_batch, found.rounds) == (8, 128, 2, 1)
     assert found.calls.count["send"] == 3  # log2(8) 次蝶形
     assert found.seconds(1.0) == found.wire / 1e9
 
@@ -120,6 +122,7 @@ def test_a_thousand_ranks_are_planned_here() -> None:
     ("changes", "world", "said"),
     [
         ({"batch_size": 6}, 4, "batch_size=6 is no multiple of 4 ranks x 1"),
+        ({"batch_size": 6, "micro_batch": None}, 4, "batch_size=6 cannot .* evenly over 4 ranks"),
         ({"batch_size": 12}, 3, "ranks=3 but parallel.replicate=1 x parallel.shard=2"),
         ({"parallel": ParallelConfig(tensor=2)}, 2, "parallel.tensor=2 is not planned without"),
         ({"parallel": ParallelConfig(shard=6), "batch_size": 12}, 6, "ranks=6 with .*use 4"),

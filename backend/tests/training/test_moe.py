@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from app.adapters.trainable import apply_trainable
 from app.data.batch import Batch
+from app.data.feeding.examples import Examples, _filled
 from app.models.transformer import GPT2Config, GPT2Model, MoEConfig
-from app.training.config import OptimConfig, TrainConfig
+from app.training.config import OptimConfig, TrainConfig, TuneConfig
 from app.training.machine.runtime import Runtime
 from app.training.optim.build import build_optimizer
 from app.training.optim.muon import ADAMW_RMS, orthogonalize
@@ -102,6 +106,53 @@ def test_the_bias_moves_once_per_step_towards_the_idle(make: Make) -> None:
     assert bias.any()
     assert torch.allclose(bias / 0.01, (bias / 0.01).round(), atol=1e-4)
     assert bias.abs().max() <= 5 * 0.01 + 1e-6
+
+
+def test_a_frozen_layer_keeps_its_bias() -> None:
+    """适配器的检查点里没有偏置：训练中动了它，存下的就不是验证过的那个模型。"""
+    for tune in ("lora", "last:1"):
+        model = GPT2Model(loss_free())
+        apply_trainable(model, TuneConfig(trainable=tune))
+        update_selection_bias(model, torch.tensor([[4, 0, 2, 2], [4, 0, 2, 2]]))
+        moved = [bool(model.h[str(i)].mlp.router.selection_bias.any()) for i in range(2)]
+        assert moved == [False, tune == "last:1"]
+
+
+def padded() -> Batch:
+    """三例各一行，两行有补齐，第四行全是补齐。"""
+    ids = np.random.default_rng(1).integers(0, 32, 9 + 5 + 3).astype(np.int64)
+    source = Mock(n_tokens=17, document_starts=np.array([0, 9, 14]))
+    source.read = lambda start, length: ids[start : start + length]
+    held = [np.array(each, dtype=np.int64) for each in ([0], [1], [2], [])]
+    return _filled(Examples(source, answers=False), held, 8)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5])
+def test_padding_is_neither_routed_nor_counted(capacity: float | None) -> None:
+    """8 + 4 + 2 个真词元；有容量时补齐不占它们的位置：损失与只有真词元的三批之和相同。"""
+    batch = padded()
+    model = GPT2Model(shape(capacity_factor=capacity)).double()
+    for micro in (1, 4):
+        sums = accumulate(model, batch, micro, CPU)
+        assert sums.load is not None and sums.load.sum(1).tolist() == [14 * 2] * 2
+    alone = []
+    for row, tokens in enumerate((8, 4, 2)):
+        one = Batch(batch.inputs[row : row + 1, :tokens], batch.targets[row : row + 1, :tokens])
+        alone.append(float(accumulate(model, one, 1, CPU).loss) * tokens / 14)
+    assert sum(alone) == pytest.approx(float(accumulate(model, batch, 1, CPU).loss), abs=1e-12)
+
+
+def test_the_mask_is_there_only_with_padding() -> None:
+    """没有补齐的仍走从前的路；稠密的模型有没有它，损失逐位相同。"""
+    batch = padded()
+    assert batch.mask is not None and batch.mask.sum(1).tolist() == [8, 4, 2, 0]
+    source = Mock(n_tokens=18, document_starts=np.array([0, 9]))
+    source.read = lambda start, length: np.arange(start, start + length)
+    whole = _filled(Examples(source, answers=False), [np.array([0]), np.array([1])], 8)
+    assert whole.mask is None
+    model = GPT2Model(shape().dense())
+    masked, plain = (accumulate(model, b, 2, CPU) for b in (batch, replace(batch, mask=None)))
+    assert torch.equal(masked.loss, plain.loss)
 
 
 def test_the_bias_evens_out_the_load() -> None:

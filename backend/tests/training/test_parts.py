@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,8 +21,10 @@ from hypothesis import strategies as st
 from app.data.batch import Batch
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.layers.loss import cross_entropy
+from app.training import run as run_module
 from app.training.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime, compile_blocks
+from app.training.machine.stop_signal import StopSignal
 from app.training.optim.build import build_optimizer
 from app.training.optim.schedule import learning_rate
 from app.training.report.metrics import Metrics, read_metrics
@@ -237,6 +242,35 @@ def test_compile_falls_back_with_one_line() -> None:
     assert block._compiled_call_impl is None and list(block.state_dict()) == names
     assert torch.equal(torch.get_rng_state(), before)
     assert block(torch.zeros(1, 2)).shape == (1, 2)
+
+
+def test_ranks_compile_together_or_not_at_all() -> None:
+    """编译不成的只有第二个 rank：第一个也退回，两边说同一句。"""
+    said, cpu = "RuntimeError: no working C++ compiler", torch.device("cpu")
+    for failed in (None, said):
+        block, told = torch.nn.Linear(2, 2), []
+        ranks = Mock(collect=Mock(side_effect=[[None, None], [None, failed]]))
+        how = compile_blocks(held(block), "on", cpu, lambda: None, told.append, ranks)
+        assert how == ("off: compiling failed" if failed else "on: per block")
+        assert told == ([f"compile failed, going on without: {said}"] if failed else [])
+        assert (block._compiled_call_impl is None) == bool(failed)
+    without = Mock(collect=lambda mine: [mine, "no C++ compiler found"])
+    how = compile_blocks(held(), "on", cpu, lambda: 1 / 0, print, without)
+    assert how == "off: no C++ compiler found"
+
+
+def test_a_signal_waits_for_the_compiling_of_other_ranks() -> None:
+    """一个进程立刻停；几个 rank 的试跑里有集合操作，中途走不得。"""
+
+    def compile(tell: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "on: per block"
+
+    for alone, wanted in ((True, "off: SIGTERM while compiling"), (False, "on: per block")):
+        with StopSignal() as stop:
+            trainer = Mock(compile=compile, world=Mock(alone=alone))
+            assert run_module._compile(trainer, stop, print) == wanted
+            assert stop.requested == "SIGTERM"
 
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +157,26 @@ def test_errors_come_before_the_first_run(make: Make, tmp_path: Path) -> None:
         (["model.vocab_size=32,2"], r"vocabulary of \d+ but model.vocab_size=2"),
         (["device=cpu,nonsense"], r"device='nonsense' cannot be used"),
         (["sample_prompt=the,ÿÿ"], r"."),
+        (["tune.trainable=all,head"], r"tune.trainable=head but init_from=None"),
+        (["parallel.shard=1,2"], r"parallel.shard=2 but this is 1 process without ranks"),
     ):
         with pytest.raises(ValueError, match=message):
             run_sweep(expanded(base, *switches), no_plan, print)
         assert not (tmp_path / "sweep").exists()
+
+
+def test_a_named_validation_set_belongs_to_the_run(make: Make, tmp_path: Path) -> None:
+    """数据自己没有验证部分、只点名了别处的：最后那次验证没做，就还没有做完。"""
+    data = make().data
+    shutil.copytree(Path(data.folder) / "train", tmp_path / "data" / "train")
+    other = replace(data, folder=str(tmp_path / "data"), val={"old": f"{data.folder}/val"})
+    config = make(data=other, eval_every=3)
+    train(config)
+    assert finished(config)
+    metrics = Path(config.out) / "metrics.jsonl"
+    kept = [r for r in metrics.read_text().splitlines(True) if '"eval", "step": 6' not in r]
+    metrics.write_text("".join(kept))
+    assert not finished(config) and finished(config.replace(data=replace(other, val={})))
 
 
 def test_another_sweep_in_the_same_folder_is_refused(make: Make, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def show_ranks(config: TrainConfig, world: int, bandwidth: float | None) -> None
     found = plan_ranks(config, world)
     print(
         f"{world:,} ranks: {found.replicate:,} copies, each on {found.shard:,} ranks; a step is "
-        f"{found.rounds:,} micro-batches of {config.rows_at_once:,} x "
+        f"{found.rounds:,} micro-batches of {found.micro_batch:,} x "
         f"{config.model.context_size:,} tokens on each rank"
     )
     print("memory of a rank, as torch counts its tensors; the process itself comes on top")

@@ -168,6 +168,7 @@ def _filled(examples: Examples, held: Sequence[np.ndarray], context: int) -> Bat
     inputs = np.zeros((len(held), context), dtype=np.int64)
     targets = np.full_like(inputs, UNSCORED)
     segments = np.zeros_like(inputs)
+    mask = np.zeros(inputs.shape, dtype=bool)
     for row, inside in enumerate(held):
         place = 0
         for number, example in enumerate(inside.tolist()):
@@ -177,7 +178,9 @@ def _filled(examples: Examples, held: Sequence[np.ndarray], context: int) -> Bat
             # 其后全属下一例；没有下一例，就是补齐的那一段
             segments[row, end:] = number + 1
             place = end
-    return Batch(inputs, targets, segments, restarting(segments))
+        mask[row, :place] = True
+    padding = None if mask.all() else mask
+    return Batch(inputs, targets, segments, restarting(segments), mask=padding)
 
 
 def _starts(examples: Examples, held: list[np.ndarray], rows: int) -> list[int]:

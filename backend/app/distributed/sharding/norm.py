@@ -6,7 +6,7 @@ W 一组里的 rank 数，R 一个张量的行数。
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch.nn.functional import pad
 from ..comm import Ranks
 from ..replicate import row_squares
 from .rows import is_sharded, local
-
-# 分母里的 1e-6 是 torch 的 clip_grad_norm_ 的。
-_TINY = 1e-6
 
 
 def gathered_rows(gradients: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -39,9 +36,3 @@ def gathered_rows(gradients: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Te
     for name, found in zip(cut, everyone, strict=True):
         rows[name] = found.reshape(-1)[: len(gradients[name])]
     return rows
-
-
-def clip(gradients: Iterable[Tensor], norm: float, largest: float) -> None:
-    """范数大于 largest 就缩到 largest；largest 为 0 是不裁剪。系数是主机上的一个数，处处相同。"""
-    if largest and norm + _TINY > largest:
-        torch._foreach_mul_([local(g) for g in gradients], largest / (norm + _TINY))

@@ -99,15 +99,6 @@ class Stream:
         return whole
 
 
-def write_alone(table: Table, path: Path) -> str:
-    """只有一个 rank 时：同样的文件，同样有界的内存；返回 sha256。
-
-    Raises:
-        OSError: 写不下。
-    """
-    return Stream({path.name: table}, Ranks()).write(path.name, path)
-
-
 def read_rows(path: Path, table: Table) -> None:
     """各 rank 自己读文件里自己的行，写进手里的张量；每次至多 CHUNK 字节。
 

@@ -16,7 +16,7 @@ W 一条轴上的 rank 数。
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -51,10 +51,6 @@ def cut_of(name: str, shape: Sequence[int], config: GPT2Config) -> Cut | None:
     if _COLUMNS.fullmatch(name):
         return Cut("tensor", 1, (shape[1],))
     return None
-
-
-def layout(shapes: Mapping[str, Sequence[int]], config: GPT2Config) -> dict[str, Cut | None]:
-    return {name: cut_of(name, shape, config) for name, shape in shapes.items()}
 
 
 class Span(NamedTuple):

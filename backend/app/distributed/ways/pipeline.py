@@ -38,8 +38,9 @@ from app.models.transformer import GPT2Config, GPT2Model
 
 from ..comm import Ranks
 from ..config import Schedule
-from .stages import Autocast, Stage, keep_stages, layers_of, rank_of, stages_of
-from .way import Count, Way, local
+from ..sharding.rows import local
+from .stages import Autocast, Places, Stage, keep_stages, layers_of, rank_of, stages_of
+from .way import Count, Way
 
 
 class Order(NamedTuple):
@@ -120,25 +121,22 @@ class Pipeline(Way):
         )
 
     def step(
-        self, ids: Tensor, targets: Tensor, share: Tensor, segment_ids: Tensor | None = None
+        self, ids: Tensor, targets: Tensor, share: Tensor, places: Places | None = None
     ) -> Flow:
         """整批的前向与反向，梯度加进 .grad。
 
         share (微批数, 2)：各微批的有效目标占全局的份额；这一段词元的，与整行的（给均衡损失）。
         """
-        return self._run(self._runner.step, ids, targets, share, segment_ids)
+        return self._run(self._runner.step, ids, targets, share, places or {})
 
     def evaluate(
-        self, ids: Tensor, targets: Tensor, share: Tensor, segment_ids: Tensor | None = None
+        self, ids: Tensor, targets: Tensor, share: Tensor, places: Places | None = None
     ) -> Flow:
         """同上，不求梯度；形状须与 step 的相同。"""
         with torch.no_grad():
-            return self._run(self._runner.eval, ids, targets, share, segment_ids)
+            return self._run(self._runner.eval, ids, targets, share, places or {})
 
-    def _run(
-        self, run: Any, ids: Tensor, targets: Tensor, share: Tensor, segment_ids: Tensor | None
-    ) -> Flow:
-        also = {} if segment_ids is None else {"segment_ids": segment_ids}
+    def _run(self, run: Any, ids: Tensor, targets: Tensor, share: Tensor, places: Places) -> Flow:
         for part in self.parts:
             part.seen.clear()
         losses: list[Tensor] = []
@@ -150,7 +148,7 @@ class Pipeline(Way):
             ids=ids,
             targets=targets,
             share=share,
-            **also,
+            **places,
         )
         wide = torch.promote_types(share.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=ids.device)

@@ -20,7 +20,7 @@ from ..config import ParallelConfig
 from .context import split_context
 from .experts import spread_experts
 from .pipeline import Flow, Pipeline
-from .stages import Autocast
+from .stages import Autocast, Places
 from .tensor import split_heads
 from .way import Way, gradient_norm
 
@@ -65,26 +65,27 @@ class Split:
             self.roots = [*self.pipe.build_parts(autocast)]
 
     def gradients(
-        self, x: Tensor, y: Tensor, micro: int, valid: int, segment_ids: Tensor | None = None
+        self, x: Tensor, y: Tensor, micro: int, valid: int, places: Places | None = None
     ) -> Flow:
         """(B, T) 的几行，每次 micro 行 -> 梯度加进 .grad，结果在这几条轴上已求和。
 
         Args:
             valid: 整批（别的数据轴上的也算）的有效目标数。
+            places: 文档号与掩码，各 (B, T)，按 GPT2Model.forward 的名字。
         """
         for way in self.ways:
             x, y = way.batch(x), way.batch(y)
-            segment_ids = None if segment_ids is None else way.batch(segment_ids)
+            places = {name: way.batch(each) for name, each in (places or {}).items()}
         counts = torch.stack([(part != IGNORE).sum() for part in y.split(micro)])
         share = counts.double() / max(1, valid)
         # 均衡损失是整行的：它的份额也是整行的，不只是这一段。
         rows = share if self.context is None else self.context.ranks.sum(share.clone())
         shares = torch.stack([share, rows], 1)
         if self.pipe is None:
-            flow = self._one_by_one(x, y, shares, segment_ids)
+            flow = self._one_by_one(x, y, shares, places)
         else:
             self.pipe.connect(len(shares))
-            flow = self.pipe.step(x, y, shares, segment_ids)
+            flow = self.pipe.step(x, y, shares, places)
         for way in self.ways:
             way.finish_gradients()
         return self._summed(flow)
@@ -106,13 +107,13 @@ class Split:
             whole = way.part(name, whole)
         return whole
 
-    def _one_by_one(self, x: Tensor, y: Tensor, shares: Tensor, segment_ids: Tensor | None) -> Flow:
+    def _one_by_one(self, x: Tensor, y: Tensor, shares: Tensor, places: Places) -> Flow:
         flow, micro = None, len(x) // len(shares)
         for i, (share, row_share) in enumerate(shares):
             rows = slice(i * micro, (i + 1) * micro)
-            segment = None if segment_ids is None else segment_ids[rows]
+            mine = {name: each[rows] for name, each in places.items()}
             with self.autocast():
-                out = self.model(x[rows], targets=y[rows], segment_ids=segment)
+                out = self.model(x[rows], targets=y[rows], **mine)
             loss = out["loss"] * share
             here = Flow(loss.detach().double())
             if "aux_loss" in out:

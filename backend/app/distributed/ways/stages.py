@@ -6,7 +6,7 @@ B 批、T 词元数、C 宽度、W rank 数。
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,8 @@ from app.models.transformer.experts.balance import balance
 from app.models.transformer.layers.context import make_notes
 
 Autocast = Callable[[], AbstractContextManager[object]]
+# 文档号与掩码，各 (B, T)，按 GPT2Model.forward 的名字；没有的不在内。
+Places = Mapping[str, Tensor]
 
 
 def layers_of(stage: int, stages: int, n_layer: int) -> range:
@@ -91,13 +93,14 @@ class Stage(nn.Module):
         targets: Tensor,
         share: Tensor,
         segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """x：第一段是 (B, T) 的 ids，别的是上一段的 (B, T, C)；share (1, 2) 见 Pipeline.step。
 
         最后一段给 (1,) 的损失·份额。
         """
         with self.autocast():
-            where = self.locate(ids, None, None, segment_ids, None, None)
+            where = self.locate(ids, attention_mask, None, segment_ids, None, None)
             if self.embed is not None:
                 x = self.embed(ids, where)
             notes = make_notes(self.config)

@@ -20,11 +20,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from app.models.transformer import GPT2Model
 
 from ..comm import Ranks
+from ..sharding.rows import local
 from .layout import Axis, Cut, cut, cut_of, join
 
 # 范数里：same = 轴上各 rank 相同，数一次；part = 各 rank 的相加；elsewhere = 别的 rank 数它。
@@ -108,11 +108,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
             bucket.append(local(p.grad))
     if bucket:
         _sum_together(bucket, ranks)
-
-
-def local(x: Tensor) -> Tensor:
-    """FSDP2 的张量在这个 rank 上的几行；普通的就是它自己。"""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _size(tensors: Sequence[Tensor]) -> int:

@@ -7,13 +7,14 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from app.common.tell import Tell
+from app.distributed.comm import ALONE, Ranks
 from app.models.transformer.layers.loss import cross_entropy, cross_entropy_fused
 from app.models.transformer.model import GPT2Model
 from app.models.transformer.weights.own_folder import expected_shapes
@@ -121,14 +122,17 @@ def compile_blocks(
     device: torch.device,
     probe: Callable[[], object],
     tell: Tell,
+    ranks: Ranks = ALONE,
 ) -> str:
     """就地编译每个块（权重名不变，没有 `_orig_mod.`），试跑一步，失败则退回。
+
+    各 rank 同进退：有的编译、有的不，几个 rank 就不再是一个 rank 的位。
 
     GPU 上另编译损失的一块：不融合时 (R, V) 的 logits 读写十来遍，与各块的全部乘法一样久。
     probe 跑一次前向与反向；它不得留下梯度，随机数状态由这里复原。
     """
     blocks = list(model.h.values())
-    reason = _why_not(mode, device)
+    reason = _first(ranks.collect(_why_not(mode, device)))
     if reason:
         return f"off: {reason}"
     for block in blocks:
@@ -138,19 +142,28 @@ def compile_blocks(
         fused = torch.compile(cross_entropy_fused)
         model.loss_chunk = lambda logits, labels, rows: fused(logits, labels)
     devices = [device] if on_card else []
+    failed = None
     try:
         with torch.random.fork_rng(devices=devices):
             probe()
     # 编译器的失败种类繁多且随版本变；任何一种都退回，真错误会在随后的训练里照样抛出。
     except Exception as error:
+        first = str(error).strip().split("\n")[0][:200]
+        failed = f"{type(error).__name__}: {first}"
+    failed = _first(ranks.collect(failed))
+    if failed is not None:
         for block in blocks:
             block._compiled_call_impl = None
         model.loss_chunk = cross_entropy
         torch.compiler.reset()
-        first = str(error).strip().split("\n")[0][:200]
-        tell(f"compile failed, going on without: {type(error).__name__}: {first}")
+        tell(f"compile failed, going on without: {failed}")
         return "off: compiling failed"
     return "on: per block, and the loss" if on_card else "on: per block"
+
+
+def _first(said: Sequence[str | None]) -> str | None:
+    """各 rank 说的里，第一个有话的。"""
+    return next((one for one in said if one is not None), None)
 
 
 def _why_not(mode: str, device: torch.device) -> str | None:

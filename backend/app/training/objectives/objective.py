@@ -30,6 +30,13 @@ class Rows(NamedTuple):
     targets: Tensor
     segments: Tensor | None = None
     reference: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def places(self) -> dict[str, Tensor]:
+        """哪里是哪一例、哪里是补齐，按 GPT2Model.forward 的名字；没有的不在内。"""
+        given = {"segment_ids": self.segments, "attention_mask": self.mask}
+        return {name: x for name, x in given.items() if x is not None}
 
     @classmethod
     def on(cls, batch: Batch, device: torch.device) -> Rows:
@@ -38,7 +45,8 @@ class Rows(NamedTuple):
 
         inputs, targets = moved(batch.inputs), moved(batch.targets)
         assert inputs is not None and targets is not None
-        return cls(inputs, targets, moved(batch.segments), moved(batch.reference))
+        others = (batch.segments, batch.reference, batch.mask)
+        return cls(inputs, targets, *map(moved, others))
 
 
 # (模型, 一个微批, 怎样由头得到损失；None = 平均交叉熵) -> 模型的结果。切开的模型有自己的走法。
@@ -47,7 +55,7 @@ Forward = Callable[[GPT2Model, Rows, Head | None], GPT2Output]
 
 def forward(model: GPT2Model, rows: Rows, head: Head | None = None) -> GPT2Output:
     """整个的模型。"""
-    return model(rows.inputs, targets=rows.targets, segment_ids=rows.segments, head=head)
+    return model(rows.inputs, targets=rows.targets, head=head, **rows.places)
 
 
 class Scored(NamedTuple):

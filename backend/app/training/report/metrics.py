@@ -120,6 +120,6 @@ class Metrics:
 
 
 def _before(row: dict[str, Any], step: int) -> bool:
-    """检查点 step 之后还会重做的：做完第 step 步时的验证与样文，和此后的一切。"""
-    redone = row.get("kind") in ("eval", "memory", "sample")
+    """检查点 step 之后还会重做的：做完第 step 步时的验证、样文与收尾，和此后的一切。"""
+    redone = row.get("kind") in ("eval", "memory", "sample", "answers", "ending")
     return row["step"] < step if redone else row["step"] <= step

@@ -17,6 +17,9 @@ from .checkpoint import (
     verify_checkpoint,
 )
 
+# 只有 DPO 的损失有。
+_COMPARED = ("dpo_beta", "dpo_sft", "reference")
+
 
 class Best(NamedTuple):
     """第几步、损失、在什么上量的（不知道则 None）。"""
@@ -51,7 +54,8 @@ def measured_again(best: Best, loss: float, measured: Mapping[str, Any]) -> str:
 def _on(measured: Mapping[str, Any] | None) -> str:
     if measured is None:
         return "on unknown windows"
+    also = [f"{name}={measured[name]}" for name in _COMPARED if name in measured]
     return (
         f"on {measured['windows']} windows of {measured['context']} tokens of data "
-        f"{measured['data'][:12]}"
+        f"{measured['data'][:12]}" + "".join(f", {one}" for one in also)
     )

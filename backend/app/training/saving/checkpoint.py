@@ -254,15 +254,19 @@ def stays(step: int, keep_every: int) -> bool:
     return keep_every > 0 and step % keep_every == 0
 
 
-def prune(run: Path, keep_last: int, keep_every: int = 0) -> None:
+def prune(run: Path, keep_last: int, keep_every: int = 0, saved: int | None = None) -> None:
     """只留最新 keep_last 个、最好的那个，与每 keep_every 步的；先改名再删，删到一半也不会被当成
     检查点。
 
     用户自己放进去的文件不能随着检查点消失：有这样文件的检查点留着。
+
+    Args:
+        saved: 刚存下的一步；比它新的是续训时跳过的坏检查点，不占名额，也不动。None = 最新的。
     """
     best = read_best(run)
-    keep = {step for step, _ in list_steps(run)[-keep_last:]} | ({best[0]} if best else set())
-    for step, folder in list_steps(run):
+    steps = [(n, folder) for n, folder in list_steps(run) if saved is None or n <= saved]
+    keep = {step for step, _ in steps[-keep_last:]} | ({best[0]} if best else set())
+    for step, folder in steps:
         if step in keep or stays(step, keep_every):
             continue
         if not folder.is_symlink() and not _holds_others_work(folder):

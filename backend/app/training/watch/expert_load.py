@@ -30,6 +30,9 @@ def update_selection_bias(model: GPT2Model, load: Tensor) -> None:
             continue
         router = model.get_submodule(f"h.{layer}.mlp.router")
         assert isinstance(router, Router) and router.selection_bias is not None
+        # 冻结的层连偏置也不动：适配器的检查点里没有它，动了就再也找不回。
+        if not router.weight.requires_grad:
+            continue
         step = rate * torch.sign(one.mean() - one)
         router.selection_bias += step.to(router.selection_bias.dtype)
 

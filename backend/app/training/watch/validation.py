@@ -5,7 +5,7 @@ R 一次前向的行数，K 另外记下的数的个数。
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,9 +74,12 @@ class Taken:
 
     Args:
         windows: 至多用几行；0 = 全部。
+        how: 损失是哪一种：哪些词元计分，DPO 的 β 与参考。
     """
 
-    def __init__(self, feed: Feed, data: TokenDataset, windows: int, how: str) -> None:
+    def __init__(
+        self, feed: Feed, data: TokenDataset, windows: int, how: Mapping[str, Any]
+    ) -> None:
         self._feed = feed
         every, rest = divmod(feed.rows_in_epoch, feed.batch_size)
         # 不满的末一批若以不计分的行补足就要；窗口则会接着读下一轮的，不要。
@@ -85,7 +88,7 @@ class Taken:
         self.groups = min(every, -(-windows // feed.batch_size)) if windows else every
         rows = min(self.groups * feed.batch_size, feed.rows_in_epoch)
         self.measured = {
-            "data": data.fingerprint, "windows": rows, "context": feed.context, "scored": how,
+            "data": data.fingerprint, "windows": rows, "context": feed.context, **how,
         }  # fmt: skip
 
     def batch(self, group: int) -> Batch:

@@ -18,7 +18,7 @@ from app.data.batch import Batch
 from app.models.transformer import GPT2Model
 from app.training.report import run_page as report_module
 from app.training.report.history import History
-from app.training.report.metrics import METRICS, Metrics
+from app.training.report.metrics import METRICS, Metrics, read_metrics
 from app.training.report.run_charts import speeds
 from app.training.report.run_facts import FACTS, read_facts
 from app.training.report.run_page import REPORT, Reporter, write_report
@@ -246,6 +246,22 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     after = peak_memory(torch.device("cpu"))
     assert after.keys() == before.keys() == {"resident"}
     assert after["resident"] >= before["resident"] > held.numel() // 8
+
+
+def test_what_is_done_again_after_a_resume_is_there_once(tmp_path: Path) -> None:
+    """检查点 2 是验证、样文、收尾之前的状态：那几行会再写一遍，旧的先删去。"""
+    path = tmp_path / METRICS
+    again = ("eval", "memory", "sample", "answers", "ending")
+    for _ in range(2):
+        with Metrics(path, 2, print) as metrics:
+            kept = [(row["kind"], row["step"]) for row in read_metrics(path)]
+            for kind in again:
+                metrics.write({"kind": kind, "step": 2})
+            metrics.write({"kind": "train", "step": 3})
+        assert kept == []
+    with Metrics(path, 3, print):
+        kinds = [row["kind"] for row in read_metrics(path)]
+    assert kinds == [*again, "train"]
 
 
 def test_history_reads_on_from_where_it_was(tmp_path: Path) -> None:

@@ -394,6 +394,19 @@ def test_prune_keeps_last_and_best(tmp_path: Path) -> None:
         ck.read_best(tmp_path)
 
 
+def test_pruning_counts_no_checkpoint_newer_than_the_one_just_saved(tmp_path: Path) -> None:
+    """跳过坏的 80 从 40 续：80 不占 48 的名额，也不动它。"""
+    save(tmp_path, 40, 80)
+    (ck.step_folder(tmp_path, 80) / "state.json").write_text("damaged")
+    ck.mark_best(tmp_path, 40, 1.5)
+    save(tmp_path, 48)
+    ck.prune(tmp_path, 1, saved=48)
+    assert [step for step, _ in ck.list_steps(tmp_path)] == [40, 48, 80] and newest(tmp_path) == 48
+    ck.mark_best(tmp_path, 48, 1.0)
+    ck.prune(tmp_path, 1, saved=48)
+    assert [step for step, _ in ck.list_steps(tmp_path)] == [48, 80]
+
+
 def test_resolve(tmp_path: Path) -> None:
     run, told = tmp_path / "run", []
     with pytest.raises(ck.CheckpointError, match="does not exist"):

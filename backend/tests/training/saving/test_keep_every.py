@@ -50,6 +50,20 @@ def test_resuming_is_exact_and_keeps_what_was_kept(make: Make, tmp_path: Path) -
     assert held(whole.out) == [4, 8, 12, 13]
 
 
+def test_going_on_past_a_damaged_checkpoint_keeps_the_good_ones(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """最新的第 8 步坏了，从第 4 步续；第 5 步更好，被叫停：它在，best 也指着它。"""
+    config = make(out=str(tmp_path / "run"), steps=8, keep_last=2, save_every=4)
+    train(config)
+    (step_folder(tmp_path / "run", 8) / "model.safetensors").write_bytes(b"damaged")
+    losses = iter([3.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(Validation, "loss", lambda *given: next(losses))
+    changes = {"resume": "auto", "keep_last": 1, "eval_every": 1, "save_every": 0, "steps": 7}
+    train(config.replace(**changes))
+    assert read_best(tmp_path / "run") == (5, 1.0) and held(config.out) == [5, 7, 8]
+
+
 def test_a_run_file_without_it_keeps_its_meaning() -> None:
     old = TrainConfig().to_dict()
     del old["keep_every"]

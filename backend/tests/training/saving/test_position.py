@@ -194,7 +194,7 @@ def test_the_trial_of_the_compiler_reads_a_batch_that_exists(
     train(config)
     seen: list[np.ndarray] = []
 
-    def compile_blocks(blocks: Any, choice: str, device: Any, probe: Any, tell: Any) -> str:
+    def compile_blocks(blocks: Any, choice: str, device: Any, probe: Any, *rest: Any) -> str:
         probe()
         return "off: tried"
 

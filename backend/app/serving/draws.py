@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from app.generation.config import SamplingConfig
-from app.generation.sampling import check_picked, pick
+from app.generation.sampling import pick
 from app.serving.request import Ask, Scored
 
 
@@ -35,7 +35,7 @@ class Drawing(Protocol):
 
 
 def draw(logits: Tensor, runs: Sequence[Drawing]) -> list[int]:
-    """logits (K, V)，每行都有最大的有限数 -> 每行一个词元号。"""
+    """logits (K, V) -> 每行一个词元号；设置使一行没有可选的，那一行是 sampling.NOT_FINITE。"""
     chosen = [0] * len(runs)
     groups: dict[SamplingConfig, list[int]] = {}
     for i, run in enumerate(runs):
@@ -49,11 +49,9 @@ def draw(logits: Tensor, runs: Sequence[Drawing]) -> list[int]:
             rows,
             sampling,
             None if sampling.greedy else torch.tensor(points, dtype=torch.float64),
-            torch.stack(masks) if masks else None,
+            torch.stack(masks).to(rows.device) if masks else None,
         )
-        tokens = picked.tolist()
-        check_picked(tokens, rows)
-        for i, token in zip(members, tokens, strict=True):
+        for i, token in zip(members, picked.tolist(), strict=True):
             chosen[i] = token
     return chosen
 

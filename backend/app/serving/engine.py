@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from app.data.tokenizers import Tokenizer
+from app.generation.sampling import NOT_FINITE
 from app.models.transformer import GPT2Model
 from app.models.transformer.cache.row_cache import Span
 from app.serving.costs import measure
@@ -261,7 +262,7 @@ class Engine:
         except (RuntimeError, ValueError, MemoryError, ArithmeticError):
             if len(turns) == 1:
                 # 当作坏掉的数：下一步就只放弃它。
-                return [torch.full((1, self.width), float("nan"))]
+                return [torch.full((1, self.width), float("nan"), device=self.model.device)]
             half = len(turns) // 2
             return [*self._forward(turns[:half]), *self._forward(turns[half:])]
         parts: list[Tensor | None] = [None] * len(turns)
@@ -279,7 +280,7 @@ class Engine:
             best = torch.cat([logits.amax(-1) for _, logits in wanted]).isfinite()
             sizes = [len(logits) for _, logits in wanted]
             for (turn, _), good in zip(wanted, best.split(sizes), strict=True):
-                if turn.run.row is not None and not bool(good.all()):
+                if not bool(good.all()):
                     self._poisoned(turn.run)
         open_turns = []
         for turn, logits in wanted:
@@ -292,6 +293,13 @@ class Engine:
             rows = _joined([logits[depth : depth + 1] for _, logits in going])
             runs = [turn.run for turn, _ in going]
             chosen = draw(rows, runs)
+            if NOT_FINITE in chosen:
+                # 没有可选的只失败自己（连同它的请求）；留下的再选一遍，选得一样。
+                for run, token in zip(runs, chosen, strict=True):
+                    if token == NOT_FINITE:
+                        self._poisoned(run)
+                going = [each for each in going if each[0].run.row is not None]
+                continue
             for run, token, one in zip(runs, chosen, self._noted(rows, chosen, runs), strict=True):
                 run.accept(Scored(token) if one is None else one)
                 self.counts.made += 1
@@ -302,7 +310,8 @@ class Engine:
             ]
             depth += 1
         for turn, _ in open_turns:
-            self._settle(turn)
+            if turn.run.row is not None:
+                self._settle(turn)
 
     def _noted(
         self, rows: Tensor, chosen: Sequence[int], runs: Sequence[Running]
@@ -364,10 +373,11 @@ class Engine:
         run.row = None
 
     def _poisoned(self, run: Running) -> None:
-        """这一行的数坏了：只有它的请求失败，行清零再给别人。"""
-        order = self._orders[run.order]
-        self._leave(run, poisoned=True)
-        self._fail_all(order, "internal")
+        """这一行的数坏了：只有它的请求失败，行清零再给别人。请求已因另一段失败了就无事。"""
+        if run.row is not None:
+            order = self._orders[run.order]
+            self._leave(run, poisoned=True)
+            self._fail_all(order, "internal")
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:

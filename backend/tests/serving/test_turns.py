@@ -6,12 +6,15 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from app.generation.config import SamplingConfig
+from app.serving.draws import draw
 from app.serving.engine import Limits
 from app.serving.request import Ask, Order
+from app.serving.running import Running
 from app.serving.schedule import Pace
-from tests.serving.helpers import Clock, alone, byte_model, make_engine, run, some_ask, text
+from tests.serving.helpers import BYTES, Clock, alone, byte_model, make_engine, run, some_ask, text
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -65,6 +68,41 @@ def test_a_poisoned_row_dies_alone(way: str, seed: int, monkeypatch: pytest.Monk
     # 那一行清过零，给下一个人用。
     again = run(engine, [Order(9 + i, (ask,)) for i, ask in enumerate(asks)])
     assert [text(again[9 + i, 0]) for i in range(4)] == wanted
+
+
+def test_a_row_with_nothing_to_pick_fails_alone() -> None:
+    """每个词元都不许写的一段（与它的请求）得到错误，同一步里的别人照写。"""
+    model, rng = byte_model(), random.Random(3)
+    others = [some_ask(rng, max_tokens=9) for _ in range(2)]
+    none = Ask(prompt=(1, 2), max_tokens=4, min_tokens=1, stop_ids=frozenset(range(257)))
+    engine = make_engine(model, 4)
+    orders = [Order(0, (others[0],)), Order(1, (none, none)), Order(2, (others[1],))]
+    found = run(engine, orders)
+    assert [event.failure for event in found[1, 0]] == ["internal"] and (1, 1) not in found
+    for number, ask in zip((0, 2), others, strict=True):
+        assert text(found[number, 0]) == alone(model, ask)[0]
+
+
+def test_what_the_host_holds_goes_to_the_device_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """没有卡也看得出：meta 上的 logits，出现过的词元与顶替坏数的 NaN 要在同一处。"""
+    ask = Ask(prompt=(1, 2), max_tokens=2, sampling=SamplingConfig(repetition_penalty=1.3))
+    waiting = Running(0, 0, ask, BYTES, 257)
+    places: list[torch.device] = []
+
+    def pick(logits: Any, config: Any, points: Any, seen: Any) -> torch.Tensor:
+        places.append(seen.device)
+        return torch.zeros(len(logits), dtype=torch.int64)
+
+    monkeypatch.setattr("app.serving.draws.pick", pick)
+    assert draw(torch.empty(1, 257, device="meta"), [waiting]) == [0]
+    engine = make_engine(byte_model(), 1)
+    engine.submit(Order(0, (ask,)))
+    engine._admit()
+    monkeypatch.setattr(engine, "model", engine.model.to("meta"))
+    (part,) = engine._forward(engine._turns())
+    assert part is not None and [*places, part.device] == [torch.device("meta")] * 2
 
 
 def test_every_admitted_row_goes_on_and_no_step_is_long() -> None:

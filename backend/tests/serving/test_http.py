@@ -259,7 +259,7 @@ def test_bad_fields_are_refused(server: Running) -> None:
 
 
 def test_defaults_of_others_are_accepted(server: Running) -> None:
-    body = {"prompt": "a", "suffix": None, "best_of": None, "tools": [], "store": False,
+    body = {"prompt": "a", "suffix": None, "best_of": 1, "tools": [], "store": False,
             "user": "me", "stop": None, "logit_bias": None, "top_k": -1, "n": None}  # fmt: skip
     assert complete(server, **body)["choices"]
 

@@ -24,7 +24,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "store": (None, False), "metadata": (None, {}),
     "modalities": (None, ["text"]), "parallel_tool_calls": (None, True, False),
     "service_tier": (None, "auto", "default"), "reasoning_effort": (None,), "prediction": (None,),
-    "web_search_options": (None,), "verbosity": (None,), "best_of": (None,),
+    "web_search_options": (None,), "verbosity": (None,), "best_of": (None, 1),
 }  # fmt: skip
 
 Seed = Field(None, ge=-(2**63), lt=2**63)

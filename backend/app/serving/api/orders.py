@@ -21,7 +21,7 @@ from app.serving.api.fields import (
 from app.serving.request import Ask
 from app.serving.served import Served
 
-MAX_ROWS = 64
+MAX_TEXTS = 64
 _DEFAULT_TOKENS = 16
 
 
@@ -170,8 +170,8 @@ def _asks(
     space: str,
 ) -> tuple[Ask, ...]:
     n = body.n or 1
-    if n * len(prompts) > MAX_ROWS:
-        raise wrong("n", f"n x prompts is more than {MAX_ROWS}: send several requests")
+    if n * len(prompts) > MAX_TEXTS:
+        raise wrong("n", f"n x prompts is more than {MAX_TEXTS}: send several requests")
     for ids in prompts:
         if len(ids) + most > served.context or len(ids) > served.context:
             raise wrong(

@@ -262,7 +262,7 @@ def test_bad_news_is_told(visit: Visit) -> None:
     assert page.locator("#draft").input_value() == "1" * 49
     # 编码的时候打的字会不见：那时不许打。
     pending: list[Any] = []
-    page.route("**/tokenize", pending.append)
+    page.route("**/tokenize", lambda route: pending.append(route))
     page.click("#read")
     page.locator("#draft[readonly]").wait_for()
     pending[0].continue_()

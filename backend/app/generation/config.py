@@ -12,6 +12,9 @@ from app.generation.overflow import Overflow, check_overflow_name
 from app.generation.stopping import check_stop_strings
 from app.models.transformer.cache.kv_dtype import KVDtype, check_kv_dtype
 
+# 再小，logits 除以它就不是有限数；实际上这里已经是贪心。
+MIN_TEMPERATURE, MIN_PENALTY = 1e-4, 1e-2
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -34,10 +37,11 @@ class SamplingConfig:
     ] = 1.0
 
     def __post_init__(self) -> None:
-        self._number("temperature", 0.0, math.inf, "0 (greedy) or a positive number such as 0.8")
-        self._number("repetition_penalty", 0.0, math.inf, "a positive number, 1 = off")
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty=0 must be a positive number, 1 = off")
+        warm = f"0 (greedy) or at least {MIN_TEMPERATURE}, such as 0.8"
+        low = MIN_TEMPERATURE if self.temperature else 0.0
+        self._number("temperature", low, math.inf, warm)
+        wanted = f"at least {MIN_PENALTY}, 1 = off"
+        self._number("repetition_penalty", MIN_PENALTY, math.inf, wanted)
         if self.top_p is not None:
             self._number("top_p", 0.0, 1.0, "in (0, 1], None = off")
             if self.top_p == 0:

@@ -9,6 +9,10 @@ import numpy as np
 from torch import Tensor
 
 
+class NotFinite(ValueError):
+    """模型算出了 NaN 或无穷。"""
+
+
 def as_arrays(maps: dict[int, Tensor]) -> dict[int, np.ndarray]:
     """{层: (H, T, T)}，至少单精度；看得见的键上每行和为 1。"""
     return {layer: to_numpy(weights) for layer, weights in maps.items()}
@@ -18,7 +22,12 @@ def as_bytes(weights: np.ndarray) -> np.ndarray:
     """权重 -> u8 = round(255 √w)。
 
     取平方根：长句里 1/T 上下的权重线性地取整全是零；T = 256 时 1/T 仍有 16 级。
+
+    Raises:
+        NotFinite: 有 NaN：取整会成为 0，像是没有看。
     """
+    if not np.isfinite(weights).all():
+        raise NotFinite("the attention weights are not finite: check the weights of this model")
     return np.rint(255 * np.sqrt(weights)).astype(np.uint8)
 
 

@@ -17,6 +17,7 @@ from app.models.transformer.block import Block, Residual
 from app.models.transformer.layers.context import make_notes
 from app.models.transformer.visibility.positions import Positions
 
+from .attention import NotFinite
 from .slices import Slice, Steps, attention_cost, feed_forward_cost
 
 
@@ -87,9 +88,15 @@ def lengths(x: Tensor) -> Tensor:
 
 
 def final(model: GPT2Model, stream: Tensor, width: int) -> Tensor:
-    """残差流 (T, C) -> logits (T, V)，只有 pre 才过末尾归一化；width：词表里真有词元的部分。"""
+    """残差流 (T, C) -> logits (T, V)，只有 pre 才过末尾归一化；width：词表里真有词元的部分。
+
+    Raises:
+        NotFinite: 有 NaN 或无穷：比大小的数（名次、熵）会像是完美的。
+    """
     x = stream if model.ln_f is None else model.ln_f(stream)
     logits = model.head(x)[..., :width]
+    if not bool(logits.isfinite().all()):
+        raise NotFinite("the logits are not finite: check the weights of this model")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

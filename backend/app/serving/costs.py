@@ -31,6 +31,4 @@ def measure(flat: FlatStep) -> Costs:
         # 小模型上量出来的会上下跳；多算几个词元不会更快。
         least = max(least, seconds)
         points.append((size, least))
-    if len(points) == 1:
-        points.append((points[0][0] + 1, 2 * points[0][1]))
     return Costs(tuple(points))

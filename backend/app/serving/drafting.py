@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
 from torch import Tensor
 
+from app.generation.sampling import NOT_FINITE
 from app.models.transformer.cache.row_cache import Span
 from app.serving.costs import measure
 from app.serving.draws import draw
@@ -89,29 +90,44 @@ class DraftModel:
         found: dict[int, list[int]] = {row: [] for row in going}
         ahead = 0
         while going:
-            rows = sorted(going)
-            logits = self._catch_up([(row, going[row][0].tokens + found[row]) for row in rows])
-            if not bool(logits.amax(-1).isfinite().all()):
+            texts = {row: run.tokens + found[row] for row, (run, _) in going.items()}
+            rows, logits = self._catch_up(texts)
+            if logits is None:
                 break
             tokens = draw(logits, [_Ahead(going[row][0], ahead) for row in rows])
             ahead += 1
-            for row, token in zip(rows, tokens, strict=True):
+            good = [pair for pair in zip(rows, tokens, strict=True) if pair[1] != NOT_FINITE]
+            for row, token in good:
                 found[row].append(token)
-            going = {row: each for row, each in going.items() if ahead < each[1]}
+            going = {row: going[row] for row, _ in good if ahead < going[row][1]}
         return found
 
-    def _catch_up(self, texts: Sequence[tuple[int, list[int]]]) -> Tensor:
-        """各行的缓存追到 texts，给出最后一个词元的 logits (K, V)；换过人的行从相同处接着。"""
-        cache, spans, ids, keep = self._flat.cache, [], list[int](), list[int]()
-        for row, text in texts:
+    def _catch_up(self, texts: Mapping[int, list[int]]) -> tuple[list[int], Tensor | None]:
+        """各行的缓存追向 texts，一次至多 max_chunk 个词元，差得少的先；换过人的行从相同处接着。
+
+        返回 (追上了的行, 它们最后一个词元的 logits (K, V))；没追上的下一步接着追，先不猜。
+        """
+        cache, room = self._flat.cache, self._flat.cache.max_chunk
+        new: dict[int, list[int]] = {}
+        for row, text in texts.items():
             pairs = zip(self._held[row], text[:-1], strict=False)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             cache.truncate(row, same)
-            new = text[same:]
-            self._held[row] = list(text)
-            spans.append(Span(row, len(new)))
-            ids += new
-            keep.append(len(ids) - 1)
+            del self._held[row][same:]
+            new[row] = text[same:]
+        spans, ids, ready, keep = list[Span](), list[int](), list[int](), list[int]()
+        fed: dict[int, list[int]] = {}
+        for row in sorted(new, key=lambda row: len(new[row])):
+            fed[row] = new[row][:room]
+            room -= len(fed[row])
+        for row in sorted(row for row in fed if fed[row]):
+            spans.append(Span(row, len(fed[row])))
+            ids += fed[row]
+            if len(fed[row]) == len(new[row]):
+                ready.append(row)
+                keep.append(len(ids) - 1)
         logits = self._flat(ids, spans, keep)
-        assert logits is not None
-        return logits[:, : self._width]
+        # 走完了才算数：中途失败，缓存里没有它们。
+        for row, some in fed.items():
+            self._held[row] += some
+        return ready, None if logits is None else logits[:, : self._width]

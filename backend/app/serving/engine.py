@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,11 +16,12 @@ import torch
 from torch import Tensor
 
 from app.data.tokenizers import Tokenizer
+from app.generation.sampling import NOT_FINITE
 from app.models.transformer import GPT2Model
 from app.models.transformer.cache.row_cache import Span
 from app.serving.costs import measure
 from app.serving.drafting import Drafter
-from app.serving.draws import detailed, draw, scored
+from app.serving.draws import detailed, draw, joined, scored
 from app.serving.flat_step import FlatStep
 from app.serving.request import Event, Failure, Order, Scored
 from app.serving.rows import Rows
@@ -26,6 +29,9 @@ from app.serving.running import Running
 from app.serving.schedule import Costs, Need, Pace, share
 from app.serving.speed import Speed
 
+_LOG = logging.getLogger(__name__)
+# 前向可以怎样失败；别的是程序的错。
+_FAILS = (RuntimeError, ValueError, MemoryError, ArithmeticError)
 # 打分的行一步至多这么多词元：logits 是 词元数 x 词表（五万时 13 MB）。
 _SCORED = 64
 
@@ -161,9 +167,8 @@ class Engine:
 
     def close_queue(self) -> None:
         """在排队的都不做了：要关门。"""
-        for order in {run.order for run in self._queue}:
-            if all(run.order != order for run in self._running):
-                self._fail_all(self._orders[order], "closing")
+        for order in self._untouched():
+            self._fail_all(self._orders[order], "closing")
 
     def abandon(self, failure: Failure) -> list[Event]:
         """全部放弃，给出要说的话。"""
@@ -176,27 +181,31 @@ class Engine:
         return events
 
     def _expire(self) -> None:
-        now = self._clock()
-        queued = {run.order for run in self._queue}
+        now, untouched = self._clock(), self._untouched()
         for order in list(self._orders.values()):
-            if now >= order.until or (order.id in queued and now >= order.wait_until):
+            if now >= order.until or (order.id in untouched and now >= order.wait_until):
                 self._fail_all(order, "deadline")
+
+    def _untouched(self) -> set[int]:
+        """一段也还没有开始的请求：写了一半的不算在排队。"""
+        queued = Counter(run.order for run in self._queue)
+        return {order for order, n in queued.items() if n == len(self._orders[order].asks)}
 
     def _fail_all(self, order: Order, failure: Failure) -> None:
         self.cancel(order.id)
         self._events.append(Event(order.id, 0, failure=failure))
 
     def _admit(self) -> None:
-        """先来的先进；同一提示的几段等领头的读完，再各抄一份。"""
+        """先来的先进；同一提示的几段等领头的读完（打完分），再各抄一份。"""
         reading = {(r.order, r.index) for r in [*self._queue, *self._running] if r.made == 0}
         for run in list(self._queue):
             ask = run.ask
+            if ask.leader is not None and (run.order, ask.leader) in reading:
+                continue
             if ask.max_tokens == 0 and not ask.score_prompt:
                 self._queue.remove(run)
                 run.close()
                 self._tell(run)
-                continue
-            if ask.leader is not None and (run.order, ask.leader) in reading:
                 continue
             if self.rows.free == 0:
                 break
@@ -241,12 +250,17 @@ class Engine:
         if self.drafter is None:
             return {}
         busy, each, most = len(self._running), self.drafter.seconds, self.flat.cache.max_chunk - 1
-        return self.drafter.draft(
-            [
-                (run, min(run.gain.size(self.costs, busy, each), run.left - 1, most))
-                for run in self._running
-            ]
-        )
+        wanted = [
+            (run, min(run.gain.size(self.costs, busy, each), run.left - 1, most))
+            for run in self._running
+        ]
+        try:
+            return self.drafter.draft(wanted)
+        except _FAILS:
+            # 猜不成只是慢一点：从此不猜，说一次。
+            _LOG.exception("the %s failed: no more guesses from now on", self.drafter.name)
+            self.drafter = None
+            return {}
 
     def _forward(self, turns: Sequence[_Turn]) -> list[Tensor | None]:
         """各行要的 logits；一行使前向失败就对半找出它，别的行照走。"""
@@ -258,10 +272,10 @@ class Engine:
         spans = [Span(_row(turn.run), len(turn.ids)) for turn in turns]
         try:
             logits = self.flat([i for turn in turns for i in turn.ids], spans, keep)
-        except (RuntimeError, ValueError, MemoryError, ArithmeticError):
+        except _FAILS:
             if len(turns) == 1:
                 # 当作坏掉的数：下一步就只放弃它。
-                return [torch.full((1, self.width), float("nan"))]
+                return [torch.full((1, self.width), float("nan"), device=self.model.device)]
             half = len(turns) // 2
             return [*self._forward(turns[:half]), *self._forward(turns[half:])]
         parts: list[Tensor | None] = [None] * len(turns)
@@ -279,7 +293,7 @@ class Engine:
             best = torch.cat([logits.amax(-1) for _, logits in wanted]).isfinite()
             sizes = [len(logits) for _, logits in wanted]
             for (turn, _), good in zip(wanted, best.split(sizes), strict=True):
-                if turn.run.row is not None and not bool(good.all()):
+                if not bool(good.all()):
                     self._poisoned(turn.run)
         open_turns = []
         for turn, logits in wanted:
@@ -289,9 +303,16 @@ class Engine:
                 open_turns.append((turn, last))
         going, depth = open_turns, 0
         while going:
-            rows = _joined([logits[depth : depth + 1] for _, logits in going])
+            rows = joined([logits[depth : depth + 1] for _, logits in going])
             runs = [turn.run for turn, _ in going]
             chosen = draw(rows, runs)
+            if NOT_FINITE in chosen:
+                # 没有可选的只失败自己（连同它的请求）；留下的再选一遍，选得一样。
+                for run, token in zip(runs, chosen, strict=True):
+                    if token == NOT_FINITE:
+                        self._poisoned(run)
+                going = [each for each in going if each[0].run.row is not None]
+                continue
             for run, token, one in zip(runs, chosen, self._noted(rows, chosen, runs), strict=True):
                 run.accept(Scored(token) if one is None else one)
                 self.counts.made += 1
@@ -302,7 +323,8 @@ class Engine:
             ]
             depth += 1
         for turn, _ in open_turns:
-            self._settle(turn)
+            if turn.run.row is not None:
+                self._settle(turn)
 
     def _noted(
         self, rows: Tensor, chosen: Sequence[int], runs: Sequence[Running]
@@ -311,8 +333,8 @@ class Engine:
         found: list[Scored | None] = [None] * len(runs)
         if wanted:
             k = max(runs[i].ask.logprobs or 0 for i in wanted)
-            measure = detailed if any(runs[i].ask.details for i in wanted) else scored
-            some = measure(rows[torch.tensor(wanted)], [chosen[i] for i in wanted], k)
+            note = detailed if any(runs[i].ask.details for i in wanted) else scored
+            some = note(rows[torch.tensor(wanted)], [chosen[i] for i in wanted], k)
             for i, one in zip(wanted, some, strict=True):
                 found[i] = replace(one, top=one.top[: runs[i].ask.logprobs])
         return found
@@ -325,8 +347,8 @@ class Engine:
         if not run.scores:
             run.scores.append(Scored(run.ask.prompt[0]))
         if targets:
-            measure = detailed if run.ask.details else scored
-            run.scores += measure(logits[: len(targets)], targets, run.ask.logprobs or 0)
+            note = detailed if run.ask.details else scored
+            run.scores += note(logits[: len(targets)], targets, run.ask.logprobs or 0)
         if end < len(run.ask.prompt):
             return None
         if run.ask.max_tokens == 0:
@@ -364,21 +386,11 @@ class Engine:
         run.row = None
 
     def _poisoned(self, run: Running) -> None:
-        """这一行的数坏了：只有它的请求失败，行清零再给别人。"""
-        order = self._orders[run.order]
-        self._leave(run, poisoned=True)
-        self._fail_all(order, "internal")
-
-
-def _joined(rows: Sequence[Tensor]) -> Tensor:
-    """各 (1, V) -> (K, V)；本来就挨着的不抄：三十二行、五万个词，抄一遍就是 6 MB。"""
-    first, width = rows[0], rows[0].shape[1]
-    step = first.stride(0)
-    start, size = first.storage_offset(), first.untyped_storage().data_ptr()
-    for i, row in enumerate(rows):
-        if row.storage_offset() != start + i * step or row.untyped_storage().data_ptr() != size:
-            return torch.cat(list(rows))
-    return first.as_strided((len(rows), width), (step, 1))
+        """这一行的数坏了：只有它的请求失败，行清零再给别人。请求已因另一段失败了就无事。"""
+        if run.row is not None:
+            order = self._orders[run.order]
+            self._leave(run, poisoned=True)
+            self._fail_all(order, "internal")
 
 
 def _row(run: Running) -> int:

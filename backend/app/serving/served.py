@@ -53,7 +53,7 @@ class Served:
 
     def facts(self) -> dict[str, Any]:
         """/props 里这个模型的一项。"""
-        cache, limits = self.engine.flat.cache, self.engine.limits
+        cache, limits, drafter = self.engine.flat.cache, self.engine.limits, self.engine.drafter
         return self.shape() | {
             "context": self.context,
             "vocab_size": self.engine.width,
@@ -61,7 +61,7 @@ class Served:
             "engine": self.working(),
             "rows": cache.rows,
             "kv_bytes": cache.nbytes,
-            "speculate": "off" if self.engine.drafter is None else self.engine.drafter.name,
+            "speculate": "off" if drafter is None else drafter.name,
             "max_stall": limits.pace.max_stall,
             "step_seconds": [list(point) for point in self.engine.costs.points],
             "chat": self.template is not None,
@@ -128,9 +128,6 @@ def rows_for(config: GPT2Config, memory: int, kv_dtype: KVDtype, dtype: torch.dt
 
 def refusal(model: GPT2Model) -> str | None:
     """为什么不能供人用；能就 None。"""
-    if any("longformer" in str(pattern) for pattern in model.patterns):
-        # 点名的全局词元是一次调用的输入，HTTP 里没有它；没有点名时就是窗口，照样可以。
-        return None
     if model.config.context_size < 2:
         return f"context_size={model.config.context_size} leaves no room to write: use 2 or more"
     return None

@@ -212,6 +212,7 @@ def test_logits_that_are_not_finite_are_refused(bad, config):
         ("temperature", math.inf),
         ("temperature", "hot"),
         ("temperature", True),
+        ("temperature", 1e-40),
         ("top_k", 0),
         ("top_k", -3),
         ("top_k", 2.5),
@@ -222,6 +223,7 @@ def test_logits_that_are_not_finite_are_refused(bad, config):
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-40),
         ("repetition_penalty", math.inf),
     ],
 )

@@ -60,8 +60,8 @@ def hostile() -> Served:
     return serve_model("hostile", byte_model(context_size=48), tokenizer, rows=2, limits=Limits())
 
 
-def mine() -> Served:
-    torch.manual_seed(7)
+def mine(seed: int = 7) -> Served:
+    torch.manual_seed(seed)
     return serve_model(
         "tiny", byte_model(context_size=320, n_layer=3), Endless(), rows=4, limits=Limits()
     )

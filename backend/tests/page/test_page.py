@@ -231,6 +231,18 @@ def test_the_server_goes_and_comes_back(browser: Any) -> None:
         page.locator("#tokens .tok").nth(10).wait_for()
         visit.done()
         assert page.locator("#problem").count() == 0
+    # 同名而不是同一个模型：说出来，再试就全部重新读。
+    with serving([mine(8)], port=port) as third:
+        page.click("#continue")
+        page.locator("#problem", has_text="another model").wait_for()
+        count = len(tokens(page))
+        page.click("#retry")
+        page.locator("#tokens .tok").nth(count).wait_for()
+        visit.done()
+        asked = {"prompt": visit.ids()[:count], "max_tokens": 0, "echo": True, "details": 0}
+        (choice,) = third.post("/v1/completions", asked).json()["choices"]
+        shown = page.locator("#tokens .tok").nth(count - 1).get_attribute("data-logprob")
+        assert float(shown) == pytest.approx(choice["details"][-1]["logprob"], abs=1e-9)
         assert next(visits, None) is None
 
 
@@ -248,6 +260,14 @@ def test_bad_news_is_told(visit: Visit) -> None:
     page.click("#read")
     page.locator("#problem", has_text="has 49 tokens but the model's context is 48").wait_for()
     assert page.locator("#draft").input_value() == "1" * 49
+    # 编码的时候打的字会不见：那时不许打。
+    pending: list[Any] = []
+    page.route("**/tokenize", lambda route: pending.append(route))
+    page.click("#read")
+    page.locator("#draft[readonly]").wait_for()
+    pending[0].continue_()
+    page.locator("#draft:not([readonly])").wait_for()
+    page.unroute("**/tokenize")
 
     refusal = {"error": {"message": "off", "type": "x", "param": None, "code": "inspect_off"}}
     page.route("**/v1/inspect", lambda route: route.fulfill(status=403, json=refusal))

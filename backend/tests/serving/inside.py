@@ -44,7 +44,7 @@ def reviewed(server: Running, **body: Any) -> tuple[list[dict[str, Any]], dict[s
     return events[:-1], events[-1]
 
 
-def train_a_run(folder: Path) -> Path:
+def train_a_run(folder: Path, **changes: Any) -> Path:
     """一次真的训练：12 步，每 3 步留一个检查点。"""
     data = write_dataset(folder / "data")
     run = folder / "a-run"
@@ -55,7 +55,7 @@ def train_a_run(folder: Path) -> Path:
         steps=12, batch_size=4, precision="float32", eval_every=4, eval_batches=1, sample_tokens=0,
         sample_every=0, save_every=0, keep_last=1, keep_every=3, device="cpu",
     )  # fmt: skip
-    run_module.train(config, lambda plan: None, lambda line: None)
+    run_module.train(replace(config, **changes), lambda plan: None, lambda line: None)
     return run
 
 

@@ -296,6 +296,12 @@ def test_planted_mistakes_are_caught(mutant: Any, monkeypatch: pytest.MonkeyPatc
         suite()
 
 
+@pytest.mark.parametrize("pattern", ["causal", "longformer(1, 1)"])
+def test_a_context_of_one_leaves_no_room(pattern: str) -> None:
+    with pytest.raises(ValueError, match="leaves no room to write"):
+        serve_model("small", byte_model(context_size=1, attention_pattern=pattern), BYTES)
+
+
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_quantized_models_are_served_alike(name: str) -> None:
     torch.manual_seed(3)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from app.adapters.load import open_model
 from app.models.transformer import GPT2Model
 from app.serving.api.inside import history as history_module
+from app.serving.api.inside.history import Review
+from app.serving.api.inside.routes import Inside
+from app.training.config import TuneConfig
 from tests.serving.conftest import Running, serving
 from tests.serving.inside import reviewed, serve_run, train_a_run, unpack
 
@@ -109,6 +117,71 @@ def test_a_damaged_checkpoint_is_left_out_and_said(run: Path, tmp_path: Path) ->
     assert "damaged" in found["skipped"][0]["why"]
     assert error["param"] == "steps" and "from 3 to" in error["message"]
     assert gone.status_code == 400 and "no checkpoint any more" in gone.text
+
+
+def test_a_lora_run_has_a_history_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.training.run.plot_losses", lambda run: None)
+    lora = TuneConfig(trainable="lora", lora_rank=2)
+    tuned = train_a_run(tmp_path, init_from=str(run), tune=lora, steps=3)
+    served = serve_run(tuned)
+    with serving([served]) as running:
+        _, found = reviewed(running, prompt=TEXT, steps=[3])
+    assert found["steps"] == [3] and found["skipped"] == []
+    ids = torch.tensor([[card["id"] for card in found["tokens"]]])
+    with torch.inference_mode():
+        logs = open_model(tuned / "step-00000003")(ids)["logits"][0, :, : served.engine.width]
+    wanted = logs.log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+    np.testing.assert_allclose(unpack(found["logprob"])[0, 1:], wanted, rtol=0, atol=1e-5)
+
+
+def test_one_checkpoint_in_memory_and_a_diverged_one_is_left_out(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """读下一个之前，上一个已经不在；NaN 的名次不是零。"""
+    real, held, alive = Review.load, list[Any](), list[int]()
+
+    def load(self: Review, step: int) -> GPT2Model | None:
+        alive.append(sum(one() is not None for one in held))
+        model = real(self, step)
+        assert model is not None
+        if step == 6:
+            model.embed.wte.weight.data.fill_(float("nan"))
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Review, "load", load)
+    _, found = reviewed(running, prompt=TEXT, steps=[3, 6, 9])
+    assert alive == [0, 0, 0]
+    assert found["steps"] == [3, 9]
+    (skipped,) = found["skipped"]
+    assert skipped["step"] == 6 and "not finite" in skipped["why"]
+
+
+def test_who_leaves_in_a_load_keeps_the_place_until_the_load_ends() -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def load(step: int) -> None:
+        started.set()
+        assert ended.wait(20)
+
+    async def leave() -> int:
+        inside = Inside({}, None, True)  # type: ignore[arg-type]
+        stream = inside._reviewed(SimpleNamespace(steps=[1], load=load))  # type: ignore[arg-type]
+        await anext(stream)
+        going = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
+        assert await asyncio.to_thread(started.wait, 20)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        held = inside._reviewing
+        ended.set()
+        while inside._reviewing:
+            await asyncio.sleep(0.001)
+        return held
+
+    assert asyncio.run(asyncio.wait_for(leave(), 20)) == 1
 
 
 @pytest.mark.parametrize(

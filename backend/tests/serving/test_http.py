@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from app.generation.config import SamplingConfig
-from app.serving.api.orders import choice_seed
+from app.serving.api.errors import ApiError
+from app.serving.api.fields import CompletionBody
+from app.serving.api.orders import choice_seed, completion_job
 from app.serving.request import Ask
 from tests.serving.conftest import Running, serving, tiny
 from tests.serving.helpers import BYTES, alone
@@ -197,6 +199,7 @@ BAD: list[tuple[Any, str]] = [
     ({"n": "5"}, "invalid_value"), ({"n": True}, "invalid_value"),
     ({"max_tokens": -1}, "invalid_value"), ({"max_tokens": 10**9}, "invalid_value"),
     ({"max_tokens": 200}, "context_length_exceeded"), ({"temperature": 2.1}, "invalid_value"),
+    ({"temperature": 1e-40}, "invalid_value"), ({"repetition_penalty": 1e-40}, "invalid_value"),
     ({"temperature": -0.1}, "invalid_value"), ({"temperature": "1"}, "invalid_value"),
     ({"top_p": 1.1}, "invalid_value"), ({"top_k": 0.1}, "invalid_value"),
     ({"top_k": -2}, "invalid_value"), ({"min_p": 2}, "invalid_value"),
@@ -256,9 +259,16 @@ def test_bad_fields_are_refused(server: Running) -> None:
 
 
 def test_defaults_of_others_are_accepted(server: Running) -> None:
-    body = {"prompt": "a", "suffix": None, "best_of": None, "tools": [], "store": False,
+    body = {"prompt": "a", "suffix": None, "best_of": 1, "tools": [], "store": False,
             "user": "me", "stop": None, "logit_bias": None, "top_k": -1, "n": None}  # fmt: skip
     assert complete(server, **body)["choices"]
+
+
+def test_a_text_that_no_token_may_begin_is_refused() -> None:
+    served = tiny(rows=1)
+    body = {"prompt": "a", "min_tokens": 1, "stop_token_ids": list(range(257))}
+    with pytest.raises(ApiError, match="every token stops the text"):
+        completion_job(CompletionBody.model_construct(**body), served, "")
 
 
 def test_zero_is_not_the_default(server: Running) -> None:

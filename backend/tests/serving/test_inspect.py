@@ -265,6 +265,18 @@ def test_a_failure_inside_is_the_askers_alone(
     assert server.post("/v1/inspect", {"prompt": "a"}).status_code == 200
 
 
+def test_a_model_whose_numbers_broke_says_so() -> None:
+    """NaN 的名次不是零，图不是没有看：一句话，哪一样要的都是。"""
+    served = tiny("broken", rows=1)
+    with torch.no_grad():
+        served.engine.model.embed.wte.weight[97] = float("nan")
+    with serving([served]) as running:
+        for asked in ({"lens": True}, {"attention": [0], "top": 0}, {"top": 3}):
+            response = running.post("/v1/inspect", {"prompt": "abc", **asked})
+            assert response.status_code == 500, asked
+            assert response.json()["error"]["code"] == "not_finite", asked
+
+
 def test_what_would_hold_up_the_others_is_refused() -> None:
     """价目是假的：一个词元一秒；一层三十个词元就超过了 max_stall。"""
     engine = make_engine(byte_model(), limits=Limits(pace=Pace(max_stall=5.0)))

@@ -48,10 +48,14 @@ def test_serve_feeds_the_ids_of_training_and_of_chat(name: str) -> None:
 
 
 def test_the_template_of_training_goes_before_a_jinja_file_beside_it(tmp_path: Path) -> None:
-    assert _chat_form(Args(("m",)), tmp_path) is None
+    tokenizer = BYTES.with_special(builtin("alpaca", BYTES).specials())
+    assert _chat_form(Args(("m",)), tmp_path, tokenizer) is None
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert isinstance(_chat_form(Args(("m",)), tmp_path), Jinja)
+    assert isinstance(_chat_form(Args(("m",)), tmp_path, tokenizer), Jinja)
     builtin("alpaca", BYTES).save(tmp_path)
-    assert isinstance(_chat_form(Args(("m",)), tmp_path), Own)
+    assert isinstance(_chat_form(Args(("m",)), tmp_path, tokenizer), Own)
     asked = Args(("m",), chat_template=tmp_path / "chat_template.jinja")
-    assert isinstance(_chat_form(asked, tmp_path), Jinja)
+    assert isinstance(_chat_form(asked, tmp_path, tokenizer), Jinja)
+    builtin("chatml", BYTES).save(tmp_path)
+    with pytest.raises(ValueError, match="which the tokenizer does not have"):
+        _chat_form(Args(("m",)), tmp_path, BYTES)

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from app.generation.config import SamplingConfig
+from app.models.transformer.cache.row_cache import RowCache
+from app.serving.drafting import DraftModel
+from app.serving.draws import draw
 from app.serving.engine import Limits
+from app.serving.flat_step import FlatStep
 from app.serving.request import Ask, Order
+from app.serving.running import Running
 from app.serving.schedule import Pace
-from tests.serving.helpers import Clock, alone, byte_model, make_engine, run, some_ask, text
+from tests.serving.helpers import BYTES, Clock, alone, byte_model, make_engine, run, some_ask, text
+
+
+class Watched:
+    """一个 FlatStep，记着每次几个词元；broken 时抛错。"""
+
+    def __init__(self, flat: FlatStep) -> None:
+        self.flat, self.cache, self.broken, self.sizes = flat, flat.cache, True, list[int]()
+
+    def __call__(self, ids: Any, spans: Any, keep: Any) -> Any:
+        self.sizes.append(len(ids))
+        if self.broken:
+            raise RuntimeError("planted")
+        return self.flat(ids, spans, keep)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -65,6 +85,43 @@ def test_a_poisoned_row_dies_alone(way: str, seed: int, monkeypatch: pytest.Monk
     # 那一行清过零，给下一个人用。
     again = run(engine, [Order(9 + i, (ask,)) for i, ask in enumerate(asks)])
     assert [text(again[9 + i, 0]) for i in range(4)] == wanted
+
+
+def test_a_row_with_nothing_to_pick_fails_alone() -> None:
+    """每个词元都不许写的一段（与它的请求）得到错误，同一步里的别人照写。"""
+    model, rng = byte_model(), random.Random(3)
+    others = [some_ask(rng, max_tokens=9) for _ in range(2)]
+    none = Ask(prompt=(1, 2), max_tokens=4, min_tokens=1, stop_ids=frozenset(range(257)))
+    engine = make_engine(model, 4)
+    orders = [Order(0, (others[0],)), Order(1, (none, none)), Order(2, (others[1],))]
+    found = run(engine, orders)
+    assert [event.failure for event in found[1, 0]] == ["internal"] and (1, 1) not in found
+    for number, ask in zip((0, 2), others, strict=True):
+        assert text(found[number, 0]) == alone(model, ask)[0]
+
+
+def test_what_the_host_holds_goes_to_the_device_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """没有卡也看得出：meta 上的 logits，出现过的词元与顶替坏数的 NaN 要在同一处。"""
+    ask = Ask(prompt=(1, 2), max_tokens=2, sampling=SamplingConfig(repetition_penalty=1.3))
+    waiting = Running(0, 0, ask, BYTES, 257)
+    places: list[torch.device] = []
+
+    def pick(logits: Any, config: Any, points: Any, seen: Any) -> torch.Tensor:
+        places.append(seen.device)
+        return torch.zeros(len(logits), dtype=torch.int64)
+
+    monkeypatch.setattr("app.serving.draws.pick", pick)
+    assert draw(torch.empty(1, 257, device="meta"), [waiting]) == [0]
+    engine = make_engine(byte_model(), 1)
+    engine.submit(Order(0, (ask,)))
+    engine._admit()
+    turns = engine._turns()
+    monkeypatch.setattr(engine, "flat", Watched(engine.flat))
+    monkeypatch.setattr(engine, "model", SimpleNamespace(device=torch.device("meta")))
+    (part,) = engine._forward(turns)
+    assert part is not None and [*places, part.device] == [torch.device("meta")] * 2
 
 
 def test_every_admitted_row_goes_on_and_no_step_is_long() -> None:
@@ -130,6 +187,64 @@ def test_deadlines() -> None:
     orders = [Order(0, (ask,), until=5.0), Order(1, (ask,), wait_until=3.0)]
     found = run(engine, orders, lambda step: setattr(clock, "now", float(step)))
     assert [found[i, 0][-1].failure for i in (0, 1)] == ["deadline", "deadline"]
+
+
+def test_an_order_half_written_no_longer_waits() -> None:
+    """八段、两行：等的时限到了时还有几段在排队，但它早已开始。"""
+    clock = Clock()
+    engine = make_engine(byte_model(), 2, clock=clock)
+    asks = tuple(Ask(prompt=(i, 1), max_tokens=3, stop_ids=frozenset()) for i in range(8))
+    orders = [Order(0, asks, wait_until=2.0)]
+    found = run(engine, orders, lambda step: setattr(clock, "now", float(step)))
+    assert [found[0, i][-1].finish for i in range(8)] == ["length"] * 8
+
+
+def test_a_follower_that_writes_nothing_waits_for_the_scores_of_its_leader() -> None:
+    engine = make_engine(byte_model(), 2)
+    leader = Ask(prompt=(1, 2, 3), max_tokens=0, logprobs=1, score_prompt=True)
+    follower = Ask(prompt=(1, 2, 3), max_tokens=0, logprobs=1, leader=0)
+    engine.submit(Order(0, (leader, follower)))
+    told = [event for _ in range(4) for event in engine.step()]
+    assert [event.index for event in told] == [0, 1] and len(told[0].prompt) == 3
+
+
+def test_a_draft_model_reads_a_long_text_in_pieces_and_forgets_what_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """追上之前不猜；前向失败的词元不算读过。猜的与一口气读完、没有失败过的相同。"""
+    model = byte_model()
+    one, two = (
+        DraftModel(FlatStep(model, RowCache(model.config, 2, dtype=torch.float64, **room)), 257)
+        for room in ({}, {"max_chunk": 8})
+    )
+    runs = [
+        Running(i, 0, Ask(prompt=tuple(range(length)), max_tokens=9, seed=i), BYTES, 257)
+        for i, length in enumerate((30, 3))
+    ]
+    for row, each in enumerate(runs):
+        each.row = row
+    wanted = [(each, 3) for each in runs]
+    watched = Watched(two._flat)
+    monkeypatch.setattr(two, "_flat", watched)
+    with pytest.raises(RuntimeError, match="planted"):
+        two.draft(wanted)
+    watched.broken = False
+    right = one.draft(wanted)
+    first, *_, last = (two.draft(wanted) for _ in range(5))
+    assert max(watched.sizes) <= 8 and first == {0: [], 1: right[1]} and last == right
+
+
+def test_a_draft_model_that_fails_stops_guessing_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = byte_model()
+    engine = make_engine(model, 2, guess=model)
+    asks = [Ask(prompt=(9, i), max_tokens=12, seed=i) for i in range(2)]
+    assert isinstance(engine.drafter, DraftModel)
+    monkeypatch.setattr(engine.drafter, "_flat", Watched(engine.drafter._flat))
+    found = run(engine, [Order(i, (ask,)) for i, ask in enumerate(asks)])
+    assert [text(found[i, 0]) for i in range(2)] == [alone(model, ask)[0] for ask in asks]
+    assert engine.drafter is None and caplog.text.count("no more guesses") == 1
 
 
 def test_slots_and_the_speed_of_late() -> None:

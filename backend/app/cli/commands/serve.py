@@ -23,6 +23,7 @@ from app.models.transformer.cache.kv_dtype import KVDtype
 
 if TYPE_CHECKING:
     from app.cli.shared.trained import Trained
+    from app.data.tokenizers import Tokenizer
     from app.models.transformer import GPT2Model
     from app.serving.api.template import Jinja, Own
     from app.serving.served import Served
@@ -36,7 +37,6 @@ EXAMPLES = """\
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TEMPLATE = "chat_template.jinja"
-_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,14 @@ def _memory(args: Args, trained: Trained) -> int:
 def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
     from app.serving.engine import Limits
     from app.serving.schedule import Pace
-    from app.serving.served import rows_for, serve_model
+    from app.serving.served import DEFAULT_ROWS, rows_for, serve_model
     from app.training.saving.checkpoint import step_of
 
     model = trained.model
     fits = rows_for(model.config, memory, args.kv_dtype, model.embed.wte.weight.dtype)
     rows = args.rows
     if rows is None:
-        rows = min(_ROWS, fits) if args.kv_memory is None else fits
+        rows = min(DEFAULT_ROWS, fits) if args.kv_memory is None else fits
     elif rows > fits:
         raise ValueError(
             f"rows={rows} of {name} need more than {size(memory)} of keys and values: "
@@ -256,20 +256,25 @@ def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
     limits = Limits(queue=args.queue, pace=Pace(max_stall=args.max_stall))
     served = serve_model(
         name, model, trained.tokenizer, rows=rows, kv_dtype=args.kv_dtype, limits=limits,
-        guess=_guess(args, trained), template=_chat_form(args, trained.folder),
+        guess=_guess(args, trained), template=_chat_form(args, trained.folder, trained.tokenizer),
     )  # fmt: skip
     # 检查点的上一层就是那次训练；别的文件夹不属于哪次训练。
     in_run = step_of(trained.folder) is not None
     return dataclasses.replace(served, run=trained.folder.parent if in_run else None)
 
 
-def _chat_form(args: Args, folder: Path) -> Jinja | Own | None:
-    """--chat-template；否则训练时的 chat.json；否则文件夹里的 Jinja。"""
+def _chat_form(args: Args, folder: Path, tokenizer: Tokenizer) -> Jinja | Own | None:
+    """--chat-template；否则训练时的 chat.json；否则文件夹里的 Jinja。
+
+    Raises:
+        ValueError: chat.json 要的特殊词元，分词器没有；或 Jinja 读不懂。
+    """
     from app.data.chat.template import find_template
     from app.serving.api.template import Jinja, Own
 
     own, path = find_template(folder), args.chat_template or folder / _TEMPLATE
     if args.chat_template is None and own is not None:
+        own.check(tokenizer)
         return Own(own)
     return Jinja(path.read_text("utf-8")) if args.chat_template or path.is_file() else None
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.generation.config import MIN_PENALTY
 from app.serving.api.errors import ApiError, wrong
 
 MAX_PROMPTS, MAX_CHARS, MAX_STOPS, MAX_BIAS = 64, 64 * 1024, 16, 1024
@@ -23,7 +24,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}), "store": (None, False), "metadata": (None, {}),
     "modalities": (None, ["text"]), "parallel_tool_calls": (None, True, False),
     "service_tier": (None, "auto", "default"), "reasoning_effort": (None,), "prediction": (None,),
-    "web_search_options": (None,), "verbosity": (None,), "best_of": (None,),
+    "web_search_options": (None,), "verbosity": (None,), "best_of": (None, 1),
 }  # fmt: skip
 
 Seed = Field(None, ge=-(2**63), lt=2**63)
@@ -49,7 +50,7 @@ class Sampling(_Body):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=10_000_000)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=MIN_PENALTY, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=MAX_BIAS)

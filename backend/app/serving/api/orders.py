@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from app.generation.config import SamplingConfig
+from app.generation.config import MIN_TEMPERATURE, SamplingConfig
 from app.serving.api.errors import wrong
 from app.serving.api.fields import (
     MAX_CHARS,
@@ -21,7 +21,7 @@ from app.serving.api.fields import (
 from app.serving.request import Ask
 from app.serving.served import Served
 
-MAX_ROWS = 64
+MAX_TEXTS = 64
 _DEFAULT_TOKENS = 16
 
 
@@ -170,8 +170,8 @@ def _asks(
     space: str,
 ) -> tuple[Ask, ...]:
     n = body.n or 1
-    if n * len(prompts) > MAX_ROWS:
-        raise wrong("n", f"n x prompts is more than {MAX_ROWS}: send several requests")
+    if n * len(prompts) > MAX_TEXTS:
+        raise wrong("n", f"n x prompts is more than {MAX_TEXTS}: send several requests")
     for ids in prompts:
         if len(ids) + most > served.context or len(ids) > served.context:
             raise wrong(
@@ -182,6 +182,9 @@ def _asks(
             )
     if (body.min_tokens or 0) > most:
         raise wrong("min_tokens", f"min_tokens must not be more than max_tokens={most}")
+    stop_ids = _stop_ids(body, served)
+    if body.min_tokens and len(stop_ids) >= served.engine.width:
+        raise wrong("min_tokens", "min_tokens: every token stops the text, so none may be written")
     seed = secrets.randbits(62) if body.seed is None else body.seed
     shared: dict[str, Any] = {
         "max_tokens": most,
@@ -190,7 +193,7 @@ def _asks(
         "frequency_penalty": body.frequency_penalty or 0.0,
         "logit_bias": _bias(body, served),
         "min_tokens": body.min_tokens or 0,
-        "stop_ids": _stop_ids(body, served),
+        "stop_ids": stop_ids,
         "stop_strings": _stops(body.stop),
         "logprobs": logprobs,
         "cache_prompt": body.cache_prompt is not False,
@@ -224,6 +227,9 @@ def _sampling(body: Sampling) -> SamplingConfig:
     if body.top_p == 0:
         # 最小的集合就是最可能的那一个。
         temperature = 0.0
+    if 0 < temperature < MIN_TEMPERATURE:
+        least = f"0 (greedy) or at least {MIN_TEMPERATURE}"
+        raise wrong("temperature", f"temperature must be {least}")
     return SamplingConfig(
         temperature=temperature,
         top_p=None if body.top_p in (None, 0, 1) else body.top_p,

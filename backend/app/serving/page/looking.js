@@ -2,8 +2,8 @@
 
 import { ApiProblem, json } from "./api.js";
 import { say } from "./dom.js";
-import { branch, get, on } from "./store.js";
-import { explained } from "./write.js";
+import { branch, get, modelKey, on } from "./store.js";
+import { problem } from "./write.js";
 
 /** @typedef {import("./store.js").State} State */
 
@@ -31,7 +31,7 @@ export function looking(view, keys, { body, draw, empty }) {
       empty(asked);
       return;
     }
-    const mine = JSON.stringify([state.model, asked]);
+    const mine = JSON.stringify([modelKey(), asked]);
     if (mine !== key) {
       key = mine;
       found = null;
@@ -40,10 +40,10 @@ export function looking(view, keys, { body, draw, empty }) {
         if (key !== mine) return;
         found = answer;
       } catch (error) {
-        if (!(error instanceof ApiProblem)) throw error;
+        const message = problem(error);
         if (key !== mine) return;
         key = "";
-        empty(explained(error, () => {}).message);
+        empty(message);
       }
     }
     if (found) draw(found);

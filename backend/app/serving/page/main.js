@@ -2,7 +2,7 @@
 
 import { ApiProblem, json, setKey } from "./api.js";
 import { byId, el, rove, say, settle, translate } from "./dom.js";
-import { adopt, focusOn, get, on, set } from "./store.js";
+import { adopt, focusOn, get, modelKey, on, set } from "./store.js";
 import { attention } from "./views/attention.js";
 import { branches } from "./views/branches.js";
 import { engine } from "./views/engine.js";
@@ -19,18 +19,16 @@ const VIEWS = { branches, sampling, tokenizer, attention, lens, training, engine
 async function load() {
   try {
     const [props, info] = await Promise.all([json("/props"), json("/v1/models")]);
-    const names = info.data.map((/** @type {{id: string}} */ one) => one.id);
+    const names = info.data.map((/** @type {any} */ one) => one.id);
     const model = names.includes(get().model) ? get().model : names[0] ?? "";
     for (const name of names) {
       const told = await json(`/tokenizer_info?model=${encodeURIComponent(name)}`);
       props.models[name].separator = told.eos_token_id;
     }
-    const before = get().models[model]?.["system_fingerprint"];
+    const before = modelKey();
     const text = textNow();
     set({ models: props.models, problem: null });
-    // 同名而不是同一个模型：词元与概率都要重新问。
-    const other = before !== undefined && before !== props.models[model]?.system_fingerprint;
-    if (model !== get().model || other) adopt(model, text);
+    if (modelKey(model) !== before) adopt(model, text);
     const mine = document.querySelector("meta[name=version]")?.getAttribute("content");
     if (props.page_version !== mine) outdated();
   } catch (error) {

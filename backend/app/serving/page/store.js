@@ -76,6 +76,11 @@ export function separator() {
   return state.models[state.model]?.["separator"] ?? null;
 }
 
+/** 名字与指纹：服务器重开之后，同一个名字可以是另一个模型。 @param {string} [name] */
+export function modelKey(name = state.model) {
+  return `${name} ${state.models[name]?.["system_fingerprint"]}`;
+}
+
 /** @param {Partial<State>} patch */
 export function set(patch) {
   const quiet = changed.size === 0;

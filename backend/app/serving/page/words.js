@@ -220,6 +220,7 @@ export const WORDS = {
   "error.inspect_busy": ["Someone else is looking inside: try again in a moment.", "别人正在查看：等一会儿再试。"],
   "error.model_not_found": ["The server has no such model any more.", "服务器没有这个模型了。"],
   "error.too_long": ["The text has {n} tokens but the model's context is {context}: make it shorter.", "正文有 {n} 个词元，而模型的上下文是 {context}：请删短。"],
+  "error.changed": ["This name is another model now.", "这个名字下换了模型。"],
   "error.full": ["The context of {context} tokens is full: undo, or branch at an earlier token.", "上下文的 {context} 个词元用完了：撤销，或在前面的词元换一个。"],
   "error.cut": ["The context is full now, so fewer tokens than asked were written.", "上下文满了，写的比要的少。"],
 };

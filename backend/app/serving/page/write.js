@@ -2,7 +2,7 @@
 
 import { ApiProblem, events, json } from "./api.js";
 import { say } from "./dom.js";
-import { adopt, amend, branch, fork, get, redo, remember, separator, set, undo } from "./store.js";
+import { adopt, amend, branch, fork, get, modelKey, redo, remember, separator, set, undo } from "./store.js";
 
 /** @typedef {import("./store.js").Token} Token */
 /** @typedef {import("./store.js").Likely} Likely */
@@ -81,8 +81,8 @@ const known = new Map();
 /** 号 -> 它的文字与字节；问过的记着。 @param {number[]} ids */
 export async function pieces(ids) {
   const model = get().model;
-  const mine = known.get(model) ?? new Map();
-  known.set(model, mine);
+  const mine = known.get(modelKey()) ?? new Map();
+  known.set(modelKey(), mine);
   const missing = ids.filter((id) => !mine.has(id));
   if (missing.length) {
     const found = await json("/detokenize", { model, tokens: missing, with_pieces: true });
@@ -140,10 +140,13 @@ async function receive(id, start, count, scoring, full) {
   let why = "";
   for await (const event of events("/v1/completions", body, control.signal)) {
     if (event === "[DONE]") {
-      set({ said: say("said.end", { n: tokens.length - start.length, why: ending(why, full) }) });
+      const ended = why === "stop" ? "said.stop" : full ? "said.full" : "said.length";
+      set({ said: say("said.end", { n: tokens.length - start.length, why: say(ended) }) });
       if (full && why === "length") throw new ApiProblem(400, "full", say("error.cut"));
       return;
     }
+    const key = `${model} ${event.system_fingerprint}`;
+    if (key !== modelKey()) throw new ApiProblem(409, "changed", say("error.changed"));
     const [choice] = event.choices;
     const details = choice.details.slice();
     if (first && scoring) {
@@ -158,12 +161,6 @@ async function receive(id, start, count, scoring, full) {
     if (followed) set({ focus: tokens.length });
   }
   throw new ApiProblem(0, "offline", "the stream ended half-way");
-}
-
-/** @param {string} why @param {boolean} full */
-function ending(why, full) {
-  if (why === "stop") return say("said.stop");
-  return full ? say("said.full") : say("said.length");
 }
 
 /** @param {unknown} error @param {() => void} again */
@@ -182,6 +179,12 @@ const TOLD = new Set([
   "internal_error", "inspect_off", "model_not_found", "inspect_busy",
 ]);
 const OWN = new Set(["full", "too_long"]);
+
+/** 出了什么错，一句话。 @param {unknown} error */
+export function problem(error) {
+  if (!(error instanceof ApiProblem)) throw error;
+  return explained(error, () => {}).message;
+}
 
 /** @param {ApiProblem} error @param {() => void} again */
 export function explained(error, again) {

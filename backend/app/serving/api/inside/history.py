@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from app.adapters.files import is_adapter
+from app.adapters.load import open_model
+from app.inspection.attention import NotFinite
 from app.inspection.heads import Heads, heads, stacked
 from app.inspection.score import Score, score
 from app.inspection.slices import Steps
@@ -25,6 +28,7 @@ from app.serving.tasks import rows_within
 from app.training.report.history import History
 from app.training.report.metrics import METRICS
 from app.training.saving.checkpoint import (
+    ADAPTER_FILES,
     MODEL_FILES,
     CheckpointError,
     list_steps,
@@ -98,19 +102,27 @@ class Review:
         assert self.served.run is not None
         folder, served = step_folder(self.served.run, step), self.served.engine.model
         try:
-            verify_checkpoint(folder, MODEL_FILES)
-            model = GPT2Model.from_pretrained(folder, device=served.device)
+            verify_checkpoint(folder, ADAPTER_FILES if is_adapter(folder) else MODEL_FILES)
+            model = open_model(folder, served.device)
         except (ValueError, OSError):
-            why = "its files are damaged or were deleted while the server ran"
-            self.skipped.append({"step": step, "why": why})
+            self._skip(step, "its files are damaged or were deleted while the server ran")
             return None
         if model.config.vocab_size != served.config.vocab_size:
-            why = "its vocabulary is not the one of the model served"
-            self.skipped.append({"step": step, "why": why})
+            self._skip(step, "its vocabulary is not the one of the model served")
             return None
         return model.eval()
 
-    def look(self, model: GPT2Model) -> Steps[tuple[Score, Heads | None]]:
+    def look(self, step: int, model: GPT2Model) -> Steps[None]:
+        """看一个检查点，记在 found；算坏了的记在 skipped。"""
+        try:
+            self.found[step] = yield from self._seen(model)
+        except NotFinite:
+            self._skip(step, "its output is not finite: training diverged there")
+
+    def _skip(self, step: int, why: str) -> None:
+        self.skipped.append({"step": step, "why": why})
+
+    def _seen(self, model: GPT2Model) -> Steps[tuple[Score, Heads | None]]:
         engine = self.served.engine
         config, stall = engine.model.config, engine.limits.pace.max_stall
         rows = rows_within(engine.costs, config, engine.width * config.n_embed, stall, 256)

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
+from app.inspection.attention import NotFinite
 from app.inspection.slices import Steps
 from app.serving.api.errors import ApiError, failed
 from app.serving.api.fields import HistoryBody, InspectBody, parse, schema_of
@@ -68,8 +69,11 @@ class Inside:
 
     async def _inspected(self, body: InspectBody) -> Response:
         asked = await asyncio.to_thread(self._read, body)
-        found = await self.done(asked.served, steps_of(asked))
-        return await asyncio.to_thread(_response, asked, found)
+        try:
+            found = await self.done(asked.served, steps_of(asked))
+            return await asyncio.to_thread(_response, asked, found)
+        except NotFinite as error:
+            raise ApiError(500, "not_finite", str(error)) from None
 
     def _read(self, body: InspectBody) -> Inspection:
         return read_inspection(body, pick(self.served, body.model))
@@ -98,21 +102,38 @@ class Inside:
         try:
             for number, step in enumerate(asked.steps):
                 yield sse({"done": number, "of": len(asked.steps)})
-                model = await asyncio.to_thread(asked.load, step)
-                if model is not None:
-                    asked.found[step] = await self.done(asked.served, asked.look(model))
+                await self._review(asked, step)
             yield sse({"done": len(asked.steps), "of": len(asked.steps)})
             yield sse(asked.result())
         except ApiError as error:
             yield sse(error.body())
         finally:
-            self._reviewing -= 1
+            self._leave()
+
+    async def _review(self, asked: Review, step: int) -> None:
+        """一个检查点：读、看；走出这里，它就不在内存里了。
+
+        问的人走了，线程仍要读完才停：名额由它占着，读完才还。
+        """
+        loading = asyncio.get_running_loop().run_in_executor(None, asked.load, step)
+        try:
+            model = await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            self._reviewing += 1
+            loading.add_done_callback(self._leave)
+            raise
+        if model is not None:
+            await self.done(asked.served, asked.look(step, model))
+
+    def _leave(self, *_: object) -> None:
+        self._reviewing -= 1
 
     async def done(self, served: Served, steps: Steps[Any]) -> Any:
         """在引擎的线程里一片片做完。
 
         Raises:
-            ApiError: 关门、超时，或算坏了。
+            ApiError: 关门、超时，或出了错。
+            NotFinite: 模型算出了 NaN。
         """
         loop, engine, worker = asyncio.get_running_loop(), served.engine, self.hub.worker
         future: asyncio.Future[Any] = loop.create_future()
@@ -140,6 +161,8 @@ class Inside:
             raise failed("deadline") from None
         except Closing:
             raise failed("closing") from None
+        except NotFinite:
+            raise
         except Exception:
             _LOG.exception("looking inside %s failed", served.name)
             raise failed("internal") from None

@@ -4,7 +4,7 @@ import { unpack } from "../api.js";
 import { bar, byId, el, opening, percent, rove, say, settle, visible } from "../dom.js";
 import { inspect, limit, looking, prefix } from "../looking.js";
 import { paint, shades } from "../paint.js";
-import { branch, focusOn, get, on, set } from "../store.js";
+import { branch, focusOn, get, modelKey, on, set } from "../store.js";
 import { fail } from "../write.js";
 
 /** @typedef {{tokens: unknown, layer: number, layers: number, heads: number, size: number, weights: Uint8Array, hidden: Uint8Array}} Maps */
@@ -106,7 +106,7 @@ export function attention() {
   function captions() {
     if (!maps) return;
     for (const [at, button] of [...heads.children].entries()) {
-      const held = scores?.model === get().model ? scores : null;
+      const held = scores?.model === modelKey() ? scores : null;
       const i = maps.layer * maps.heads + at;
       const found = held ? say("attention.scores", {
         i: (held.induction[i] ?? 0).toFixed(2), p: (held.previous[i] ?? 0).toFixed(2),
@@ -184,12 +184,12 @@ export function attention() {
 
   /** 每个头在一段重复的随机词元上的分数；与正文无关，一个模型问一次。 */
   async function scored() {
-    const { model } = get();
+    const mine = modelKey();
     try {
       const ids = branch().tokens.slice(0, 1).map((one) => one.id);
-      const { head_scores: found } = await inspect({ model, prompt: ids, heads: true, top: 0 });
+      const { head_scores: found } = await inspect({ model: get().model, prompt: ids, heads: true, top: 0 });
       scores = {
-        model, induction: unpack(found.induction).data, previous: unpack(found.previous).data,
+        model: mine, induction: unpack(found.induction).data, previous: unpack(found.previous).data,
         first: unpack(found.first).data,
       };
       draw();

@@ -1,9 +1,9 @@
 // 引擎：哪些行在忙、哪些还热着，一秒多少词元，多少是借来的、猜中的。一秒问一次，只在看着的时候。
 
-import { ApiProblem, json, text } from "../api.js";
+import { json, text } from "../api.js";
 import { byId, el, opening, say } from "../dom.js";
 import { get, on } from "../store.js";
-import { explained } from "../write.js";
+import { problem } from "../write.js";
 
 const EVERY = 1000;
 
@@ -42,8 +42,7 @@ export function engine() {
       draw(slots.filter((/** @type {any} */ one) => one.model === model), now);
       before = now;
     } catch (error) {
-      if (!(error instanceof ApiProblem)) throw error;
-      trouble.textContent = explained(error, () => {}).message;
+      trouble.textContent = problem(error);
     }
   }
 

@@ -117,7 +117,7 @@ function read(answer) {
     tokens: branch().tokens, rows, size, id: unpack(one.top_id), p: unpack(one.top_p), rank: unpack(one.rank),
     kl: unpack(one.kl), entropy: unpack(one.entropy), text: one.top_text,
     finalNorm: answer.final_norm, stream: unpack(norms.stream), attention: unpack(norms.attention),
-    mlp: unpack(norms.mlp), additive: norms.additive !== false,
+    mlp: unpack(norms.mlp), additive: norms.additive,
     routing: routing ? {
       layers: routing.layers, experts: routing.experts, k: routing.top_k,
       expert: unpack(routing.expert), weight: unpack(routing.weight),

@@ -118,6 +118,7 @@ export function notebook(choose) {
     root.setAttribute("aria-busy", String(state.writing));
     buttons.go.disabled = state.writing || !state.model;
     buttons.stop.disabled = !state.writing;
+    area.readOnly = state.writing;
     buttons.undo.disabled = !state.past.length;
     buttons.redo.disabled = !state.future.length;
     if (document.activeElement !== count) count.value = String(state.sampling.max_tokens);

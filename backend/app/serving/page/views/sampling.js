@@ -86,7 +86,6 @@ export function sampling() {
     list.replaceChildren(...items);
     if (items[0]) settle(list, ".one", items[0]);
   }
-
 }
 
 /** 在问哪一个位置：焦点上的词元，或还没有写的那一个。 */
@@ -168,7 +167,7 @@ export function parseBias(text, width) {
     const match = /^(\d{1,8})\s*:\s*(-?\d+(?:\.\d+)?)$/.exec(part);
     const [, id = "", value = ""] = match ?? [];
     if (!match || Number(id) >= width || Math.abs(Number(value)) > 100) return null;
-    found[String(Number(id))] = Number(value);
+    found[Number(id)] = Number(value);
   }
   return found;
 }

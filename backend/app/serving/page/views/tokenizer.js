@@ -1,9 +1,9 @@
 // 分词器：打字时就看见文字怎样成为号。停下 150 毫秒才问一次。
 
-import { ApiProblem, json } from "../api.js";
+import { json } from "../api.js";
 import { byId, el, opening, rove, say, settle, visible } from "../dom.js";
 import { get, on } from "../store.js";
-import { explained, textNow } from "../write.js";
+import { problem, textNow } from "../write.js";
 
 const PAUSE = 150;
 
@@ -39,8 +39,8 @@ export function tokenizer() {
       // 慢的回答可能晚到：只画最后问的。
       if (mine === asked) draw(text, found);
     } catch (error) {
-      if (!(error instanceof ApiProblem)) throw error;
-      if (mine === asked) counts.textContent = explained(error, () => {}).message;
+      const message = problem(error);
+      if (mine === asked) counts.textContent = message;
     }
   }
 

@@ -1,10 +1,10 @@
 // 训练的经过：同一段文字在一次训练的各个检查点下的概率，旁边是损失。两次训练可以并排。
 
-import { ApiProblem, events, json, unpack } from "../api.js";
+import { events, json, unpack } from "../api.js";
 import { byId, el, opening, percent, rove, say, settle, svg, visible } from "../dom.js";
 import { limit, prefix } from "../looking.js";
-import { branch, get, on } from "../store.js";
-import { explained, textOf } from "../write.js";
+import { branch, get, modelKey, on } from "../store.js";
+import { problem, textOf } from "../write.js";
 
 /**
  * @typedef {{step: number[], train: number[], val_step: number[], val: number[]}} Curve
@@ -25,6 +25,7 @@ export function training() {
   const runs = el("div", { id: "runs", class: "runs" });
   root.append(pair, runs);
   let laid = "";
+  let control = new AbortController();
 
   function lay() {
     const { model, models } = get();
@@ -35,9 +36,12 @@ export function training() {
       ...others.map((name) => el("option", { value: name, text: name })));
     second.value = chosen;
     const names = chosen ? [model, chosen] : [model];
-    if (laid === names.join("\n")) return;
-    laid = names.join("\n");
-    runs.replaceChildren(...names.map(run));
+    const wanted = names.map(modelKey).join();
+    if (laid === wanted) return;
+    laid = wanted;
+    control.abort();
+    control = new AbortController();
+    runs.replaceChildren(...names.map((name) => run(name, control.signal)));
   }
 
   on(["view", "model", "models"], ({ view, model }) => {
@@ -45,8 +49,8 @@ export function training() {
   });
 }
 
-/** 一次训练：问、进度、画。 @param {string} model */
-function run(model) {
+/** 一次训练：问、进度、画。 @param {string} model @param {AbortSignal} signal */
+function run(model, signal) {
   const about = el("p", { class: "about", role: "status" });
   const progress = el("progress", { max: 1, value: 0, label: "training.progress" });
   progress.hidden = true;
@@ -54,7 +58,6 @@ function run(model) {
   const shown = el("div", { class: "shown" });
   const box = el("section", { class: "run", "data-model": model }, el("h3", { text: model }), about,
     el("div", { class: "row" }, ask, progress), shown);
-  let control = new AbortController();
   /** @type {Curve | null} */
   let curve = null;
 
@@ -72,8 +75,6 @@ function run(model) {
   }
 
   async function read() {
-    control.abort();
-    control = new AbortController();
     const { ids } = prefix(limit("tokens"));
     if (branch().draft !== null || !ids.length) {
       about.textContent = say(ids.length ? "looking.editing" : "looking.empty");
@@ -84,21 +85,19 @@ function run(model) {
     ask.disabled = true;
     progress.hidden = false;
     try {
-      for await (const event of events("/v1/history", { model, prompt, steps: null }, control.signal)) {
-        if (event === "[DONE]") continue;
+      for await (const event of events("/v1/history", { model, prompt, steps: null }, signal)) {
         if (event.done !== undefined) {
           progress.max = event.of;
           progress.value = event.done;
         } else {
-          const found = event.result ?? event;
-          const skipped = (found.skipped ?? []).map((/** @type {{step: number}} */ one) => one.step).join(", ");
+          const skipped = event.skipped.map((/** @type {any} */ one) => one.step).join(", ");
           if (skipped) about.textContent = say("training.skipped", { steps: skipped });
-          const scores = { tokens: found.tokens, steps: found.steps, logprob: unpack(found.logprob).data, rank: unpack(found.rank).data };
+          const scores = { ...event, logprob: unpack(event.logprob).data, rank: unpack(event.rank).data };
           shown.replaceChildren(picture(scores, curve));
         }
       }
     } catch (error) {
-      about.textContent = problem(error);
+      if (!signal.aborted) about.textContent = problem(error);
     } finally {
       ask.disabled = false;
       progress.hidden = true;
@@ -107,12 +106,6 @@ function run(model) {
 
   void know();
   return box;
-}
-
-/** @param {unknown} error */
-function problem(error) {
-  if (!(error instanceof ApiProblem)) throw error;
-  return explained(error, () => {}).message;
 }
 
 /** 滑块选一步，正文照那一步的模型染；选一个词元，看它的概率怎样变。 @param {Scores} scores @param {Curve | null} curve */

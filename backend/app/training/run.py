@@ -220,8 +220,8 @@ def _assemble(
         )
         for name in data.val
     ]
-    source = start if start is not None else None if started is None else started.folder
-    template = chat_template(data.train.folder, source, tell if start is None else _nothing)
+    origin = start if start is not None else None if started is None else started.folder
+    template = chat_template(data.train.folder, origin, tell if start is None else _nothing)
     key = None if known is None else known.key
     trainer = Trainer(engine, data, validations, tokenizer, key, template)
     if start is not None and state is not None:

@@ -200,7 +200,7 @@ def hugging_face(size: Size) -> Any:
     from transformers import GPT2LMHeadModel
 
     from app.interop.hf import write_hf
-    from app.interop.job import Weights
+    from app.interop.equivalent import Weights
 
     with tempfile.TemporaryDirectory() as folder:
         write_hf(Weights.of(start(size)), "gpt2", None, Path(folder), None)

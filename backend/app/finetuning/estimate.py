@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from app.data.batch import Batch
 from app.models.transformer import GPT2Model
 from app.planning.fit import Room, refusal, training_footprint
-from app.planning.footprint import Footprint
+from app.planning.tuned import Beside
 from app.training.config import TrainConfig
 from app.training.machine.recompute import checkpoint_blocks
 from app.training.machine.runtime import Runtime, memory_error
@@ -32,31 +31,17 @@ class Times:
         return config.steps * self.step + evals * self.validation
 
 
-def tuned_footprint(config: TrainConfig, runtime: Runtime, share: float) -> Footprint:
-    """share：训练的参数占的份额；冻结的没有梯度，也没有优化器的状态。"""
-    whole = training_footprint(config, runtime)
-    if share == 1.0:
-        return whole
-    return dataclasses.replace(
-        whole,
-        gradients=round(whole.gradients * share),
-        optimizer=round(whole.optimizer * share),
-        updating=round(whole.updating * share),
-        head=round(whole.head * share),
-    )
-
-
-def fits(config: TrainConfig, runtime: Runtime, share: float, room: Room) -> bool:
-    needed = room.needs(tuned_footprint(config, runtime, share))
+def fits(config: TrainConfig, runtime: Runtime, beside: Beside, room: Room) -> bool:
+    needed = room.needs(training_footprint(config, runtime, beside))
     return room.available is None or needed <= room.available
 
 
-def check_room(config: TrainConfig, runtime: Runtime, share: float, room: Room) -> None:
+def check_room(config: TrainConfig, runtime: Runtime, beside: Beside, room: Room) -> None:
     """
     Raises:
         ValueError: 放不下，连同放得下的设置。
     """
-    refused = refusal(config, room, lambda one: tuned_footprint(one, runtime, share))
+    refused = refusal(config, room, lambda one: training_footprint(one, runtime, beside))
     if refused is not None:
         raise ValueError(f"{refused} (with --set here, as in --set micro_batch=1)")
 

@@ -17,8 +17,9 @@ from app.data.shards import TokenDataset
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.tune_config import TuneConfig
-from app.planning.fit import Room
+from app.planning.fit import Room, training_footprint
 from app.planning.footprint import largest
+from app.planning.tuned import Beside
 from app.training.config import DataConfig, TrainConfig
 from app.training.machine.runtime import Runtime, choose_runtime
 from app.training.objectives.build import build_objective, load_other
@@ -26,7 +27,7 @@ from app.training.opened import Data, feed_of, open_data
 from app.training.saving.initial import new_tokens
 from app.training.saving.tuned import check_tune
 
-from .estimate import check_room, fits, tuned_footprint
+from .estimate import check_room, fits
 from .settings import BEFORE, TUNED, Wish, first_settings, with_batch, with_lengths
 
 
@@ -110,8 +111,9 @@ def make_plan(
     said = _said(config.model, config.tune, new)
     runtime = choose_runtime(config)
     _check_others(config, train.tokenizer(), runtime)
-    config = _fitting(config, runtime, said, room, wish, notes)
-    needed = room.needs(tuned_footprint(config, runtime, _share(said)))
+    beside = Beside.of(config, new, tell)
+    config = _fitting(config, runtime, beside, room, wish, notes)
+    needed = room.needs(training_footprint(config, runtime, beside))
     # 核对内容的那一遍留给训练自己。
     config = config.replace(data=dataclasses.replace(config.data, verify="sha256"))
     opened = dataclasses.replace(opened, feed=feed)
@@ -150,24 +152,23 @@ def _check_others(config: TrainConfig, tokenizer: Tokenizer, runtime: Runtime) -
 
 
 def _fitting(
-    config: TrainConfig, runtime: Runtime, said: Said, room: Room, wish: Wish, notes: list[str]
+    config: TrainConfig, runtime: Runtime, beside: Beside, room: Room, wish: Wish, notes: list[str]
 ) -> TrainConfig:
     """微批放不下就减到放得下的；用户自己定的不动。
 
     Raises:
         ValueError: 一行也放不下。
     """
-    share, step = _share(said), 2 if config.objective.kind == "dpo" else 1
-    rows = config.rows_at_once
+    rows, step = config.rows_at_once, 2 if config.objective.kind == "dpo" else 1
     if "micro_batch" not in wish.given:
         most = largest(
-            lambda n: fits(config.replace(micro_batch=n * step), runtime, share, room),
+            lambda n: fits(config.replace(micro_batch=n * step), runtime, beside, room),
             rows // step,
         )
         if 0 < most * step < rows:
             config = config.replace(micro_batch=most * step)
             notes.append(f"{most * step} rows at once instead of {rows}: that is what fits")
-    check_room(config, runtime, share, room)
+    check_room(config, runtime, beside, room)
     return config
 
 
@@ -175,7 +176,3 @@ def _said(shape: GPT2Config, tune: TuneConfig, new: range) -> Said:
     """不占内存地数：模型在 meta 上。"""
     with torch.device("meta"):
         return apply_trainable(GPT2Model(shape), tune, new)
-
-
-def _share(said: Said) -> float:
-    return said.trained / (said.trained + said.frozen)

@@ -36,7 +36,7 @@ def export(
     Args:
         dtype: 写出的精度；None = 模型现有的。
         quantize: 只给认得它的格式（见 targets）。
-        chat: 对话模板，写进 transformers 的文件夹，并与它比。
+        chat: 对话模板，写进 transformers 的文件夹（并与它比）或 GGUF；别的格式没有地方放。
 
     Raises:
         ValueError: 没有这种格式，这种配置去不了，folder 已有东西，或选项与目标不合。
@@ -59,9 +59,12 @@ def export(
         done = export(dequantize(model), tokenizer, target, folder, dtype=dtype, chat=chat)
         return replace(done, notes=(_FLOATS, *done.notes))
     wanted = None if dtype is None else getattr(torch, dtype)
-    done = TARGETS[target].write(Job(model.eval().cpu(), tokenizer, folder, wanted, quantize))
-    if chat is None or tokenizer is None:
+    template = None if chat is None else chat.template
+    job = Job(model.eval().cpu(), tokenizer, folder, wanted, quantize, template)
+    done = TARGETS[target].write(job)
+    if chat is None or tokenizer is None or TARGETS[target].chats:
         return done
     if not (folder / GENERATION_FILE).is_file():
-        return replace(done, notes=(*done.notes, f"--to {target} has no place for chat templates"))
+        note = f"--to {target} has no place for the chat template: write each turn as it says"
+        return replace(done, notes=(*done.notes, f"{note} ({chat.template.name})"))
     return replace(done, notes=(*done.notes, add_chat(folder, chat, tokenizer)))

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from app.common.files import write_folder
 from app.data import byte_level
+from app.data.chat.template import Template
 from app.data.tokenizers import BPETokenizer, Tokenizer
+from app.interop.chat import jinja
 from app.interop.compare import Comparison, Exported, compare, sample_ids
 from app.interop.equivalent import WPE, Weights, with_biases
 from app.interop.job import Job
@@ -85,7 +87,7 @@ def export_gguf(job: Job) -> Exported:
     def fill(new: Path) -> None:
         writer = gguf.GGUFWriter(new / name, "gpt2")
         _write_config(gguf, writer, weights.config, kind)
-        notes.extend(_write_tokenizer(gguf, writer, job.tokenizer, weights.config.vocab_size))
+        notes.extend(_write_tokenizer(gguf, writer, job, weights.config.vocab_size))
         for ours, tensor in weights.state.items():
             if ours in codes:
                 wanted, data = block_type(codes[ours]), blocks(codes[ours])
@@ -134,14 +136,16 @@ def _write_config(gguf: Any, writer: Any, config: GPT2Config, kind: str) -> None
     writer.add_file_type(files.ALL_F32 if kind == "F32" else files[f"MOSTLY_{kind}"])
 
 
-def _write_tokenizer(
-    gguf: Any, writer: Any, tokenizer: Tokenizer | None, vocab_size: int
-) -> list[str]:
+def _write_tokenizer(gguf: Any, writer: Any, job: Job, vocab_size: int) -> list[str]:
     """返回要告诉用户的话。"""
+    tokenizer = job.tokenizer
     if not isinstance(tokenizer, BPETokenizer) or not tokenizer.to_json()["model"]["merges"]:
         writer.add_tokenizer_model("none")
         what = "no tokenizer" if tokenizer is None else f"a {tokenizer.kind} tokenizer"
-        return [f"{what}: llama.cpp knows byte-level BPE only, so the file takes token ids alone"]
+        lost = "" if job.template is None else " and holds no chat template"
+        return [
+            f"{what}: llama.cpp knows byte-level BPE only, so the file takes token ids alone{lost}"
+        ]
     types, end = gguf.TokenType, tokenizer.document_separator
     texts = [byte_level.to_chars(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     kinds = [types.NORMAL] * len(texts)
@@ -161,7 +165,23 @@ def _write_tokenizer(
     if vocab_size > tokenizer.vocab_size:
         writer.add_pad_token_id(tokenizer.vocab_size)
     writer.add_add_bos_token(False)
-    return []
+    return _write_template(writer, job.template, tokenizer)
+
+
+def _write_template(writer: Any, template: Template | None, tokenizer: Tokenizer) -> list[str]:
+    """模板与收尾的记号：没有 eot，llama.cpp 不会在那里停。
+
+    generation 标签只为训练的掩码，那里用不到，也不是人人认得：去掉。
+    """
+    if template is None:
+        return []
+    marks = ("{%- generation -%}", "{%- endgeneration -%}")
+    lines = (line for line in jinja(template).splitlines() if line not in marks)
+    writer.add_chat_template("\n".join(lines) + "\n")
+    (end, *others) = template.stop_ids(tokenizer)
+    writer.add_eot_token_id(end)
+    only = f", of {1 + len(others)} only the first" if others else ""
+    return [f"chat template {template.name}, ending a turn with {template.stop[0]}{only}"]
 
 
 def compare_gguf(model: GPT2Model, path: Path) -> Comparison:

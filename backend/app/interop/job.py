@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from app.data.chat.template import Template
 from app.data.tokenizers import Tokenizer
 from app.models.transformer import GPT2Model
 
@@ -23,6 +24,7 @@ class Job:
         folder: 要写的文件夹，新的或空的。
         dtype: 写出的精度；None = 模型现有的。
         quantize: 只给登记了它的格式。
+        template: 对话模板；格式有地方放就写上。
     """
 
     model: GPT2Model
@@ -30,3 +32,4 @@ class Job:
     folder: Path
     dtype: torch.dtype | None = None
     quantize: Quantize | None = None
+    template: Template | None = None

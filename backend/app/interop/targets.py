@@ -27,12 +27,14 @@ class Row:
         writer: "模块:函数"，用到才导入；函数是 (Job) -> Exported。
         quantize: 它认得的 --quantize。
         codes: 收得下量化的模型的码；否则写浮点的一份。
+        chats: 自己写对话模板（Job.template）。
     """
 
     why_not: Callable[[GPT2Config], str | None]
     writer: str
     quantize: tuple[str, ...] = ()
     codes: bool = False
+    chats: bool = False
 
     def write(self, job: Job) -> Exported:
         """
@@ -101,7 +103,9 @@ TARGETS: dict[str, Row] = {
     "opt": Row(_opt, f"{_HF}:export_opt"),
     "openai-gpt": Row(_openai_gpt, f"{_HF}:export_openai_gpt"),
     "mixtral": Row(_mixtral, f"{_HF}:export_mixtral"),
-    "gguf": Row(_gguf, "app.interop.gguf_file:export_gguf", quantize=("q8_0",), codes=True),
+    "gguf": Row(
+        _gguf, "app.interop.gguf_file:export_gguf", quantize=("q8_0",), codes=True, chats=True
+    ),
     "onnx": Row(_onnx, "app.interop.onnx_graph:export_onnx"),
 }
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from app.training.optim.build import optimizer_kind
 
 from .available_memory import available_memory
 from .flops import flops_per_token
-from .footprint import Footprint, footprint, largest
+from .footprint import Footprint, footprint, largest, with_others
 from .probe import Estimate, ProbeFailed, few_layers, probe, probe_layers
 from .sizes import parameters_by_part
+from .tuned import ALONE, Beside
 
 # CPU 上一次试跑至多这么多浮点运算，放不下就少量几条序列。
 _PROBE_FLOPS = 4e12
@@ -63,11 +64,13 @@ class Assessment:
     refused: str | None
 
 
-def assess(config: TrainConfig, runtime: Runtime, probing: bool) -> Assessment:
+def assess(
+    config: TrainConfig, runtime: Runtime, probing: bool, beside: Beside = ALONE
+) -> Assessment:
     """推算；probing 时若放得下就再试跑，以量到的为准。"""
 
     def measure(changed: TrainConfig) -> Footprint:
-        return training_footprint(changed, runtime)
+        return training_footprint(changed, runtime, beside)
 
     room, found = room_on(runtime), measure(config)
     refused = refusal(config, room, measure)
@@ -75,6 +78,9 @@ def assess(config: TrainConfig, runtime: Runtime, probing: bool) -> Assessment:
         return Assessment(found, room, None, "add --probe to measure it", refused)
     if refused is not None:
         return Assessment(found, room, None, "not measured: it does not fit", refused)
+    if config.tune.trainable != "all" or config.objective.kind != "lm":
+        why = "not measured: --probe trains all weights on text; gpt2 finetune --dry-run measures"
+        return Assessment(found, room, None, why, None)
     parameters = sum(parameters_by_part(config.model).values())
     try:
         estimate = probe(config, parameters, rows=probe_rows(config, runtime), limit=_PROBE_SECONDS)
@@ -99,9 +105,10 @@ def room_on(runtime: Runtime) -> Room:
     return Room(available, where, program or 0)
 
 
-def training_footprint(config: TrainConfig, runtime: Runtime) -> Footprint:
+def training_footprint(config: TrainConfig, runtime: Runtime, beside: Beside) -> Footprint:
     """按 config 在 runtime 上训练占的内存。"""
-    return footprint(
+    tokens = config.rows_at_once * config.model.context_size
+    found = footprint(
         config.model,
         rows=config.rows_at_once,
         passes=config.passes,
@@ -109,7 +116,9 @@ def training_footprint(config: TrainConfig, runtime: Runtime) -> Footprint:
         device=runtime.device,
         dtype=runtime.dtype,
         recompute=config.recomputed_layers,
+        parts=beside.parts(config),
     )
+    return with_others(found, beside, tokens, runtime.dtype, runtime.device)
 
 
 def probe_rows(config: TrainConfig, runtime: Runtime) -> int:
@@ -136,7 +145,7 @@ def refusal(config: TrainConfig, room: Room, measure: Measure) -> str | None:
     return (
         f"training does not fit: {size(needed)} ({room.kind}) with {config.rows_at_once} "
         f"sequences of {config.model.context_size:,} tokens at once, but {size(available)} are "
-        f"available ({room.where}): {_same_result(config, fits) or _smaller_model(config, fits)}"
+        f"available ({room.where}): {_same_result(config, fits) or _smaller(config, fits)}"
     )
 
 
@@ -156,6 +165,17 @@ def _same_result(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> st
 def _most_rows(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> int:
     """比现在少的最大的微批；0 = 一条也放不下。"""
     return largest(lambda rows: fits(config.replace(micro_batch=rows)), config.rows_at_once - 1)
+
+
+def _smaller(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> str:
+    if config.init_from is None:
+        return _smaller_model(config, fits)
+    # 形状是起点的，改不了。
+    lora = " or --tune.trainable lora" if config.tune.trainable == "all" else ""
+    return (
+        f"not even one sequence fits: use a shorter --model.context-size (now "
+        f"{config.model.context_size:,}){lora}, or start from a smaller model"
+    )
 
 
 def _smaller_model(config: TrainConfig, fits: Callable[[TrainConfig], bool]) -> str:

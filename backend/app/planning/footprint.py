@@ -6,6 +6,7 @@ C 宽度、H 查询头数、G 键值头的总宽、h 前馈的宽度、T 上下�
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,9 +18,13 @@ from app.models.transformer.block import residuals
 from app.models.transformer.config import GPT2Config
 from app.models.transformer.layers.loss import chunk_bytes
 from app.models.transformer.layers.norm import NORMS
-from app.training.optim.build import OptimizerKind
+from app.training.optim.build import OptimizerKind, nbytes
 
-from .sizes import FLOAT32_BYTES, parameter_shapes
+from .sizes import FLOAT32_BYTES, parameter_shapes, parameters_by_part
+from .tuned import Beside, Parts
+
+# 蒸馏的一块 logits 之外同时有几块这么大的，见 objectives/distill.py 的 divergence。
+_CHUNKS = 3
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,10 @@ class Footprint:
         logits: 损失分块算，只有一块同时存在。
         working: 反向走过最上一层时的临时张量。
         updating: 更新时的临时张量。
-        head: 输出头（词嵌入）那一张梯度；前向里算损失时就有了。
+        head: 输出头（词嵌入）那一张梯度；前向里算损失时就有了。冻结的没有。
         accumulates: 分几次前向：从第二次起，梯度与激活同时都在。
+        teacher: 蒸馏的教师：权重，与它在头之前的隐状态。
+        reference: DPO 点名的参考；开始之前算完就放掉。
     """
 
     weights: int
@@ -45,17 +52,20 @@ class Footprint:
     updating: int
     head: int
     accumulates: bool
+    teacher: int = 0
+    reference: int = 0
 
     @property
     def peak(self) -> int:
         """反向从上往下，一层的激活放掉，梯度出现：最多的时刻不是刚开始就是结束。"""
-        held = self.weights + self.optimizer
-        early = self.gradients if self.accumulates else self.head
+        held = self.weights + self.optimizer + self.teacher
+        # 新词元的行：整张的梯度不算在 gradients 里。
+        early = max(self.gradients, self.head) if self.accumulates else self.head
         first = held + early + self.activations
         first += max(self.logits, self.recomputed + self.working)
         # 词嵌入的梯度先成一整张，再并进输出头的那一张。
         late = max(self.head, self.updating, self.recomputed)
-        return max(first, held + self.gradients + late)
+        return max(first, held + self.gradients + late, self.weights + self.reference)
 
 
 def footprint(
@@ -67,34 +77,36 @@ def footprint(
     device: torch.device,
     dtype: torch.dtype,
     recompute: Collection[int] = (),
+    parts: Parts | None = None,
 ) -> Footprint:
     """rows 条序列一次、每步 passes 次前向。
 
-    recompute：激活检查点重算哪些块。
+    recompute：激活检查点重算哪些块；parts：训练哪些，None = 全部。
 
     Raises:
         ValueError: 点名的后端做不了训练。
     """
-    shapes = parameter_shapes(config)
-    weights = FLOAT32_BYTES * sum(map(math.prod, shapes.values()))
+    shapes = parameter_shapes(config) if parts is None else parts.trained
+    trained = nbytes(shapes)
+    head = FLOAT32_BYTES * config.vocab_size * config.n_embed
     hidden = config.moe_top_k * config.expert_hidden + config.shared_hidden
     hidden = max(hidden if config.moe_layers else 0, config.mlp_hidden)
     tokens, narrow = rows * config.context_size, dtype.itemsize
-    blocks = _block_bytes(config, rows=rows, device=device, dtype=dtype)
+    blocks = _block_bytes(config, rows=rows, device=device, dtype=dtype, parts=parts)
     again = [size for layer, size in enumerate(blocks) if layer in recompute]
     return Footprint(
-        weights=weights,
-        gradients=weights,
+        weights=trained + (0 if parts is None else nbytes(parts.frozen)),
+        gradients=trained,
         optimizer=optimizer.state_bytes(shapes),
         activations=activation_bytes(
-            config, rows=rows, device=device, dtype=dtype, recompute=recompute
+            config, rows=rows, device=device, dtype=dtype, recompute=recompute, parts=parts
         ),
         recomputed=max(again, default=0),
         logits=_logits(config, tokens, device, dtype),
         # 前馈的隐层与它的输入各一份梯度。
         working=tokens * narrow * 2 * hidden,
         updating=optimizer.update_bytes(shapes),
-        head=FLOAT32_BYTES * config.vocab_size * config.n_embed,
+        head=head if parts is None or parts.trains_head else 0,
         accumulates=passes > 1,
     )
 
@@ -106,16 +118,22 @@ def activation_bytes(
     device: torch.device,
     dtype: torch.dtype,
     recompute: Collection[int] = (),
+    parts: Parts | None = None,
 ) -> int:
     """整个模型为反向留下的字节数，参数与输入的 id 不算；重算的块只留输入。
+
+    冻结而没有适配器的矩阵其实不必留输入：这里仍算上，宁多不少。
 
     Raises:
         ValueError: 点名的后端做不了训练。
     """
     tokens = rows * config.context_size
-    blocks = _block_bytes(config, rows=rows, device=device, dtype=dtype)
+    blocks = _block_bytes(config, rows=rows, device=device, dtype=dtype, parts=parts)
     inputs = tokens * config.n_embed * FLOAT32_BYTES
-    total = sum(inputs if layer in recompute else size for layer, size in enumerate(blocks))
+    # 没有图的层重算与否都不留。
+    total = sum(min(inputs, s) if layer in recompute else s for layer, s in enumerate(blocks))
+    if parts is not None and parts.has_rows:
+        total += FLOAT32_BYTES * config.vocab_size * config.n_embed
     # 末尾的归一化、进输出头的那一份与它的梯度。
     ends = 2 * config.n_embed
     if config.has_final_norm:
@@ -125,8 +143,32 @@ def activation_bytes(
     return total + tokens * ends * FLOAT32_BYTES
 
 
+def with_others(
+    found: Footprint, beside: Beside, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Footprint:
+    """加上教师与参考；tokens：一次前向的词元数。"""
+    teacher = logits = 0
+    if (shape := beside.teacher) is not None:
+        teacher = _weights(shape) + tokens * shape.n_embed * dtype.itemsize
+        # 另有教师的一块、两边的对数概率与概率。
+        logits = _CHUNKS * _logits(shape, tokens, device, torch.float32)
+    reference = 0 if beside.reference is None else _weights(beside.reference)
+    return dataclasses.replace(
+        found, logits=found.logits + logits, teacher=teacher, reference=reference
+    )
+
+
+def _weights(config: GPT2Config) -> int:
+    return FLOAT32_BYTES * sum(parameters_by_part(config).values())
+
+
 def _block_bytes(
-    config: GPT2Config, *, rows: int, device: torch.device, dtype: torch.dtype
+    config: GPT2Config,
+    *,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: Parts | None,
 ) -> list[int]:
     """各块为反向留下的字节数。"""
     tokens, narrow = rows * config.context_size, dtype.itemsize
@@ -141,7 +183,13 @@ def _block_bytes(
         # autocast 把矩阵另存一份低精度的，反向完了才放。
         casts = narrow * sum(_block_matrices(parameter_shapes(config))) // config.n_layer
         blocks = [size + casts for size in blocks]
-    return blocks
+    if parts is None:
+        return blocks
+    more = [tokens * narrow * parts.adapters.get(layer, 0) for layer in range(config.n_layer)]
+    return [
+        size + added if layer >= parts.lowest else 0
+        for layer, (size, added) in enumerate(zip(blocks, more, strict=True))
+    ]
 
 
 def _block_matrices(shapes: dict[str, tuple[int, ...]]) -> list[int]:

@@ -46,7 +46,7 @@ from .report.silent import Silent
 from .report.tensorboard import EVENTS, open_tensorboard, require_tensorboard
 from .saving.checkpoint import clear_leftovers, step_folder
 from .saving.home import leave_origin
-from .saving.initial import initialize_from
+from .saving.initial import chat_template, initialize_from
 from .saving.lock import run_lock
 from .saving.resume import (
     RUN_FILE,
@@ -222,7 +222,10 @@ def _assemble(
         )
         for name in data.val
     ]
-    trainer = Trainer(engine, data, validations, tokenizer, None if known is None else known.key)
+    origin = start if start is not None else None if started is None else started.folder
+    template = chat_template(data.train.folder, origin, tell if start is None else _nothing)
+    key = None if known is None else known.key
+    trainer = Trainer(engine, data, validations, tokenizer, key, template)
     if start is not None and state is not None:
         # 先于复原：重量最好的那个要借用模型，之后权重与随机数都会复原。
         trainer.restore_best(tell)
@@ -235,6 +238,10 @@ def _assemble(
         for line in resume_lines(state, config, trainer.feed):
             tell(line)
     return trainer
+
+
+def _nothing(line: str) -> None:
+    """续训时不再说一遍。"""
 
 
 def _seed_everything(seed: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from app.common.memory import peak_memory
 from app.common.tell import Tell
-from app.data.chat.template import find_template
+from app.data.chat.template import Template
 from app.data.tokenizers import Tokenizer
 
 from .engine import Plain
@@ -29,9 +29,9 @@ from .report.metrics import Metrics
 from .report.progress import Progress
 from .report.silent import Silent
 from .saving.best import measured_again, sound_best
-from .saving.checkpoint import mark_best, prune, step_folder, write_checkpoint
+from .saving.checkpoint import kept_every, mark_best, prune, step_folder, write_checkpoint
 from .saving.resume import windows_read
-from .saving.state import write_state
+from .saving.state import keep_every_of, write_state
 from .step import Sums, accumulate, first_loss_line
 from .watch.answers import Answers, answers_line, answers_of
 from .watch.ending import Ending
@@ -64,6 +64,7 @@ class Trainer:
         validations: Sequence[Validation],
         tokenizer: Tokenizer,
         reference: str | None = None,
+        template: Template | None = None,
     ) -> None:
         self.engine, self.data, self.feed = engine, data.train, data.feed
         self.config, self.runtime, self.model = engine.config, engine.runtime, engine.model
@@ -72,7 +73,7 @@ class Trainer:
         # 第一个决定 best 与 patience。
         self.validation = validations[0] if validations else None
         self.others = validations[1:]
-        self.tokenizer, self.reference = tokenizer, reference
+        self.tokenizer, self.template, self.reference = tokenizer, template, reference
         self.run_folder = Path(config.out)
         self.ahead = Prefetch(lambda step: self.feed.batch(step, engine.rows), self.runtime.device)
         self.optimizer, self.optimizer_why = build_optimizer(model, config.optim)
@@ -319,7 +320,11 @@ class Trainer:
 
     def _prune(self) -> None:
         last, every, saved = self.config.keep_last, self.config.keep_every, self.saved
-        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, last, every, saved))
+
+        def stays(step: int, folder: Path) -> bool:
+            return kept_every(step, every) or kept_every(step, keep_every_of(folder))
+
+        self._tidy("delete old checkpoints", lambda: prune(self.run_folder, last, stays, saved))
 
     def _tidy(self, what: str, action: Callable[[], object]) -> bool:
         """检查点已存好之后的杂事：做不成（盘满、网络盘上删不掉）只提醒，不毁掉训练。"""
@@ -350,8 +355,8 @@ class Trainer:
         known = self.engine.write(folder, self.optimizer)
         write_state(folder, self.config, facts)
         self.tokenizer.save(folder)
-        if (template := find_template(self.data.folder)) is not None:
-            template.save(folder)
+        if self.template is not None:
+            self.template.save(folder)
         return known
 
     def restore_counters(self, state: dict[str, Any], own: bool) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from app.adapters.load import open_model
 from app.cli.main import main
 from app.cli.shared.trained import load_model, load_trained
+from app.common.files import sha256_file
 from app.models.transformer import GPT2Model
 from app.training.config import TrainConfig, TuneConfig
 from app.training.run import train
@@ -124,6 +125,37 @@ def test_another_base_is_refused_with_both_hashes(
     told = capsys.readouterr().err
     assert json.loads((adapter / "base.json").read_text())["sha256"][:16] in told
     assert f"{other} has " in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["merge", "{}", "--out", "x"], ["chat", "{}"], ["serve", "{}", "--port", "0"],
+     ["generate", "{}", "--prompt", "a"], ["eval", "{}"],
+     ["finetune", "{}", "data", "--out", "x"], ["export", "{}", "--to", "hf", "--out", "x"]],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_every_command_refuses_another_base_naming_both_hashes(
+    words: list[str], base: Path, tuned: Path, data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """原模型的文件夹还在，里面换了权重：base.json 的 sha256 认得出。"""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "base")
+    shutil.copytree(tuned, "runs/step-00000006")
+    shutil.copytree(data, "data")
+    adapter = Path("runs/step-00000006")
+    said = json.loads((adapter / "base.json").read_text())
+    moved = said | {"path": str(tmp_path / "base"), "relative": "../../base"}
+    (adapter / "base.json").write_text(json.dumps(moved))
+    (adapter / "manifest.json").unlink()
+    shutil.move(adapter, "adapter")
+    GPT2Model(open_model(base).config).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", "base/model.safetensors")
+    assert main([word.format("adapter") for word in words]) == 2
+    told = capsys.readouterr().err
+    now = sha256_file(tmp_path / "base/model.safetensors")[:16]
+    assert said["sha256"][:16] in told and now in told and said["sha256"][:16] != now
+    assert not Path("x").exists()
 
 
 def test_a_base_that_moved_is_looked_for_beside_and_then_asked_for(

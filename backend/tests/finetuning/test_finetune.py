@@ -261,3 +261,26 @@ def _whole_loss(run: Path) -> float:
             positions=torch.from_numpy(batch.positions),
         )
     return float(out["loss"])
+
+
+def test_plain_text_keeps_the_template_of_a_chat_model(
+    base: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """会对话的模型再读几封信：模板留着，说一声；续训之后仍在。"""
+    chat, run = tmp_path / "chat", tmp_path / "letters"
+    words = ["--set", "steps=1", *FAST]
+    assert main(["finetune", str(base), str(questions), "--chat", "chatml", "--out", str(chat),
+                 *words]) == 0  # fmt: skip
+    letters = tmp_path / "letters.txt"
+    letters.write_text("Dear friend, come soon.\n" * 60)
+    tune = ["finetune", str(chat), str(letters), "--out", str(run)]
+    assert main([*tune, *words]) == 0
+    said = capsys.readouterr().out
+    assert "the data is plain text, so the chat template chatml of" in said
+    (step,) = run.glob("step-*")
+    template = (chat / "step-00000001" / "chat.json").read_bytes()
+    assert (step / "chat.json").read_bytes() == template
+    assert (
+        main(["train", "--config", str(run / "run.yaml"), "--resume", "auto", "--steps", "2"]) == 0
+    )
+    assert (run / "step-00000002" / "chat.json").read_bytes() == template

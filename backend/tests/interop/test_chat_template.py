@@ -117,3 +117,50 @@ def test_every_difference_has_a_reason(name: str, tmp_path: Path) -> None:
     numbers = {int(reason.split()[1].rstrip(":")) - 1 for reason in compared.different}
     assert numbers and all(any(map(odd, rows[i])) for i in numbers)
     assert any(not turn.content for turns in rows for turn in turns)
+
+
+def test_gguf_carries_the_template(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="pip install 'gpt2-workbench[export]'")
+    jinja2 = pytest.importorskip("jinja2")
+    template = builtin("chatml", BPE)
+    tokenizer = BPE.with_special(template.specials())
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, context_size=8, n_layer=1, n_head=1, n_embed=8, norm="pre"
+    )
+    model = GPT2Model(config)
+    done = export(model, tokenizer, "gguf", tmp_path / "gguf", chat=Chat(template))
+    assert "chat template chatml, ending a turn with <|im_end|>" in done.notes
+    reader = gguf.GGUFReader(done.written)
+
+    def fact(name: str) -> object:
+        return reader.get_field(f"tokenizer.{name}").contents()
+
+    special = tokenizer.special_tokens
+    assert fact("ggml.eot_token_id") == special["<|im_end|>"]
+    types = fact("ggml.token_type")
+    assert isinstance(types, list) and types[special["<|im_end|>"]] == gguf.TokenType.CONTROL
+    # 写进去的没有 generation 标签，渲染出的与提示相同。
+    turns = [Turn("system", "Be brief."), Turn("user", "it's {{ a }}\n")]
+    said = (
+        jinja2.Environment()
+        .from_string(fact("chat_template"))
+        .render(
+            messages=[{"role": t.role, "content": t.content} for t in turns],
+            add_generation_prompt=True,
+        )
+    )
+    assert said == tokenizer.decode(Encoder(template, tokenizer).prompt(turns))
+    plain = export(model, ByteTokenizer(), "gguf", tmp_path / "bytes", chat=Chat(template))
+    assert plain.notes[-1].endswith("token ids alone and holds no chat template")
+
+
+@pytest.mark.slow
+def test_onnx_says_that_it_carries_none(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    template = builtin("chatml", BPE)
+    tokenizer = BPE.with_special(template.specials())
+    config = GPT2Config(
+        vocab_size=tokenizer.vocab_size, context_size=8, n_layer=1, n_head=1, n_embed=8, norm="pre"
+    )
+    done = export(GPT2Model(config), tokenizer, "onnx", tmp_path / "out", chat=Chat(template))
+    assert "--to onnx has no place for the chat template" in done.notes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from app.cli.shared.runfile import (
     load_model_config,
     names_vocabulary,
     parse_run,
+    start_shape,
 )
 from app.cli.shared.tables import Table, print_table
 from app.common.tell import to_stderr
@@ -27,6 +29,7 @@ from app.training.config import TrainConfig
 if TYPE_CHECKING:
     from app.models.transformer.backends.choose import Choice
     from app.planning.sizes import CacheSize
+    from app.planning.tuned import Beside
     from app.training.machine.runtime import Runtime
 
 SUMMARY = (
@@ -71,10 +74,14 @@ class Args(RunArgs):
 def parse(argv: Sequence[str]) -> Args:
     """没有写明词表大小时，与训练一样取数据集的；没有运行文件则用默认的大小。
 
+    有 init_from 时，没有写明的形状取自那里。
+
     Raises:
         ValueError: 文件找不到或读不懂。
     """
     args = parse_run(Args, argv, Usage("plan", SUMMARY, EXAMPLES), load_model_config)
+    if args.train.init_from is not None:
+        return start_shape(args, argv)
     if args.file is None or names_vocabulary(args, argv):
         return args
     folder = Path(args.train.data.folder)
@@ -93,8 +100,10 @@ def run(args: Args) -> None:
     """
     from app.cli.shared.estimates import show_training
     from app.training.machine.runtime import choose_runtime
+    from app.training.saving.tuned import check_tune
 
     config = _with_steps(args.train)
+    check_tune(config)
     shape = config.model
     length = shape.context_size if args.length is None else args.length
     if length < 1:
@@ -106,7 +115,8 @@ def run(args: Args) -> None:
         )
     _check_ranks(args)
     runtime = choose_runtime(config)
-    print_table(_summary(shape, runtime))
+    beside = _beside(config)
+    print_table([*_summary(shape, runtime), *_tuned(config, beside)])
     refused = _show_attention(shape, runtime, length)
     _show_cache(shape, length)
     if refused is not None:
@@ -116,7 +126,7 @@ def run(args: Args) -> None:
 
         show_ranks(config, args.ranks, args.bandwidth)
         return
-    refused = show_training(config, runtime, args.probe)
+    refused = show_training(config, runtime, args.probe, beside)
     for note in _notes(args, config):
         print(note)
     if refused is not None:
@@ -141,6 +151,37 @@ def _with_steps(config: TrainConfig) -> TrainConfig:
         )
     data = TokenDataset.open(folder)
     return with_steps(config, feed_of(data, config, config.batch_size, config.seed))
+
+
+def _beside(config: TrainConfig) -> Beside:
+    """新词元要数据已经准备好才知道。
+
+    Raises:
+        ValueError: 教师、参考或起点不在那里，或数据的分词器不是起点的。
+    """
+    from app.data.shards import META_FILE, TokenDataset
+    from app.data.tokenizers import load_tokenizer
+    from app.planning.tuned import Beside
+    from app.training.saving.checkpoint import resolve_checkpoint
+    from app.training.saving.initial import new_tokens
+
+    new, folder = range(0), Path(config.data.folder) / "train"
+    if config.init_from is not None and (folder / META_FILE).is_file():
+        start = resolve_checkpoint(config.init_from, to_stderr)
+        now = TokenDataset.open(folder).tokenizer()
+        new = new_tokens(load_tokenizer(start), now, f"init_from={start}")
+    return Beside.of(config, new, to_stderr)
+
+
+def _tuned(config: TrainConfig, beside: Beside) -> Table:
+    parts = beside.parts(config)
+    if parts is None:
+        return []
+    trained, frozen = (sum(map(math.prod, x.values())) for x in (parts.trained, parts.frozen))
+    return [
+        ("trained", f"{trained:,} parameters", parts.what),
+        ("frozen", f"{frozen:,} parameters", "no gradients, no optimizer state"),
+    ]
 
 
 def _check_ranks(args: Args) -> None:

@@ -11,14 +11,17 @@ from app.training.config import TrainConfig
 if TYPE_CHECKING:
     from app.planning.fit import Assessment
     from app.planning.probe import Estimate
+    from app.planning.tuned import Beside
     from app.training.machine.runtime import Runtime
 
 
-def show_training(config: TrainConfig, runtime: Runtime, probing: bool) -> str | None:
+def show_training(
+    config: TrainConfig, runtime: Runtime, probing: bool, beside: Beside
+) -> str | None:
     """打印各表；放不下时返回理由与改法。"""
     from app.planning.fit import assess
 
-    found = assess(config, runtime, probing)
+    found = assess(config, runtime, probing, beside)
     _print_steps(config)
     _print_memory(config, found)
     _print_time(config, found)
@@ -32,10 +35,13 @@ def _print_steps(config: TrainConfig) -> None:
     tokens = config.tokens_per_step
     about = "" if one.exact else "~"
     share = f"attention is {one.attention / one.forward:.0%} of it"
+    backward = "twice the forward"
+    if config.tune.trainable != "all":
+        backward += " at most: frozen weights need no gradient"
     table: Table = [("compute", "per token", "per step", "")]
     for name, count, why in (
         ("forward", one.forward, share),
-        ("backward", one.backward, "twice the forward"),
+        ("backward", one.backward, backward),
         ("both", one.total, FORMULA),
     ):
         table.append((name, about + flop(count), about + flop(count * tokens), why))
@@ -59,6 +65,11 @@ def _print_memory(config: TrainConfig, assessed: Assessment) -> None:
         ("activations", size(found.activations), f"{at_once}, freed layer by layer"),
         ("logits", size(found.logits), "the loss goes through them in chunks"),
     ]
+    if found.teacher:
+        table.append(("teacher", size(found.teacher), f"{config.objective.teacher}, never trained"))
+    if found.reference:
+        why = f"{config.objective.reference}, before the first step only"
+        table.append(("reference", size(found.reference), why))
     if room.program:
         table.append(("program", size(room.program), "Python and torch themselves"))
     needed = found.peak + room.program

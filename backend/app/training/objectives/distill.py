@@ -71,8 +71,10 @@ class _Mixed:
         self._sums: list[Tensor] = []
 
     def __call__(self, logits: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        taught = product(self._hidden[rows], self._weight)
-        kl, kl_grad = divergence(logits, taught, self._temperature)
+        # 教师的这一块不留名字：divergence 用完就放掉。
+        kl, kl_grad = divergence(
+            logits, product(self._hidden[rows], self._weight), self._temperature
+        )
         ce, grad = cross_entropy(logits, labels, rows)
         keep = labels != IGNORE
         self._sums.append(torch.stack([(ce * keep).sum(), (kl * keep).sum(), keep.sum()]))
@@ -92,10 +94,14 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     common = min(student.shape[1], teacher.shape[1])
-    ours = torch.log_softmax(student.to(wide) / temperature, -1)
-    theirs = torch.log_softmax(teacher[:, :common].to(wide) / temperature, -1)
+    # 一块就有 CHUNK_BYTES：能就地的都就地，除了 logits 同时只有三块。
+    ours = student.to(wide) / temperature
+    torch.log_softmax(ours, -1, out=ours)
+    theirs = teacher[:, :common].to(wide) / temperature
+    del teacher
+    torch.log_softmax(theirs, -1, out=theirs)
     chance = theirs.exp()
-    kl = (chance * (theirs - ours[:, :common])).sum(-1)
+    kl = theirs.sub_(ours[:, :common]).mul_(chance).sum(-1)
     grad = ours.exp_()
     grad[:, :common] -= chance
     return kl, grad.div_(temperature)

@@ -249,13 +249,18 @@ def _best(run: Path) -> tuple[int, float, dict[str, Any] | None] | None:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it") from None
 
 
-def stays(step: int, keep_every: int) -> bool:
-    """不论后来又存了几个，这一步的都留着。"""
-    return keep_every > 0 and step % keep_every == 0
+def kept_every(step: int, every: int) -> bool:
+    """keep_every=every 时，不论后来又存了几个，这一步的都留着。"""
+    return every > 0 and step % every == 0
 
 
-def prune(run: Path, keep_last: int, keep_every: int = 0, saved: int | None = None) -> None:
-    """只留最新 keep_last 个、最好的那个，与每 keep_every 步的；先改名再删，删到一半也不会被当成
+def prune(
+    run: Path,
+    keep_last: int,
+    stays: Callable[[int, Path], bool] = lambda step, folder: False,
+    saved: int | None = None,
+) -> None:
+    """只留最新 keep_last 个、最好的那个，与 stays(步, 文件夹) 的；先改名再删，删到一半也不会被当成
     检查点。
 
     用户自己放进去的文件不能随着检查点消失：有这样文件的检查点留着。
@@ -267,7 +272,7 @@ def prune(run: Path, keep_last: int, keep_every: int = 0, saved: int | None = No
     steps = [(n, folder) for n, folder in list_steps(run) if saved is None or n <= saved]
     keep = {step for step, _ in steps[-keep_last:]} | ({best[0]} if best else set())
     for step, folder in steps:
-        if step in keep or stays(step, keep_every):
+        if step in keep or stays(step, folder):
             continue
         if not folder.is_symlink() and not _holds_others_work(folder):
             trash = run / f".trash-{folder.name}-{os.getpid()}"

@@ -9,6 +9,7 @@ from app.adapters.fit import fit_context
 from app.adapters.load import open_model
 from app.adapters.rows import grow_vocabulary
 from app.common.tell import Tell
+from app.data.chat.template import Template, find_template
 from app.data.tokenizers import Tokenizer, load_tokenizer
 from app.models.transformer import GPT2Config, GPT2Model
 from app.models.transformer.settings.fields import Mark, marked
@@ -54,6 +55,20 @@ def initialize_from(folder: str, model: GPT2Model, tokenizer: Tokenizer, tell: T
     if len(new):
         tell(f"{len(new)} new tokens ({new.start}..{new.stop - 1}) start as the mean of the others")
     return Started(found, new)
+
+
+def chat_template(data: Path, start: Path | None, tell: Tell) -> Template | None:
+    """对话用数据的模板；纯文本没有，就照起点的：会对话的模型读了几封信，仍旧会对话。"""
+    own = find_template(data)
+    if own is not None or start is None:
+        return own
+    kept = find_template(start)
+    if kept is not None:
+        tell(
+            f"note: the data is plain text, so the chat template {kept.name} of {start} is kept; "
+            "look whether answers still end, with gpt2 chat"
+        )
+    return kept
 
 
 def new_tokens(old: Tokenizer, now: Tokenizer, where: str) -> range:

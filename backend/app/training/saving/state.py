@@ -136,6 +136,14 @@ def write_state(folder: Path, config: TrainConfig, facts: Mapping[str, Any]) -> 
     (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
+def keep_every_of(folder: Path) -> int:
+    """存下这个检查点时的 keep_every：当时说好留着的，后来改小改大都不删。读不出就是 0。"""
+    try:
+        return int(read_state(folder)["config"].get("keep_every", 0))
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+        return 0
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """
     Raises:

@@ -64,6 +64,18 @@ def test_going_on_past_a_damaged_checkpoint_keeps_the_good_ones(
     assert read_best(tmp_path / "run") == (5, 1.0) and held(config.out) == [5, 7, 8]
 
 
+@pytest.mark.parametrize("later", [0, 6])
+def test_changing_it_loses_nothing_that_was_kept(later: int, make: Make, tmp_path: Path) -> None:
+    """每个检查点自己记着存下时的 keep_every：当时说好留着的，后来改大、关掉都还在。"""
+    config = make(out=str(tmp_path / "run"), steps=8, keep_every=4, keep_last=1)
+    train(config)
+    train(config.replace(resume="auto", steps=13, keep_every=later))
+    assert held(config.out) == ([4, 8, 12, 13] if later else [4, 8, 13])
+    # 隔了一次续训也一样：记的是它自己的，不是上一次的。
+    train(config.replace(resume="auto", steps=14, keep_every=0))
+    assert held(config.out) == ([4, 8, 12, 14] if later else [4, 8, 14])
+
+
 def test_a_run_file_without_it_keeps_its_meaning() -> None:
     old = TrainConfig().to_dict()
     del old["keep_every"]

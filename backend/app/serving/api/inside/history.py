@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,14 @@ from app.training.saving.checkpoint import (
     ADAPTER_FILES,
     MODEL_FILES,
     CheckpointError,
+    kept_every,
     list_steps,
     read_best,
-    stays,
     step_folder,
     verify_checkpoint,
 )
 from app.training.saving.resume import RUN_FILE
+from app.training.saving.state import keep_every_of
 
 MOST_STEPS, MOST_REVIEWS = 50, 2
 # 曲线至多这么多点：网页画不下更多，几十万步的训练也不必送几兆字节。
@@ -54,8 +56,8 @@ def checkpoints(served: Served) -> dict[str, Any]:
         return {"model": served.name, "checkpoints": [], "curve": None, "why": _NO_RUN}
     every, best = _keep_every(served), _best(served)
     held = [
-        {"step": step, "kept": stays(step, every) or step == best}
-        for step, _ in list_steps(served.run)
+        {"step": step, "kept": step == best or _stays(step, folder, every)}
+        for step, folder in list_steps(served.run)
     ]
     found: dict[str, Any] = {"model": served.name, "checkpoints": held, "curve": curve(served)}
     if every == 0:
@@ -182,6 +184,10 @@ def _spread(steps: list[int]) -> list[int]:
         return steps
     picked = np.linspace(0, len(steps) - 1, MOST_STEPS).round().astype(int)
     return [steps[i] for i in picked.tolist()]
+
+
+def _stays(step: int, folder: Path, every: int) -> bool:
+    return kept_every(step, every) or kept_every(step, keep_every_of(folder))
 
 
 def _keep_every(served: Served) -> int:

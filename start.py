@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,39 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 CONSTRAINTS = BACKEND / "constraints.txt"
+
+# 顶层的函数后面是两个空行（PEP 8）：在那里停，写下的就是整个函数；上下文满了就滑着写下去。
+STEPS = (
+    (
+        "the data: the source of your Python's own standard library, cut into tokens",
+        "gpt2 prepare --out data/stdlib",
+    ),
+    (
+        "the training: about 3 minutes on 2 cores; Ctrl-C saves, the same command goes on",
+        "gpt2 train --config quickstart --resume auto",
+    ),
+    (
+        "what it writes: three functions, each up to its end, at temperature 0.6",
+        "gpt2 generate runs/quickstart/best --prompt 'def ' --num-samples 3 --temperature 0.6 "
+        r"--max-new-tokens 300 --overflow slide --stop '\n\n\n'",
+    ),
+)
+NEXT = (
+    (
+        "look inside: open http://127.0.0.1:8080 while this runs",
+        "gpt2 serve runs/quickstart",
+    ),
+    (
+        "ask it, from a second terminal while that runs",
+        "curl http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' "
+        """-d '{"prompt": "class ", "max_tokens": 64, "temperature": 0.6}'""",
+    ),
+    (
+        "change one part and compare, two seeds each, a few minutes",
+        "gpt2 sweep --config quickstart --steps 150 --vary model.position=learned,rope "
+        "--seeds 0 1 --out runs/position",
+    ),
+)
 
 USAGE = """usage: python3 start.py [quickstart|test] [arguments for pytest]
 
@@ -79,15 +113,16 @@ def install(extras: str) -> None:
 
 
 def quickstart() -> int:
-    install("")
-    gpt2 = [PYTHON, "-m", "app.cli"]
-    say("gpt2 prepare --out data/stdlib")
-    run([*gpt2, "prepare", "--out", "data/stdlib"])
-    say("gpt2 train --config quickstart --resume auto")
-    run([*gpt2, "train", "--config", "quickstart", "--resume", "auto"])
-    say('gpt2 generate runs/quickstart/best --prompt "def "')
-    run([*gpt2, "generate", "runs/quickstart/best", "--prompt", "def "])
-    say("done: look at runs/quickstart/loss.png; run the tests with: python3 start.py test")
+    install("[serve]")
+    for number, (what, line) in enumerate(STEPS, start=1):
+        say(f"{number} of {len(STEPS)}, {what}\n    {line}")
+        run([PYTHON, "-m", "app.cli", *shlex.split(line)[1:]])
+    activate = BIN / "activate"
+    say("done. Curves, speed and samples: open runs/quickstart/report.html in a browser")
+    print(f"\nNext, in this folder:\n    source {activate.relative_to(ROOT)}")
+    for what, line in NEXT:
+        print(f"{what}\n    {line}")
+    print("An hour with all of it: docs/first-hour.md. The tests: python3 start.py test")
     return 0
 
 

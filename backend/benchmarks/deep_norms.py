@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--norms", nargs="+", default=["pre", "keel", "deepnorm", "post"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--depth", type=int, default=24)
+    parser.add_argument("--plot", type=Path, default=PLOT)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -47,7 +48,7 @@ def main() -> None:
     body = table(["norm", *(f"val, seed {s}" for s in args.seeds), "verdict"], rows)
     body += f"\n\nThe unigram plateau (knowing only letter frequencies) is {unigram:.3f}."
     command = "cd backend && python -m benchmarks.deep_norms tinyshakespeare.txt"
-    plot(curves, unigram, args.depth)
+    plot(curves, unigram, args.depth, args.plot)
     write_result("deep_norms", command, body)
 
 
@@ -103,7 +104,9 @@ def verdict(value: float, unigram: float) -> str:
     return "stuck on the unigram plateau" if value > unigram - 0.15 else "trains"
 
 
-def plot(curves: dict[tuple[str, int], list[float]], unigram: float, depth: int) -> None:
+def plot(
+    curves: dict[tuple[str, int], list[float]], unigram: float, depth: int, path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,8 +122,8 @@ def plot(curves: dict[tuple[str, int], list[float]], unigram: float, depth: int)
     axes.set(xlabel="step", ylabel="training loss (mean of 10)", ylim=(2.2, 4.4))
     axes.set_title(f"{depth} layers, width 64, peak learning rate {PEAK:g}")
     axes.legend(ncols=2)
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

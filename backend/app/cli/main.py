@@ -69,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else "run `gpt2 --help` for the list"
         print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
-    command = cast(Command, import_module(f"app.cli.commands.{_MODULES.get(name, name)}"))
+    command = find_command(name)
     try:
-        code = command.run(_parse(name, command, rest)) or 0
+        code = command.run(parse_command(name, rest)) or 0
         # 盘满时缓冲里的输出到退出才报错，那时已经说过成功了。
         sys.stdout.flush()
         return code
@@ -92,8 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parse(name: str, command: Command, argv: list[str]) -> Any:
+def find_command(name: str) -> Command:
+    """name 在 COMMANDS 里；只导入它那一个模块。"""
+    return cast(Command, import_module(f"app.cli.commands.{_MODULES.get(name, name)}"))
+
+
+def parse_command(name: str, argv: list[str]) -> Any:
     """有 parse 的模块（训练：YAML 之上再覆盖）自己解析，其余按 Args 解析。"""
+    command = find_command(name)
     argv = _renamed(argv, getattr(command, "RENAMED", {}))
     parse = getattr(command, "parse", None)
     if parse is not None:

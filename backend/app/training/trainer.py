@@ -38,7 +38,7 @@ from .watch.ending import Ending
 from .watch.expert_load import balance_row, update_selection_bias
 from .watch.patience import Patience
 from .watch.plateau import PlateauWatch
-from .watch.samples import sample_text
+from .watch.samples import SAMPLING, sample_text
 from .watch.spike import SpikeWatch
 from .watch.validation import Validation
 
@@ -275,12 +275,13 @@ class Trainer:
         if self.config.sample_tokens == 0 or self._sampled == self.step:
             return
         self._sampled = self.step
+        how = "" if self.answers else f", temperature {SAMPLING.temperature:g}"
         if self.answers is None:
             self.last_sample = sample_text(self.model, self.tokenizer, self.config, self.runtime)
         else:
             self.last_sample = self._answer(self.answers)
         self.metrics.write({"kind": "sample", "step": self.step, "text": self.last_sample})
-        self.progress.tell(f"--- sample at step {self.step} ---\n{self.last_sample}\n---")
+        self.progress.tell(f"--- sample at step {self.step}{how} ---\n{self.last_sample}\n---")
 
     def _answer(self, answers: Answers) -> str:
         """问几个验证集里的问题，记下答完了几个；返回头一个的问与答。"""

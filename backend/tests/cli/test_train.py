@@ -113,7 +113,7 @@ def test_whole_run_by_hand(tmp_path: Path, data: Path) -> None:
     for wanted in (
         "device", "precision", "fused AdamW", "32 tokens", "2 passes of 2", "first loss",
         "OMP_WAIT_POLICY=PASSIVE", "best validation loss",
-        "--- sample at step 12 ---", "loss.png", "gpt2 generate",
+        "--- sample at step 12, temperature 0.8 ---", "loss.png", "gpt2 generate",
     ):  # fmt: skip
         assert wanted in out
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000

@@ -57,7 +57,7 @@ def test_no_encoding_ends_a_run(config: TrainConfig, tmp_path: Path, encoding: s
         cwd=BACKEND, env=ENV | {"PYTHONIOENCODING": encoding}, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert b"--- sample at step 9 ---" in done.stdout and b"\\u6f22" in done.stdout
+    assert b"--- sample at step 9, temperature 0.8 ---" in done.stdout and b"\\u6f22" in done.stdout
     assert resolve_checkpoint(config.out).name == "step-00000009"
     samples = [row["text"] for row in rows(config.out, "sample")]
     assert len(samples) == 5 and all(text.startswith("漢") for text in samples)

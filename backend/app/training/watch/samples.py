@@ -13,7 +13,7 @@ from ..config import TrainConfig
 from ..machine.runtime import Runtime
 from ..saving.checkpoint import Tell
 
-_SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
+SAMPLING = SamplingConfig(temperature=0.8, top_k=200)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -72,7 +72,7 @@ def sample_text(
     with torch.compiler.set_stance("force_eager"), runtime.autocast():
         options = Options(
             max_new_tokens=config.sample_tokens,
-            sampling=_SAMPLING,
+            sampling=SAMPLING,
             stop_ids=tuple(tokenizer.stop_ids),
             overflow="slide",
         )

@@ -23,7 +23,6 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 CONSTRAINTS = BACKEND / "constraints.txt"
 
-# 顶层的函数后面是两个空行（PEP 8）：在那里停，写下的就是整个函数；上下文满了就滑着写下去。
 STEPS = (
     (
         "the data: the source of your Python's own standard library, cut into tokens",
@@ -34,9 +33,9 @@ STEPS = (
         "gpt2 train --config quickstart --resume auto",
     ),
     (
-        "what it writes: three functions, each up to its end, at temperature 0.6",
-        "gpt2 generate runs/quickstart/best --prompt 'def ' --num-samples 3 --temperature 0.6 "
-        r"--max-new-tokens 300 --overflow slide --stop '\n\n\n'",
+        "what it writes: three functions, each up to its first blank line, at temperature 0.6",
+        "gpt2 generate runs/quickstart/best --prompt def --num-samples 3 --temperature 0.6 "
+        r"--max-new-tokens 200 --overflow slide --stop '\n\n'",
     ),
 )
 NEXT = (

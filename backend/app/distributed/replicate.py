@@ -103,7 +103,7 @@ def total_norm(rows: Iterable[Tensor]) -> Tensor:
     return torch.cat([one.reshape(-1) for one in rows]).sum().sqrt()
 
 
-def clip(gradients: Sequence[Tensor], norm: float, largest: float) -> None:
+def clip(gradients: list[Tensor], norm: float, largest: float) -> None:
     """范数大于 largest 就缩到 largest；为 0 是不裁剪。系数是主机上的一个数，处处相同。"""
     # 1e-6 是 torch 的 clip_grad_norm_ 的。
     if largest and norm + 1e-6 > largest:

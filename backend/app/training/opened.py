@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,8 @@ def held_rows(name: str, opened: Data, config: TrainConfig) -> Held:
     if text and config.data.documents == "joined":
         return Spread(data, config.model.context_size, windows, config.rows_at_once)
     feed = feed_of(data, config, config.rows_at_once, 0)
-    how = {"scored": "all" if text or config.objective.score == "all" else "answers"}
+    scored = "all" if text or config.objective.score == "all" else "answers"
+    how: dict[str, Any] = {"scored": scored}
     if data.fingerprint in opened.reference:
         feed = with_reference(feed, opened.reference[data.fingerprint])
         # 别的 β、别的参考就是别的损失。

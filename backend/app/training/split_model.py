@@ -90,7 +90,8 @@ class SplitModel(Streamed):
         """只有语言模型：别的目标在开始之前就拒绝了（distributed/check.py）。"""
         valid = max(1, int((rows.targets != IGNORE).sum()))
         if (context := self.split.context) is not None:
-            rows = Rows(*(None if x is None else context.batch(x) for x in rows))
+            given = {name: x for name, x in rows._asdict().items() if x is not None}
+            rows = rows._replace(**{name: context.batch(x) for name, x in given.items()})
         if self.split.pipe is None:
             out = forward(model, rows)
             loss = out["loss"] * (int((rows.targets != IGNORE).sum()) / valid)

@@ -199,8 +199,8 @@ def hugging_face(size: Size) -> Any:
     """transformers 的同一个模型，同样的权重。"""
     from transformers import GPT2LMHeadModel
 
-    from app.interop.hf import write_hf
     from app.interop.equivalent import Weights
+    from app.interop.hf import write_hf
 
     with tempfile.TemporaryDirectory() as folder:
         write_hf(Weights.of(start(size)), "gpt2", None, Path(folder), None)

@@ -60,7 +60,7 @@ class Size:
     def of(cls, tiny: bool) -> Size:
         small = GPT2Config(norm="pre", vocab_size=50257, context_size=1024, dropout=0.0)
         if not tiny:
-            return cls(small, 16, 4)
+            return cls(small, 8, 2)
         shape = small.replace(vocab_size=97, context_size=64, n_layer=2, n_head=2, n_embed=32)
         return cls(shape, 12, 2)
 

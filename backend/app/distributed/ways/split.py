@@ -73,9 +73,10 @@ class Split:
             valid: 整批（别的数据轴上的也算）的有效目标数。
             places: 文档号与掩码，各 (B, T)，按 GPT2Model.forward 的名字。
         """
+        places = {} if places is None else places
         for way in self.ways:
             x, y = way.batch(x), way.batch(y)
-            places = {name: way.batch(each) for name, each in (places or {}).items()}
+            places = {name: way.batch(each) for name, each in places.items()}
         counts = torch.stack([(part != IGNORE).sum() for part in y.split(micro)])
         share = counts.double() / max(1, valid)
         # 均衡损失是整行的：它的份额也是整行的，不只是这一段。

@@ -43,7 +43,7 @@ PARTS = ("packed", "trainable", "trl")
 WAYS = {
     "packed": ("packed", "padded"),
     "trainable": ("all", "lora", "last:2"),
-    "trl": ("ours-packed", "ours-padded", "trl"),
+    "trl": ("ours-packed", "trl"),
 }
 CPU = Runtime(torch.device("cpu"), "", torch.float32, "")
 OPTIM = OptimConfig(lr=3e-5, weight_decay=0.0, grad_clip=1.0, betas=(0.9, 0.999))

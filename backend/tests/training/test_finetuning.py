@@ -339,6 +339,19 @@ def test_another_reference_is_computed_without_its_dropout(
     assert np.array_equal(*found)
 
 
+def test_log_probs_turn_the_dropout_off_and_on_again(
+    modes: dict[str, dict[str, Any]], make: Make, base: Path
+) -> None:
+    config = make(**modes["dpo"])
+    data = open_data(config, lambda line: None).train
+    feed, found = feed_of(data, config, 4, config.seed), []
+    for dropout in (0.5, 0.0):
+        model = GPT2Model.from_pretrained(base, dropout=dropout).train()
+        found.append(log_probs(model, feed, 4, CPU, ALONE))
+        assert model.training
+    assert np.array_equal(*found, equal_nan=True)
+
+
 def test_the_reference_is_the_model_without_its_adapters(
     make: Make, modes: dict[str, dict[str, Any]], pairs: Path
 ) -> None:

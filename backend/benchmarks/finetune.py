@@ -340,7 +340,11 @@ def main() -> None:
         if args.tiny:
             print(body)
         else:
-            write_result(f"finetune_{part}", f"python -m benchmarks.finetune --parts {part}", body)
+            write_result(
+                f"finetune_{part}",
+                f"cd backend && python -m benchmarks.finetune --parts {part}",
+                body,
+            )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from app.models.transformer.block import Block, Residual
 from app.models.transformer.cache.store import Store
 from app.models.transformer.config import Activation
 from app.models.transformer.layers.linear import Linear
+from app.models.transformer.layers.norm import RMSNorm
 from app.models.transformer.mlp import MLP
 from app.native.build import load_native
 from app.native.structs import (
@@ -40,7 +41,7 @@ _ACTIVATIONS: dict[Activation, int] = {
     "gelu_tanh": 0, "gelu": 1, "relu": 2, "relu2": 3, "silu": 4,
 }  # fmt: skip
 _MATRICES = ("c_attn", "c_proj", "c_fc")
-_PLAIN = (nn.LayerNorm, nn.RMSNorm)
+_PLAIN = (nn.LayerNorm, RMSNorm)
 _NORMS = ("ln_1", "ln_1_post", "ln_2", "ln_2_post", "ln_f")
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from app.inspection.attention import NotFinite
 from app.inspection.slices import Steps
+from app.models.transformer import GPT2Model
 from app.serving.api.errors import ApiError, failed
 from app.serving.api.fields import HistoryBody, InspectBody, parse, schema_of
 from app.serving.api.gate import read_body
@@ -115,14 +116,18 @@ class Inside:
 
         问的人走了，线程仍要读完才停：名额由它占着，读完才还。
         """
-        loading = asyncio.get_running_loop().run_in_executor(None, asked.load, step)
+        # 不作 future 的结果：那个对象何时消失不由这里定。
+        held: list[GPT2Model | None] = []
+        loading = asyncio.get_running_loop().run_in_executor(
+            None, lambda: held.append(asked.load(step))
+        )
         try:
-            model = await asyncio.shield(loading)
+            await asyncio.shield(loading)
         except asyncio.CancelledError:
             self._reviewing += 1
             loading.add_done_callback(self._leave)
             raise
-        if model is not None:
+        if (model := held.pop()) is not None:
             await self.done(asked.served, asked.look(step, model))
 
     def _leave(self, *_: object) -> None:

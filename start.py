@@ -33,9 +33,9 @@ STEPS = (
         "gpt2 train --config quickstart --resume auto",
     ),
     (
-        "what it writes: three functions, each up to its first blank line, at temperature 0.6",
-        "gpt2 generate runs/quickstart/best --prompt def --num-samples 3 --temperature 0.6 "
-        r"--max-new-tokens 200 --overflow slide --stop '\n\n'",
+        "what it writes: three methods, each up to its first blank line, at temperature 0.6",
+        "gpt2 generate runs/quickstart/best --prompt 'def __init__(self' --num-samples 3 "
+        r"--temperature 0.6 --max-new-tokens 200 --overflow slide --stop '\n\n'",
     ),
 )
 NEXT = (

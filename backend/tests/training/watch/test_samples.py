@@ -52,7 +52,7 @@ def test_a_prompt_that_is_used_is_refused_by_name(make: Make, dna: DataConfig) -
 def test_the_prompt_of_a_recipe_gives_way_to_the_data(
     make: Make, dna: DataConfig, tmp_path: Path
 ) -> None:
-    """quickstart 的提示是 "def "：那不是用户要的，数据里没有就换成默认的，说一句。"""
+    """quickstart 的提示是一段 Python：那不是用户要的，数据里没有就换成默认的，说一句。"""
     from app.training import run as run_module
 
     recipe: TrainConfig = make(data=dna, sample_tokens=5, sample_prompt="def ")

@@ -69,12 +69,17 @@ def compare(names: list[str], size: int, replicas: int) -> None:
     for rank, found in enumerate(run_ranks(size, real, names, replicas, limit=300)):
         for name, step in found.items():
             want = planned[name]
-            assert step.calls == want.calls and step.round == want.round, name
+            # 规划的是 rank 0：词表是奇数，后面的 rank 少一行，换给 Muon 的主人的也就差几行。
+            assert step.calls.count == want.calls.count, (name, rank)
+            if rank == 0:
+                assert step.calls == want.calls and step.round == want.round, name
+            else:
+                for kind, size in step.calls.nbytes.items():
+                    assert abs(size / want.calls.nbytes[kind] - 1) < 0.02, (name, rank, kind)
             assert step.calls.nbytes["all_gather"] > 0
             if name == "all_reduce":
                 # gloo 自己的 reduce-scatter 何时放掉输入不在追踪里，峰值落在别的时刻。
                 continue
-            # 规划的是 rank 0：词表是奇数，后面的 rank 少一行。
             same = step.peak == want.peak if rank == 0 else step.peak["Total"] <= want.peak["Total"]
             assert same, (name, rank, step.peak, want.peak)
 

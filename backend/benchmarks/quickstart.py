@@ -33,6 +33,7 @@ BEFORE_STEPS = 900
 PLAIN = {
     "optim.name": "adamw", "optim.lr": 3e-3, "model.position": "learned", "model.qk_norm": False,
     "model.activation": "gelu_tanh", "model.bias": True, "schedule.kind": "cosine",
+    "schedule.warmup_steps": 100, "schedule.min_lr_ratio": 0.05,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "the recipe": {},
@@ -117,8 +118,8 @@ def trained(work: Path, changes: dict[str, Any], steps: int, seed: int) -> float
 
 def step_times(names: list[str], rounds: int, kept: Path) -> dict[str, float]:
     """一步几秒；量过的从 kept 里取，训练就可以分几次跑。"""
-    if kept.exists():
-        known: dict[str, float] = json.loads(kept.read_text())
+    known: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    if known.keys() >= set(names):
         return known
     times = interleaved({name: stepper(changed(WAYS[name])) for name in names}, rounds)
     kept.write_text(json.dumps(times, indent=1))

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typing_extensions import Doc
 
-from app.cli.shared.knobs import (
-    CachedAs,
-    Greedy,
-    MinP,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-    sampling,
-)
+from app.cli.shared.knobs import Knobs
 from app.cli.shared.trained import Device, IdleThreads, TrainedName, load_trained
 from app.common.tell import to_stderr
 from app.common.waiting import settle_waiting
@@ -54,20 +45,13 @@ _WHY = {
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Knobs):
     """`gpt2 chat` 的选项。"""
 
     model: TrainedName
     system: Annotated[str | None, Doc("said before the conversation; None = nothing")] = None
     max_new_tokens: Annotated[int, Doc("longest answer, in tokens")] = _MOST_NEW
-    temperature: Temperature = 0.8
-    top_k: TopK = None
-    top_p: TopP = 0.95
-    min_p: MinP = None
-    repetition_penalty: RepetitionPenalty = 1.0
-    greedy: Greedy = False
     seed: Annotated[int, Doc("answer i uses seed + i")] = 0
-    kv_dtype: CachedAs = None
     waiting: IdleThreads = "auto"
     device: Device = "auto"
 
@@ -79,7 +63,7 @@ def run(args: Args) -> int:
     """
     options = Options(
         max_new_tokens=args.max_new_tokens,
-        sampling=sampling(args),
+        sampling=args.sampling(),
         kv_dtype=args.kv_dtype,
     )
     settle_waiting(args.waiting, serving=False)

@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from typing_extensions import Doc
 
-from app.cli.shared.knobs import (
-    CachedAs,
-    Greedy,
-    MinP,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
-    sampling,
-)
+from app.cli.shared.knobs import Knobs
 from app.cli.shared.trained import Device, IdleThreads, Trained, TrainedName, load_trained
 from app.common.escapes import unescape
 from app.common.tell import to_stderr
@@ -48,7 +39,7 @@ _DEFAULT_NEW = 200
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(Knobs):
     """生成的全部选项。"""
 
     model: TrainedName
@@ -62,12 +53,6 @@ class Args:
     max_new_tokens: Annotated[
         int | None, Doc("tokens to add; None = 200, or fewer where the context ends before")
     ] = None
-    temperature: Temperature = 0.8
-    top_k: TopK = None
-    top_p: TopP = 0.95
-    min_p: MinP = None
-    repetition_penalty: RepetitionPenalty = 1.0
-    greedy: Greedy = False
     seed: Annotated[int, Doc("sample i of every prompt uses seed + i, whatever the batch")] = 0
     num_samples: Annotated[int, Doc("texts per prompt")] = 1
     stop: Annotated[
@@ -86,7 +71,6 @@ class Args:
             "without end and without reading again (RoPE or none)"
         ),
     ] = "error"
-    kv_dtype: CachedAs = None
     batch_size: Annotated[int, Doc("texts computed at once; does not change them")] = 16
     prefill_chunk: Annotated[
         int | None, Doc("prompt tokens per step; bounds the memory of long prompts")
@@ -124,7 +108,7 @@ def _options(args: Args) -> Options:
     """装入模型之前就能定下的；其余的之后再填。"""
     return Options(
         max_new_tokens=_DEFAULT_NEW if args.max_new_tokens is None else args.max_new_tokens,
-        sampling=sampling(args),
+        sampling=args.sampling(),
         stop_strings=tuple(unescape(text, "stop") for text in args.stop),
         overflow=args.overflow,
         prefill_chunk=args.prefill_chunk,

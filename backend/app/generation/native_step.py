@@ -1,8 +1,9 @@
-"""解码的一步整个交给原生的文件：标准的稠密模型，浮点或量化的权重。
+"""几个词元的一步整个交给原生的文件：稠密的模型，浮点或量化的权重。
 
 省下的是逐层的 Python、算子的启动与线程的集合；孪生是 lean_step.py 里逐个算子的一步。
-行数到 MOST_ROWS 为止，一行的结果与同批的行、线程数无关，逐位相同。
-B 行、C 宽度、V 词表、S 键数。
+一行是一个词元，同一段文字接着的几个词元是几行。行数到 MOST_ROWS 为止，一行的结果与同批的行、
+线程数无关，逐位相同。
+B 行、C 宽度、V 词表、S 键数、D 头宽、K 要 logits 的行数。
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from app.models.transformer import GPT2Model, KVCache
+from app.models.transformer import GPT2Config, GPT2Model, KVCache
 from app.models.transformer.block import Block, Residual
 from app.models.transformer.cache.store import Store
 from app.models.transformer.config import Activation
 from app.models.transformer.layers.linear import Linear
 from app.models.transformer.layers.norm import RMSNorm
+from app.models.transformer.layers.rope import Rotary
 from app.models.transformer.mlp import MLP
 from app.native.build import load_native
 from app.native.structs import (
@@ -38,11 +40,11 @@ from app.native.structs import (
 # 再多，浮点的乘法是 torch 的快。
 MOST_ROWS = 32
 _ACTIVATIONS: dict[Activation, int] = {
-    "gelu_tanh": 0, "gelu": 1, "relu": 2, "relu2": 3, "silu": 4,
+    "gelu_tanh": 0, "gelu": 1, "relu": 2, "relu2": 3, "silu": 4, "swiglu": 4,
 }  # fmt: skip
 _MATRICES = ("c_attn", "c_proj", "c_fc")
 _PLAIN = (nn.LayerNorm, RMSNorm)
-_NORMS = ("ln_1", "ln_1_post", "ln_2", "ln_2_post", "ln_f")
+_NORMS = ("ln_1", "ln_1_post", "ln_2", "ln_2_post", "ln_f", "q_norm", "k_norm")
 
 
 def why_not_native(model: GPT2Model) -> str | None:
@@ -50,14 +52,8 @@ def why_not_native(model: GPT2Model) -> str | None:
     config, found = model.config, load_native()
     if found.handle is None:
         return found.reason
-    if config.position == "rope":
-        return "position='rope'"
-    if config.qk_norm:
-        return "qk_norm=True"
     if config.moe_layers:
         return f"layers {list(config.moe_layers)} have experts"
-    if config.activation not in _ACTIVATIONS:
-        return f"activation={config.activation!r}"
     if config.attention_backend not in ("auto", "sdpa"):
         return f"attention_backend={config.attention_backend!r}"
     # 换掉的叶子（如 LoRA 包着的）自己的前向没有人读；它起初是零的话，头一步也比不出来。
@@ -93,9 +89,10 @@ class NativeStep:
         head = model.embed.wte if model.lm_head is None else model.lm_head
         self._model = Model(
             config.n_layer, config.n_embed, config.n_head, config.kv_heads, config.head_dim,
-            config.mlp_hidden, _ACTIVATIONS[config.activation], self._norm(model.ln_f),
-            self._matrix(head.weight, None), self._layers,
+            config.mlp_hidden, _ACTIVATIONS[config.activation], config.is_gated, _side(config),
+            self._norm(model.ln_f), self._matrix(head.weight, None), self._layers,
         )  # fmt: skip
+        self._config, self._turns = config, torch.empty(2, 0, config.head_dim // 2)
         codes = [held for held in self._kept if isinstance(held, Held)]
         rounded = any(held.weight.kind in (INT8, INT4) for held in codes)
         self.tolerance = 1e-2 if rounded else 1e-4
@@ -124,7 +121,8 @@ class NativeStep:
             MemoryError: 中间结果放不下。
         """
         assert cache.uniform is not None
-        return self.rows(x, [cache.uniform + 1] * len(x), range(len(x)), cache.stores)
+        every = range(len(x))
+        return self.rows(x, [cache.uniform + 1] * len(x), every, cache.stores, every)
 
     def rows(
         self,
@@ -132,8 +130,11 @@ class NativeStep:
         keys: Sequence[int],
         places: Sequence[int],
         stores: Sequence[tuple[Store, Store]],
+        keep: Sequence[int],
     ) -> Tensor:
-        """同上，各行有自己的键数（含这一个词元），在缓存的第 places 行。
+        """同上，各行有自己的键数（含这一个词元），在缓存的第 places 行；给出 keep 这几行的 (K, V)。
+
+        同一段文字接着的几个词元：places 相同，keys 一个比一个多一。
 
         Raises:
             MemoryError: 中间结果放不下。
@@ -142,15 +143,25 @@ class NativeStep:
         for layer, (k, v) in zip(self._layers, stores, strict=True):
             layer.keys, layer.values = pointer(k.parts[0]), pointer(v.parts[0])
             layer.row_stride, layer.head_stride = k.parts[0].stride(0), k.parts[0].stride(1)
-        logits = x.new_empty(len(x), self._vocab)
-        many = ctypes.c_int64 * len(x)
+        cosine, sine = self._turned(keys) if self._model.side else (None, None)
+        logits = x.new_empty(len(keep), self._vocab)
         failed = self._call(
-            ctypes.byref(self._model), len(x), many(*keys), many(*places), x.data_ptr(),
-            logits.data_ptr(), torch.get_num_threads(),
+            ctypes.byref(self._model), len(x), _ints(keys), _ints(places), pointer(cosine),
+            pointer(sine), x.data_ptr(), len(keep), _ints(keep), logits.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for one step of {len(x)} rows")
         return logits
+
+    def _turned(self, keys: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """键数 -> 那些位置的 cos 与 sin，各 (B, D/2)；用到多远，表就算到两倍远。"""
+        if max(keys) > self._turns.shape[1]:
+            config, far = self._config, torch.arange(2 * max(keys))[None]
+            made = Rotary.at(far, config.rope, config.head_dim, config.context_size)
+            self._turns = torch.stack((made.cos[0, 0], made.sin[0, 0]))
+        cosine, sine = self._turns[:, torch.tensor(keys) - 1]
+        return cosine, sine
 
     def _block(self, block: Block) -> Layer:
         first, second = block.residuals
@@ -158,6 +169,7 @@ class NativeStep:
         return Layer(
             *self._around(first, block.ln_1, block.ln_1_post),
             *self._around(second, block.ln_2, block.ln_2_post),
+            *(self._norm(norm) for norm in (block.attn.q_norm, block.attn.k_norm)),
             *(
                 self._matrix(leaf.weight, leaf.bias)
                 for leaf in (block.attn.c_attn, block.attn.c_proj, mlp.c_fc, mlp.c_proj)
@@ -183,3 +195,14 @@ class NativeStep:
         assert isinstance(held, Held)
         self._kept += [held, bias]
         return Matrix(held.address, pointer(bias))
+
+
+def _side(config: GPT2Config) -> int:
+    """旋转的一对里两维的号差几；0 = 不转。"""
+    if config.position != "rope":
+        return 0
+    return config.head_dim // 2 if config.rope.layout == "half" else 1
+
+
+def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

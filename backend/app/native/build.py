@@ -144,8 +144,8 @@ def _open(path: Path) -> ctypes.CDLL:
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
     )  # fmt: skip
     handle.gpt2_step.argtypes = (
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
-        ctypes.c_void_p, ctypes.c_int,
+        ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 5,
+        ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int,
     )  # fmt: skip
     return handle
 

@@ -1,4 +1,4 @@
-/* 一行上的几件小事：归一化、激活、一个头的注意力；还有线程的等齐。
+/* 一行上的几件小事：归一化、激活、旋转、一个头的注意力；还有线程的等齐。
  *
  * 八个一组地算，组里的次序固定；写成编译器自己会向量化的循环，各指令集逐位相同。
  */
@@ -111,6 +111,15 @@ void gpt2_activate(int64_t kind, float *x, int64_t n) {
         for (int64_t i = 0; i < n; i++) x[i] = x[i] < 0.0f ? 0.0f : x[i];
         if (kind == RELU2)
             for (int64_t i = 0; i < n; i++) x[i] *= x[i];
+    }
+}
+
+void gpt2_turn(float *x, const float *cosine, const float *sine, int64_t side, int64_t D) {
+    for (int64_t i = 0; i < D / 2; i++) {
+        float *a = x + (side == 1 ? 2 * i : i), *b = a + side;
+        const float was = *a;
+        *a = was * cosine[i] - *b * sine[i];
+        *b = *b * cosine[i] + was * sine[i];
     }
 }
 

@@ -1,8 +1,11 @@
-/* 解码的一步，整步一次调用：各层、末尾的归一化、输出头。乘法之外的事都在读权重的空档里。
+/* 几个词元走一步，整步一次调用：各层、末尾的归一化、输出头。乘法之外的事都在读权重的空档里。
  *
- * 各线程只在五处等齐（每层：qkv、注意力、投影、c_fc、c_proj 之后）；归一化与取整各线程都做一遍，
- * 比等齐一次便宜。每一行的运算次序与别的行、与线程数无关：成批与单独算，逐位相同。
- * R 行数、C 宽度、H 查询头数、G 键值头数、D 头宽、S 一行的键数（含这一个词元）、V 词表。
+ * 一行是一个词元；同一段文字接着的几个词元是几行，键数一个比一个多一。所以先把各行的键值都写进
+ * 缓存，等齐，再看：后一个看得见前一个的。
+ * 各线程只在几处等齐（每层：qkv、写键值、注意力、投影、c_fc、c_proj 之后）；归一化与取整各线程都做
+ * 一遍，比等齐一次便宜。每一行的运算次序与别的行、与线程数无关：成批与单独算，逐位相同。
+ * R 行数、C 宽度、H 查询头数、G 键值头数、D 头宽、S 一行的键数（含这一个词元）、V 词表、K 要 logits 的
+ * 行数。
  */
 #include "step.h"
 
@@ -17,11 +20,15 @@ typedef struct {
     const Model *m;
     int64_t rows, most;          /* R，各行里最大的 S */
     const int64_t *keys, *place; /* (R,)：各行的 S，与它在缓存的第几行 */
+    const int64_t *keep;         /* (K,)：要 logits 的行，递增 */
+    int64_t kept;
+    const float *cosine, *sine; /* 各 (R, D/2)；不转就不看 */
     float *x;           /* (R, C)：残差流，进来时是嵌入 */
     float *heads;       /* (R, (H + 2G)·D) */
     float *mixed;       /* (R, H·D) */
     float *hidden;      /* (R, c_fc 的宽) */
-    float *logits;      /* (R, V) */
+    float *gated;       /* (R, c_proj 收的宽)：没有门就是 hidden */
+    float *logits;      /* (K, V) */
     char *own;          /* 各线程自己的：归一化之后的行、分数、取整的 x */
     size_t own_bytes;
     Barrier barrier;
@@ -34,16 +41,16 @@ typedef struct {
 } Own;
 
 /* y 的这一段列；begin、end 是自己的那一段，给后面接着做的。 */
-static void product(const Step *s, const Own *own, const Matrix *a, const float *x, float *y,
+static void product(int64_t rows, const Own *own, const Matrix *a, const float *x, float *y,
                     int64_t *begin, int64_t *end) {
     Job job;
-    gpt2_bind(&job, a->weight, a->bias, s->rows, own->rounded);
+    gpt2_bind(&job, a->weight, a->bias, rows, own->rounded);
     job.x = x;
     job.y = y;
     gpt2_share(a->weight->outs, own->thread, own->threads, begin, end);
     if (*begin == *end) return;
-    gpt2_round(&job, 0, s->rows);
-    gpt2_outputs(&job, s->rows, *begin, *end);
+    gpt2_round(&job, 0, rows);
+    gpt2_outputs(&job, rows, *begin, *end);
 }
 
 /* x <- α·x + branch 的自己那几列。branch 借 mixed 放：先写完再加。 */
@@ -72,46 +79,105 @@ static void outer(Step *s, const Own *own, const Norm *norm) {
     }
 }
 
-static void attention(const Step *s, const Own *own, const Layer *layer) {
+/* 一行的一个键值头与看它的几个查询头是一件活：前后两处都分给同一个线程。 */
+static void my_units(const Step *s, const Own *own, int64_t *from, int64_t *to) {
+    const int64_t units = s->rows * s->m->kv_heads;
+    *from = units * own->thread / own->threads;
+    *to = units * (own->thread + 1) / own->threads;
+}
+
+static void head(const Step *s, const Norm *norm, int64_t r, float *x) {
+    const int64_t D = s->m->head_dim;
+    if (norm->gain) gpt2_norm(norm, x, x, D);
+    if (s->m->side) gpt2_turn(x, s->cosine + r * D / 2, s->sine + r * D / 2, s->m->side, D);
+}
+
+/* 归一化、旋转，键值写进缓存。 */
+static void remember(const Step *s, const Own *own, const Layer *l) {
     const Model *m = s->m;
-    const int64_t units = s->rows * m->kv_heads, group = m->heads / m->kv_heads;
-    const int64_t D = m->head_dim;
-    const int64_t from = units * own->thread / own->threads;
-    const int64_t to = units * (own->thread + 1) / own->threads;
+    const int64_t D = m->head_dim, group = m->heads / m->kv_heads;
+    int64_t from, to;
+    my_units(s, own, &from, &to);
     for (int64_t u = from; u < to; u++) {
-        const int64_t r = u / m->kv_heads, g = u % m->kv_heads, last = s->keys[r] - 1;
+        const int64_t r = u / m->kv_heads, g = u % m->kv_heads;
+        const int64_t slot = s->place[r] * l->row_stride + g * l->head_stride + (s->keys[r] - 1) * D;
         float *row = s->heads + r * (m->heads + 2 * m->kv_heads) * D;
-        float *k = layer->keys + s->place[r] * layer->row_stride + g * layer->head_stride;
-        float *v = layer->values + s->place[r] * layer->row_stride + g * layer->head_stride;
-        memcpy(k + last * D, row + (m->heads + g) * D, (size_t)D * sizeof(float));
-        memcpy(v + last * D, row + (m->heads + m->kv_heads + g) * D, (size_t)D * sizeof(float));
+        for (int64_t h = g * group; h < (g + 1) * group; h++) head(s, &l->query, r, row + h * D);
+        head(s, &l->key, r, row + (m->heads + g) * D);
+        memcpy(l->keys + slot, row + (m->heads + g) * D, (size_t)D * sizeof(float));
+        memcpy(l->values + slot, row + (m->heads + m->kv_heads + g) * D,
+               (size_t)D * sizeof(float));
+    }
+}
+
+static void attention(const Step *s, const Own *own, const Layer *l) {
+    const Model *m = s->m;
+    const int64_t D = m->head_dim, group = m->heads / m->kv_heads;
+    int64_t from, to;
+    my_units(s, own, &from, &to);
+    for (int64_t u = from; u < to; u++) {
+        const int64_t r = u / m->kv_heads, g = u % m->kv_heads;
+        const int64_t start = s->place[r] * l->row_stride + g * l->head_stride;
+        const float *row = s->heads + r * (m->heads + 2 * m->kv_heads) * D;
         for (int64_t h = g * group; h < (g + 1) * group; h++)
-            gpt2_attend(row + h * D, k, v, s->mixed + (r * m->heads + h) * D, own->scores,
-                        s->keys[r], D);
+            gpt2_attend(row + h * D, l->keys + start, l->values + start,
+                        s->mixed + (r * m->heads + h) * D, own->scores, s->keys[r], D);
+    }
+}
+
+/* c_fc 写出的自己那几列过激活；有门的要等齐，再各做一段列。 */
+static void activate(Step *s, const Own *own, int64_t outs, int64_t begin, int64_t end) {
+    const Model *m = s->m;
+    const int64_t h = m->hidden;
+    if (!m->gated) {
+        for (int64_t r = 0; r < s->rows; r++)
+            gpt2_activate(m->activation, s->hidden + r * outs + begin, end - begin);
+        return;
+    }
+    gpt2_wait(&s->barrier);
+    gpt2_share(h, own->thread, own->threads, &begin, &end);
+    for (int64_t r = 0; r < s->rows; r++) {
+        float *gate = s->hidden + r * outs, *y = s->gated + r * h;
+        const float *up = gate + h;
+        gpt2_activate(m->activation, gate + begin, end - begin);
+        for (int64_t i = begin; i < end; i++) y[i] = gate[i] * up[i];
     }
 }
 
 static void layer(Step *s, const Own *own, const Layer *l) {
-    const Model *m = s->m;
-    const int64_t hidden = l->up.weight->outs;
+    const int64_t R = s->rows;
     int64_t begin, end;
-    product(s, own, &l->qkv, inner(s, own, &l->attn_inner), s->heads, &begin, &end);
+    product(R, own, &l->qkv, inner(s, own, &l->attn_inner), s->heads, &begin, &end);
+    gpt2_wait(&s->barrier);
+    remember(s, own, l);
     gpt2_wait(&s->barrier);
     attention(s, own, l);
     gpt2_wait(&s->barrier);
     /* heads 此后没有人读：投影写在那里。 */
-    product(s, own, &l->proj, s->mixed, s->heads, &begin, &end);
+    product(R, own, &l->proj, s->mixed, s->heads, &begin, &end);
     add(s, s->heads, l->attn_alpha, begin, end);
     outer(s, own, &l->attn_outer);
     gpt2_wait(&s->barrier);
-    product(s, own, &l->up, inner(s, own, &l->mlp_inner), s->hidden, &begin, &end);
-    for (int64_t r = 0; r < s->rows; r++)
-        gpt2_activate(m->activation, s->hidden + r * hidden + begin, end - begin);
+    product(R, own, &l->up, inner(s, own, &l->mlp_inner), s->hidden, &begin, &end);
+    activate(s, own, l->up.weight->outs, begin, end);
     gpt2_wait(&s->barrier);
-    product(s, own, &l->down, s->hidden, s->mixed, &begin, &end);
+    product(R, own, &l->down, s->gated, s->mixed, &begin, &end);
     add(s, s->mixed, l->mlp_alpha, begin, end);
     outer(s, own, &l->mlp_outer);
     gpt2_wait(&s->barrier);
+}
+
+/* 要 logits 的几行，末尾归一化之后挨着放在自己的地方。 */
+static const float *last(const Step *s, const Own *own) {
+    const int64_t C = s->m->width;
+    for (int64_t i = 0; i < s->kept; i++) {
+        const float *row = s->x + s->keep[i] * C;
+        if (s->m->final.gain)
+            gpt2_norm(&s->m->final, row, own->normed + i * C, C);
+        else
+            memcpy(own->normed + i * C, row, (size_t)C * sizeof(float));
+    }
+    return own->normed;
 }
 
 static void work(Step *s, int thread, int threads) {
@@ -122,7 +188,7 @@ static void work(Step *s, int thread, int threads) {
     own.scores = own.normed + s->rows * m->width;
     own.rounded = own.scores + s->most;
     for (int64_t i = 0; i < m->layers; i++) layer(s, &own, &m->layer[i]);
-    product(s, &own, &m->head, inner(s, &own, &m->final), s->logits, &begin, &end);
+    if (s->kept) product(s->kept, &own, &m->head, last(s, &own), s->logits, &begin, &end);
 }
 
 static size_t most_rounded(const Model *m, int64_t rows) {
@@ -138,12 +204,16 @@ static size_t most_rounded(const Model *m, int64_t rows) {
     return most;
 }
 
-/* 残差流 x (R, C) 会被改写；各行缓存的第 keys - 1 槽写入这个词元。0 = 成功，1 = 没有内存。 */
-int gpt2_step(const Model *m, int64_t rows, const int64_t *keys, const int64_t *place, float *x,
+/* 残差流 x (R, C) 会被改写；各行缓存的第 keys - 1 槽写入这个词元。cosine、sine 各 (R, D/2)，不转的模型
+ * 给 NULL；keep (K,) 是要 logits 的行。0 = 成功，1 = 没有内存。 */
+int gpt2_step(const Model *m, int64_t rows, const int64_t *keys, const int64_t *place,
+              const float *cosine, const float *sine, float *x, int64_t kept, const int64_t *keep,
               float *logits, int threads) {
     const int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim;
-    const int64_t shared = qkv + m->width + m->hidden;
-    Step s = {.m = m, .rows = rows, .keys = keys, .place = place, .x = x, .logits = logits};
+    const int64_t up = m->gated ? 2 * m->hidden : m->hidden;
+    const int64_t shared = qkv + m->width + up + (m->gated ? m->hidden : 0);
+    Step s = {.m = m, .rows = rows, .keys = keys, .place = place, .cosine = cosine, .sine = sine,
+              .x = x, .kept = kept, .keep = keep, .logits = logits};
     for (int64_t r = 0; r < rows; r++) s.most = keys[r] > s.most ? keys[r] : s.most;
 #ifndef _OPENMP
     threads = 1;
@@ -154,7 +224,8 @@ int gpt2_step(const Model *m, int64_t rows, const int64_t *keys, const int64_t *
     if (s.heads == NULL) return 1;
     s.mixed = s.heads + rows * qkv;
     s.hidden = s.mixed + rows * m->width;
-    s.own = (char *)(s.hidden + rows * m->hidden);
+    s.gated = m->gated ? s.hidden + rows * up : s.hidden;
+    s.own = (char *)(s.heads + rows * shared);
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)

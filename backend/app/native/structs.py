@@ -33,6 +33,7 @@ class Matrix(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Norm) for name in ("attn_inner", "attn_outer", "mlp_inner", "mlp_outer")),
+        *((name, Norm) for name in ("query", "key")),
         *((name, Matrix) for name in ("qkv", "proj", "up", "down")),
         ("attn_alpha", ctypes.c_double), ("mlp_alpha", ctypes.c_double),
         ("keys", _pointer), ("values", _pointer), ("row_stride", _int), ("head_stride", _int),
@@ -42,7 +43,8 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = (
         *((name, _int) for name in ("layers", "width", "heads", "kv_heads", "head_dim", "hidden")),
-        ("activation", _int), ("final", Norm), ("head", Matrix), ("layer", ctypes.POINTER(Layer)),
+        *((name, _int) for name in ("activation", "gated", "side")),
+        ("final", Norm), ("head", Matrix), ("layer", ctypes.POINTER(Layer)),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """没有填充的一步：许多行的词元排成一列走一次前向，只有注意力按行分开。
 
-慢的孪生是今天左填充的前向（GPT2Model.forward 与 KVCache）。每行只有一个词元的一步，能交给原生的
-文件就整步交给它（native_step.py）。N 一步的词元数、C 宽度、V 词表。
+慢的孪生是今天左填充的前向（GPT2Model.forward 与 KVCache）。词元不多的一步，能交给原生的文件就
+整步交给它（native_step.py）。N 一步的词元数、C 宽度、V 词表。
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.generation.lean_step import LeanStep, why_not_lean
-from app.generation.native_step import NativeStep, why_not_native
+from app.generation.native_step import MOST_ROWS, NativeStep, why_not_native
 from app.models.transformer import GPT2Model
 from app.models.transformer.block import run_blocks
 from app.models.transformer.cache.row_cache import RowCache, RowStep, Span
@@ -49,8 +49,7 @@ class FlatStep:
             if native is None or not self._native_checked:
                 logits = self._by_operators(ids, spans, keep)
             if native is not None:
-                fast = self._whole(native, ids, spans)
-                fast = fast[list(keep)] if keep else None
+                fast = self._whole(native, ids, spans, keep)
                 logits = fast if self._native_checked else self._agreed(fast, logits)
         except BaseException:
             cache.abandon(spans)
@@ -60,19 +59,37 @@ class FlatStep:
 
     def _native_for(self, spans: Sequence[Span]) -> NativeStep | None:
         native, cache = self._native, self.cache
-        if native is None or any(span.count > 1 for span in spans):
+        if native is None:
             return None
-        keys = max(cache.lengths[span.row] for span in spans) + 1
-        return native if native.takes_rows(len(spans), keys, cache.stores) else None
+        count = sum(span.count for span in spans)
+        keys = max(cache.lengths[span.row] + span.count for span in spans)
+        return native if native.takes_rows(count, keys, cache.stores) else None
 
-    def _whole(self, native: NativeStep, ids: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        cache, device = self.cache, self.model.device
-        cache.reserve(spans)
-        rows = [span.row for span in spans]
-        lengths = [cache.lengths[row] for row in rows]
-        where = Positions(torch.tensor(lengths, device=device)[:, None])
+    def _whole(
+        self, native: NativeStep, ids: Sequence[int], spans: Sequence[Span], keep: Sequence[int]
+    ) -> Tensor | None:
+        self.cache.reserve(spans)
+        logits = self._natively(native, ids, *self._places(spans), keep)
+        return logits if keep else None
+
+    def _places(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+        """各词元在自己那一行的第几个，与是哪一行。"""
+        lengths = self.cache.lengths
+        at = [lengths[span.row] + i for span in spans for i in range(span.count)]
+        return at, [span.row for span in spans for _ in range(span.count)]
+
+    def _natively(
+        self,
+        native: NativeStep,
+        ids: Sequence[int],
+        at: Sequence[int],
+        rows: Sequence[int],
+        keep: Sequence[int],
+    ) -> Tensor:
+        device = self.model.device
+        where = Positions(torch.tensor(at, device=device)[:, None])
         x = self.model.embed(torch.tensor(ids, device=device)[:, None], where)[:, 0]
-        return native.rows(x.contiguous(), [n + 1 for n in lengths], rows, cache.stores)
+        return native.rows(x.contiguous(), [n + 1 for n in at], rows, self.cache.stores, keep)
 
     def _agreed(self, fast: Tensor | None, wanted: Tensor | None) -> Tensor | None:
         """头一步两条路都走（写的是同样的槽）；差得多就不再用。"""
@@ -132,3 +149,61 @@ class FlatStep:
             return False
         lengths = [self.cache.lengths[row] for row in rows]
         return max(lengths) * len(rows) <= (1 + _WASTE) * (sum(lengths) + len(rows))
+
+
+class InvariantStep(FlatStep):
+    """批不变的一步：每个词元都由原生的文件算，所以它的位与旁边有谁、一次喂几个、有几个线程都无关。
+
+    代价：许多词元的一步（读提示）比算子慢，因为一次至多 MOST_ROWS 个。
+    """
+
+    def __init__(self, model: GPT2Model, cache: RowCache) -> None:
+        """
+        Raises:
+            ValueError: 这个模型或缓存有的步不能交给原生的文件。
+        """
+        super().__init__(model, cache)
+        reason = why_not_lean(model) or why_not_native(model) or self._why_not()
+        if reason is not None:
+            raise ValueError(
+                f"batch_invariant=True has every token computed by the native step, but {reason}: "
+                "leave batch_invariant out"
+            )
+
+    def __call__(
+        self, ids: Sequence[int], spans: Sequence[Span], keep: Sequence[int]
+    ) -> Tensor | None:
+        native, cache = self._native, self.cache
+        assert native is not None
+        cache.reserve(spans)
+        at, rows = self._places(spans)
+        made = []
+        try:
+            for begin in range(0, len(ids), MOST_ROWS):
+                end = begin + MOST_ROWS
+                here = [k - begin for k in keep if begin <= k < end]
+                part = ids[begin:end], at[begin:end], rows[begin:end]
+                made.append(self._natively(native, *part, here))
+        except BaseException:
+            cache.abandon(spans)
+            raise
+        cache.commit(spans)
+        if not keep:
+            return None
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _why_not(self) -> str | None:
+        """缓存装得满时也行吗；与前向相符吗（头一步两条路都走）。"""
+        cache, config = self.cache, self.model.config
+        assert self._native is not None
+        longest = config.context_size if cache.max_len is None else cache.max_len
+        if not self._native.takes_rows(1, longest, cache.stores):
+            return (
+                f"it reads float32 keys that are all in sight, and here attention_pattern="
+                f"{config.attention_pattern!r} with keys as {cache.stores[0][0].parts[0].dtype}"
+            )
+        super().__call__([0], [Span(0, 1)], [0])
+        cache.reset(0, poisoned=True)
+        if self._native is None:
+            return "it differs from the model's forward"
+        return None if self._native_checked else "the model's logits are not finite"

@@ -18,7 +18,7 @@ from app.models.transformer.cache.kv_dtype import KVDtype
 from app.models.transformer.cache.row_cache import RowCache
 from app.serving.drafting import Drafter, DraftModel, NGramDrafter
 from app.serving.engine import Engine, Limits
-from app.serving.flat_step import FlatStep
+from app.serving.flat_step import FlatStep, InvariantStep
 
 MAX_ROWS, DEFAULT_ROWS = 64, 8
 
@@ -62,6 +62,7 @@ class Served:
             "rows": cache.rows,
             "kv_bytes": cache.nbytes,
             "speculate": "off" if drafter is None else drafter.name,
+            "batch_invariant": isinstance(self.engine.flat, InvariantStep),
             "max_stall": limits.pace.max_stall,
             "step_seconds": [list(point) for point in self.engine.costs.points],
             "chat": self.template is not None,
@@ -143,11 +144,13 @@ def serve_model(
     limits: Limits | None = None,
     guess: Literal["off", "ngram"] | GPT2Model = "off",
     template: ChatForm | None = None,
+    batch_invariant: bool = False,
 ) -> Served:
-    """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。
+    """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。batch_invariant: 同样的
+    请求连位也相同，见 flat_step.InvariantStep。
 
     Raises:
-        ValueError: 行数不对，分词器不是它的，或这个模型不能供人用。
+        ValueError: 行数不对，分词器不是它的，这个模型不能供人用，或做不到批不变。
     """
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"rows={rows} must be between 1 and {MAX_ROWS}")
@@ -160,7 +163,8 @@ def serve_model(
     if reason is not None:
         raise ValueError(f"{name} cannot be served: {reason}")
     model.eval()
-    flat = FlatStep(model, _cache(model, rows, kv_dtype))
+    kind = InvariantStep if batch_invariant else FlatStep
+    flat = kind(model, _cache(model, rows, kv_dtype))
     drafter: Drafter | None = NGramDrafter() if guess == "ngram" else None
     if isinstance(guess, GPT2Model):
         if guess.config.context_size < model.config.context_size:
@@ -187,6 +191,7 @@ def fingerprint(model: GPT2Model, engine: Engine) -> str:
         digest.update(memoryview(value.cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     digest.update(
         f"{torch.__version__} {torch.get_num_threads()} "
-        f"{torch.backends.cpu.get_cpu_capability()} {engine.drafter is not None}".encode()
+        f"{torch.backends.cpu.get_cpu_capability()} {engine.drafter is not None} "
+        f"{type(engine.flat).__name__}".encode()
     )
     return "fp_" + digest.hexdigest()[:12]

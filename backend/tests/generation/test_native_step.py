@@ -12,15 +12,16 @@ from torch import Tensor
 from app.generation import native_step
 from app.generation.lean_step import LeanStep
 from app.generation.native_step import MOST_ROWS, NativeStep, why_not_native
-from app.models.transformer import GPT2Model, KVCache
+from app.models.transformer import GPT2Model, KVCache, RoPEConfig
 from app.models.transformer.attention import Attention
 from app.models.transformer.layers.linear import Linear
+from app.models.transformer.layers.norm import RMSNorm
 from app.native.build import TARGETS, load_native
 
 from ..models.helpers import tiny_model, tokens
 from ..quantization.helpers import SCHEMES, float_model, quantized
 
-# 每一处分岔都有一个：归一化的四种位置、两种、激活、偏置、键值头、没有位置、不共享的头。
+# 每一处分岔都有一个：归一化的四种位置、两种、激活、门、偏置、键值头、位置、不共享的头、两种旋转。
 KINDS: dict[str, dict[str, Any]] = {
     "pre": {"norm": "pre"},
     "post, relu": {"norm": "post", "activation": "relu"},
@@ -29,6 +30,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "no bias, relu2": {"norm": "pre", "bias": False, "activation": "relu2"},
     "grouped heads": {"norm": "pre", "n_kv_head": 2},
     "no position, own head": {"norm": "pre", "position": "none", "tie_weights": False},
+    "rope, normed heads, grouped": {
+        "norm": "pre",
+        "position": "rope",
+        "qk_norm": True,
+        "n_kv_head": 2,
+    },
+    "interleaved yarn": {
+        "norm": "pre",
+        "position": "rope",
+        "rope": RoPEConfig(layout="interleaved", scaling="yarn", factor=4.0, original_context=8),
+    },
+    "swiglu, rms": {"norm": "pre", "activation": "swiglu", "norm_type": "rmsnorm"},
     "odd width": {"norm": "pre", "n_embed": 44, "n_head": 4, "vocab_size": 53},
 }
 
@@ -177,10 +190,7 @@ def test_nan_stays_nan(native: None) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"position": "rope"}, "position='rope'"),
-        ({"qk_norm": True}, "qk_norm=True"),
         ({"moe_num_experts": 4}, "have experts"),
-        ({"activation": "swiglu"}, "activation='swiglu'"),
         ({"attention_backend": "reference"}, "attention_backend='reference'"),
     ],
 )
@@ -201,3 +211,9 @@ def test_why_not_another_leaf(native: None) -> None:
     model.h["1"].mlp.c_fc.__class__ = Linear
     model.ln_f.__class__ = type("MyNorm", (torch.nn.LayerNorm,), {})
     assert why_not_native(model) == "ln_f is a MyNorm"
+
+
+def test_why_not_another_norm_of_the_heads(native: None) -> None:
+    model = tiny_model(torch.float32, norm="pre", qk_norm=True)
+    model.h["0"].attn.k_norm.__class__ = type("MyNorm", (RMSNorm,), {})
+    assert why_not_native(model) == "h.0.attn.k_norm is a MyNorm"

@@ -238,25 +238,68 @@ def test_planted_mistakes_are_seen(mutant: Any, monkeypatch: pytest.MonkeyPatch)
     assert not differs(model) <= 1e-6
 
 
-@pytest.mark.skipif(load_native().handle is None, reason=load_native().reason)
+needs_native = pytest.mark.skipif(load_native().handle is None, reason=load_native().reason)
+KINDS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "modern": {"position": "rope", "qk_norm": True, "activation": "swiglu", "n_kv_head": 2},
+}
+
+
+def narrow(kind: str) -> GPT2Model:
+    return tiny_model(torch.float32, norm="pre", context_size=CONTEXT, **KINDS[kind])
+
+
+def warmed(model: GPT2Model) -> FlatStep:
+    """头一步已比过：此后都是原生的。"""
+    flat = make(model)
+    flat([1], [Span(0, 1)], [0])
+    flat.cache.reset(0)
+    assert flat._native is not None and flat._native_checked
+    return flat
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_native_step_follows_and_no_row_depends_on_its_neighbours(seed: int) -> None:
-    """各行长短不一；与逐个算子的差舍入，一行单独走与同批走逐位相同。"""
-    model = tiny_model(torch.float32, norm="pre", context_size=CONTEXT)
+@torch.inference_mode()
+def test_the_native_step_follows_the_operators(kind: str, seed: int) -> None:
+    """各行长短不一，一步里一行走几个词元：差舍入。"""
+    model = narrow(kind)
     ids, steps = tokens(ROWS, CONTEXT), schedule(seed, 6)
-    native, slow = make(model), make(model)
+    native, slow = warmed(model), make(model)
     slow._native = None
-    found, wanted = run(native, ids, steps), run(slow, ids, steps)
-    assert native._native is not None and native._native_checked
-    for got, want in zip(found, wanted, strict=True):
+    for got, want in zip(run(native, ids, steps), run(slow, ids, steps), strict=True):
         assert (got - want).abs().max() <= 2e-6 * want.abs().max()
-    together, alone = make(model), make(model)
-    for flat in (together, alone):
-        run(flat, ids, [{row: 3 + row for row in range(ROWS)}, dict.fromkeys(range(ROWS), 1)])
-    for layer, (keys, values) in enumerate(together.cache.stores):
-        for store, other in zip((keys, values), alone.cache.stores[layer], strict=True):
-            other.parts[0].copy_(store.parts[0])
-    both = together([5] * ROWS, [Span(row, 1) for row in range(ROWS)], range(ROWS))
-    each = [alone([5], [Span(row, 1)], [0]) for row in range(ROWS)]
-    assert both is not None and all(x is not None for x in each)
-    assert torch.equal(both, torch.cat(each))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(20))
+@torch.inference_mode()
+def test_natively_a_text_has_the_same_bits_whatever_is_fed_beside_it(kind: str, seed: int) -> None:
+    """一行一次喂几个、与谁同一步、借没借前缀：logits 逐位相同。"""
+    model = narrow(kind)
+    ids, steps = tokens(ROWS, CONTEXT), schedule(seed, 6)
+    flat = warmed(model)
+    together = run(flat, ids, steps)
+    for row, found in enumerate(together):
+        alone = warmed(model)
+        each = [alone([i], [Span(2, 1)], [0]) for i in ids[row, : len(found)].tolist()]
+        assert torch.equal(found, torch.cat([one for one in each if one is not None]))
+    source, n = max((len(found), row) for row, found in enumerate(together))[1], 2
+    target = (source + 1) % ROWS
+    flat.cache.copy_prefix(source, target, n)
+    rest = ids[source, n : len(together[source])].tolist()
+    borrowed = flat(rest, [Span(target, len(rest))], [0, len(rest) - 1])
+    assert borrowed is not None
+    assert torch.equal(borrowed, together[source][[n, -1]])
+
+
+@needs_native
+@torch.inference_mode()
+def test_only_the_logits_that_are_wanted_are_made() -> None:
+    flat = warmed(narrow("learned"))
+    assert flat([1, 2, 3], [Span(0, 3)], []) is None
+    assert flat.cache.lengths[0] == 3
+    found = flat([4, 5, 6], [Span(0, 2), Span(1, 1)], [1, 2])
+    assert found is not None and len(found) == 2

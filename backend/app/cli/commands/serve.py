@@ -33,6 +33,7 @@ EXAMPLES = """\
   gpt2 serve runs/mine                          # http://127.0.0.1:8080
   gpt2 serve models/gpt2 runs/mine --port 9000 --api-key-file key --kv-memory 2GiB
   gpt2 serve runs/mine --speculate ngram --rows 16
+  gpt2 serve runs/mine --batch-invariant        # same request, same bits
   gpt2 serve runs/mine --host 0.0.0.0 --api-key-file keys --allow-host my.name"""
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -71,6 +72,10 @@ class Args:
         str | None,
         Doc("a small model with the same tokenizer that guesses, where that pays; same text"),
     ] = None
+    batch_invariant: Annotated[
+        bool,
+        Doc("same request, same bits, whatever else runs (float32 keys, dense models, on CPUs)"),
+    ] = False
     max_stall: Annotated[
         float, Doc("seconds that reading a prompt may hold up the texts being written")
     ] = 0.2
@@ -224,6 +229,7 @@ def _load(args: Args) -> list[Served]:
         to_stderr(
             f"{one.name}: {cache.rows} rows of {one.context} tokens, {size(cache.nbytes)} of keys "
             f"and values; a token takes {one.engine.costs.seconds(1) * 1000:.1f} ms"
+            + (", batch-invariant" if args.batch_invariant else "")
         )
     return served
 
@@ -257,6 +263,7 @@ def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
     served = serve_model(
         name, model, trained.tokenizer, rows=rows, kv_dtype=args.kv_dtype, limits=limits,
         guess=_guess(args, trained), template=_chat_form(args, trained.folder, trained.tokenizer),
+        batch_invariant=args.batch_invariant,
     )  # fmt: skip
     # 检查点的上一层就是那次训练；别的文件夹不属于哪次训练。
     in_run = step_of(trained.folder) is not None

@@ -26,14 +26,16 @@ from app.serving.flat_step import FlatStep
 from app.serving.request import Event, Failure, Order, Scored
 from app.serving.rows import Rows
 from app.serving.running import Running
-from app.serving.schedule import Costs, Need, Pace, share
-from app.serving.speed import Speed
+from app.serving.schedule import Costs, Drift, Need, Pace, share
+from app.serving.speed import Counts, Speed
 
 _LOG = logging.getLogger(__name__)
 # 前向可以怎样失败；别的是程序的错。
 _FAILS = (RuntimeError, ValueError, MemoryError, ArithmeticError)
 # 打分的行一步至多这么多词元：logits 是 词元数 x 词表（五万时 13 MB）。
 _SCORED = 64
+# 同来的请求一般在这么多秒之内都到。
+_COMPANY = 0.02
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,6 @@ class Limits:
     queue: int = 64
     queue_tokens: int = 32 * 1024
     pace: Pace = field(default_factory=Pace)
-
-
-@dataclass
-class Counts:
-    """从开张起数的；api 把它们写成 /metrics。"""
-
-    prompt: int = 0
-    made: int = 0
-    asked: int = 0
-    borrowed: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    steps: int = 0
-    step_tokens: int = 0
-    step_seconds: float = 0.0
-    last_step: float = 0.0
 
 
 @dataclass
@@ -84,12 +70,13 @@ class Engine:
         costs: Costs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """drafter: 谁来猜，None = 不猜；costs: 不给就量一次。"""
+        """drafter: 谁来猜，None = 不猜；costs: 不给就量一次，并跟着机器走。"""
         self.flat, self.tokenizer, self.limits = flat, tokenizer, limits or Limits()
         self.model: GPT2Model = flat.model
         self.context = flat.model.config.context_size
         self.width = min(tokenizer.vocab_size, flat.model.config.vocab_size)
         self.costs = measure(flat) if costs is None else costs
+        self._drift = Drift() if costs is None else None
         self.rows = Rows(flat.cache, self.context)
         self.counts, self.speed, self.drafter = Counts(), Speed(), drafter
         self._clock = clock
@@ -126,6 +113,14 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._queue or self._running or self._events)
 
+    @property
+    def company(self) -> float:
+        """空闲时来了请求，等同来的多久：读它的二十分之一。一起读比先后读快得多（schedule.share）。"""
+        queued = sum(len(run.ask.prompt) for run in self._queue)
+        if not queued or self._running:
+            return 0.0
+        return min(_COMPANY, self.costs.seconds(min(queued, self.limits.pace.chunk)) / 20)
+
     def submit(self, order: Order) -> None:
         """排进队；满了就在下一步说 full。"""
         tokens = sum(len(run.ask.prompt) for run in self._queue)
@@ -159,8 +154,11 @@ class Engine:
             start = time.perf_counter()
             self._take(turns, self._forward(turns))
             self.counts.steps += 1
-            self.counts.step_tokens += sum(len(turn.ids) for turn in turns)
+            tokens = sum(len(turn.ids) for turn in turns)
+            self.counts.step_tokens += tokens
             self.counts.last_step = time.perf_counter() - start
+            if self._drift is not None:
+                self._drift.learn(self.costs.seconds(tokens), self.counts.last_step)
             self.counts.step_seconds += self.counts.last_step
             self.speed.note(self._clock(), self.counts.made)
         return self._told()
@@ -232,7 +230,8 @@ class Engine:
         # 有人在读提示时不猜：那时多算的词元不便宜。
         drafts = self._drafts() if writing == len(needs) else {}
         sizes = {row: len(draft) for row, draft in drafts.items()}
-        given = share(needs, sizes, self.costs, self.limits.pace)
+        costs = self.costs if self._drift is None else self.costs.times(self._drift.ratio)
+        given = share(needs, sizes, costs, self.limits.pace)
         turns = []
         for row, run in sorted(by_row.items()):
             run.waited += 1

@@ -6,9 +6,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+# 比价目慢了马上信一半，快了慢慢信：宁可少读几个词元，也不使在写的多等。
+_SLOWER, _FASTER = 0.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,21 @@ class Costs:
         at = min(max(bisect_left(self.points, (n, 0.0)), 1), len(self.points) - 1)
         (n0, t0), (n1, t1) = self.points[at - 1], self.points[at]
         return max(0.0, t0 + (t1 - t0) * (n - n0) / (n1 - n0))
+
+    def times(self, ratio: float) -> Costs:
+        return Costs(tuple((n, ratio * seconds) for n, seconds in self.points))
+
+
+class Drift:
+    """近来一步是价目的几倍：价目在开张时量，那时机器闲着、缓存空着。"""
+
+    def __init__(self) -> None:
+        self.ratio = 1.0
+
+    def learn(self, expected: float, seconds: float) -> None:
+        # 一步卡住十倍说的是那一刻，不是往后。
+        found = min(4.0, max(0.5, seconds / max(expected, 1e-9)))
+        self.ratio += (_SLOWER if found > self.ratio else _FASTER) * (found - self.ratio)
 
 
 @dataclass(frozen=True)
@@ -69,9 +87,9 @@ def share(
     used = sum(given.values())
     room = pace.chunk
     if writing:
-        room = _LEAST
-        while room < pace.chunk and costs.seconds(used + room * 2) <= pace.max_stall:
-            room *= 2
+        sizes = range(_LEAST, pace.chunk + 1, _LEAST)
+        fit = bisect_right(sizes, pace.max_stall, key=lambda n: costs.seconds(used + n))
+        room = sizes[max(0, fit - 1)] if sizes else _LEAST
     starved = {
         need.row for need in needs if need.since >= pace.patience or need.waited >= len(needs)
     }

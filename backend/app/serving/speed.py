@@ -1,11 +1,28 @@
-"""近来每秒写几个词元：给人看的，不参与调度。"""
+"""引擎数着的，与近来每秒写几个词元：给人看的，不参与调度。"""
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 # 看近来这么多秒：更短的跳得看不清，更长的停了也还在动。
 _WINDOW = 2.0
+
+
+@dataclass
+class Counts:
+    """从开张起数的；api 把它们写成 /metrics。"""
+
+    prompt: int = 0
+    made: int = 0
+    asked: int = 0
+    borrowed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    step_seconds: float = 0.0
+    last_step: float = 0.0
 
 
 class Speed:

@@ -78,17 +78,34 @@ class Worker:
 
     def _run(self) -> None:
         while True:
+            idle = False
             with self._wake:
                 while not self._stop and not self._working():
+                    idle = True
                     self._wake.wait()
                     self._beat = time.monotonic()
                 if self._stop:
                     return
-                inbox, self._inbox = self._inbox, []
-            for act in inbox:
-                self._guarded(act)
+            self._read()
+            if idle:
+                self._await_company()
             self.round()
             self._beat = time.monotonic()
+
+    def _read(self) -> None:
+        with self._wake:
+            inbox, self._inbox = self._inbox, []
+        for act in inbox:
+            self._guarded(act)
+
+    def _await_company(self) -> None:
+        """一群请求总有先后：头一个一来就读的话，别的就要等它，再挤在写的旁边慢慢读。"""
+        until = time.monotonic() + max(engine.company for engine in self.engines.values())
+        while not self._stop and (left := until - time.monotonic()) > 0:
+            with self._wake:
+                if not self._inbox:
+                    self._wake.wait(left)
+            self._read()
 
     def round(self) -> None:
         """各引擎一步，说出事件，再做几片看里面的活。"""

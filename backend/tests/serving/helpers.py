@@ -50,9 +50,10 @@ def make_engine(
     limits: Limits | None = None,
     clock: Any = None,
     guess: bool | GPT2Model = False,
+    costs: Costs = COSTS,
     **cache: Any,
 ) -> Engine:
-    """guess: True = n 元组，一个模型 = 由它猜；那时多算几乎不要钱。"""
+    """guess: True = n 元组，一个模型 = 由它猜；那时多算几乎不要钱，不看 costs。"""
     dtype = model.embed.wte.weight.dtype
     flat = FlatStep(model, RowCache(model.config, rows, dtype=dtype, **cache))
     drafter: Drafter | None = NGramDrafter() if guess else None
@@ -60,7 +61,7 @@ def make_engine(
         small = RowCache(guess.config, rows, dtype=guess.embed.wte.weight.dtype)
         drafter = DraftModel(FlatStep(guess, small), 257)
         drafter.seconds = 0.0
-    costs = CHEAP if guess else COSTS
+    costs = CHEAP if guess else costs
     return Engine(flat, BYTES, limits, drafter=drafter, costs=costs, clock=clock or Clock())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.serving.schedule import Costs, Need, Pace, share
+from app.serving.schedule import Costs, Drift, Need, Pace, share
 
 # 一个词元一毫秒。
 COSTS = Costs(((1, 0.001), (128, 0.128)))
@@ -29,6 +29,26 @@ def test_beside_a_text_being_written_the_shortest_prompt_has_the_room() -> None:
     needs = [Need(0, 1, False, 256), reading(1, 300), reading(2, 100)]
     given_out = share(needs, {}, COSTS, Pace(max_stall=0.07))
     assert given_out == {0: 1, 2: 64}
+
+
+def test_the_room_is_what_the_stall_leaves_in_eights() -> None:
+    for stall, room in ((0.0, 8), (0.0089, 8), (0.0575, 56), (9.0, 256)):
+        given_out = share([Need(0, 1, False, 256), reading(1, 999)], {}, COSTS, Pace(stall))
+        assert given_out == {0: 1, 1: room}
+
+
+def test_a_machine_that_became_slower_reads_less_at_once() -> None:
+    drift = Drift()
+    for _ in range(8):
+        drift.learn(0.1, 0.2)
+    assert 1.98 < drift.ratio < 2
+    needs = [Need(0, 1, False, 256), reading(1, 999)]
+    assert share(needs, {}, COSTS.times(drift.ratio), Pace(0.1)) == {0: 1, 1: 48}
+    drift.learn(0.1, 9.0)
+    assert drift.ratio < 3.01
+    for _ in range(200):
+        drift.learn(0.1, 0.1)
+    assert 1 < drift.ratio < 1.01
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(8, 512))

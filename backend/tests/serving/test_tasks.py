@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,37 @@ def test_running_texts_wait_no_longer_than_max_stall() -> None:
     for order in orders:
         mine = [event for event in told if event.order == order.id]
         assert [e.text for e in mine] == [e.text for e in alone[order.id, 0]]
+
+
+def test_requests_that_come_together_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """空闲时头一个来了，等一会儿：第二个晚一点来，也赶得上同一步。"""
+    monkeypatch.setattr("app.serving.engine._COMPANY", 0.5)
+    engine = make_engine(byte_model(), costs=Costs(((1, 10.0), (2, 20.0))))
+    first, told = list[int](), list[Any]()
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: first.append(engine.waiting) or step())
+    worker = Worker({"one": engine}, told.extend)
+    worker.start()
+    for number in range(2):
+        order = Order(number, (Ask(prompt=(65, 66), max_tokens=2),))
+        worker.post(lambda order=order: engine.submit(order))
+        time.sleep(0.02)
+    until = time.monotonic() + 20
+    while len([event for event in told if event.finish]) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    worker.stop()
+    assert first[0] == 2 and sum(event.finish is not None for event in told) == 2
+
+
+def test_nobody_waits_for_company_beside_running_texts() -> None:
+    engine = make_engine(byte_model(), 1, costs=Costs(((1, 0.1), (2, 0.2))))
+    assert engine.company == 0
+    engine.submit(Order(0, (Ask(prompt=(65, 66), max_tokens=9),)))
+    assert engine.company == pytest.approx(0.01)
+    engine.submit(Order(1, (Ask(prompt=(65,) * 40, max_tokens=9),)))
+    assert engine.company == 0.02
+    engine.step()
+    assert engine.waiting == 1 and engine.company == 0
 
 
 def test_prices_follow_the_costs() -> None:

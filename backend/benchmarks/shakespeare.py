@@ -1,13 +1,14 @@
 """tinyshakespeare 字符：nanoGPT 的 CPU 配置、同形状的我们、我们的配方，一个接一个在同一台机器上跑。
 
-cd backend && python -m benchmarks.shakespeare tinyshakespeare.txt --nanogpt ../../nanoGPT
+cd backend && python -m benchmarks.shakespeare tinyshakespeare.txt --nanogpt DIR --seeds 1337 1 2
 
-nanoGPT 由运行的人自己克隆在旁边；不给就只跑我们的两个。
+nanoGPT 由运行的人自己克隆在旁边；不给就只跑我们的两个。它的种子写死在 train.py 里，只跑一次。
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -44,49 +45,48 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--recipes", nargs="+", default=RUNS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337], help="of our runs")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_all(args.text.resolve(), args.nanogpt, args.recipes, Path(folder))
-    header = ["what", "parameters", "context", "tokens", "wall s", "training s"]
-    header += [f"training s to {GOAL}", "validation loss"]
+        rows = run_all(args, Path(folder))
+    header = ["what", "seed", "parameters", "context", "tokens", "wall s", "training s"]
+    header += [f"training s to {GOAL}", "of nanoGPT's training", "validation loss"]
     body = table(header, rows) + (
         "\n\nValidation loss: the whole last tenth of the text in windows of the model's own "
         "context, the same for all. nanoGPT's README reports 1.88 for its run (20 random batches). "
         f"Wall: the whole program, ours with {CHECKS} validations over the whole split to see when "
         "it gets there; training: the steps alone."
     )
-    chosen = " ".join(args.recipes)
+    chosen, seeds = " ".join(args.recipes), " ".join(map(str, args.seeds))
     command = "python -m benchmarks.shakespeare tinyshakespeare.txt --nanogpt ../../nanoGPT"
-    write_result("shakespeare", f"cd backend && {command} --recipes {chosen}", body)
+    whole = f"cd backend && {command} --recipes {chosen} --seeds {seeds}"
+    write_result("shakespeare", whole, body)
 
 
-def run_all(
-    text: Path, nanogpt: Path | None, recipes: list[str], folder: Path
-) -> list[list[object]]:
+def run_all(args: argparse.Namespace, folder: Path) -> list[list[object]]:
     gpt2 = [sys.executable, "-m", "app.cli"]
-    data = folder / "data" / "shakespeare-char"
+    data, text = folder / "data" / "shakespeare-char", args.text.resolve()
     call([*gpt2, "prepare", text, "--tokenizer", "chars", "--out", data], folder)
-    rows = [] if nanogpt is None else [run_nanogpt(text, nanogpt, folder)]
-    for recipe in recipes:
-        config, out = RECIPES / f"{recipe}.yaml", folder / recipe
+    rows, theirs = [], None
+    if args.nanogpt is not None:
+        found, theirs = run_nanogpt(text, args.nanogpt, folder)
+        rows.append(found)
+    for recipe, seed in itertools.product(args.recipes, args.seeds):
+        config, out = RECIPES / f"{recipe}.yaml", folder / f"{recipe}-{seed}"
         run = yaml(config)
-        quiet = [
-            "--eval-every",
-            str(run["steps"] // CHECKS),
-            "--sample-tokens",
-            "0",
-            "--save-every",
-            "0",
-        ]
-        seconds = call(
-            [*gpt2, "train", "--config", config, "--out", out, "--data.folder", data, *quiet],
-            folder,
-        )
+        options = {
+            "--config": config, "--out": out, "--data.folder": data, "--seed": seed,
+            "--eval-every": run["steps"] // CHECKS, "--sample-tokens": 0, "--save-every": 0,
+        }  # fmt: skip
+        seconds = call([*gpt2, "train", *itertools.chain(*options.items())], folder)
         model = GPT2Model.from_pretrained(resolve_checkpoint(out))
         ids = np.fromfile(data / "val" / "tokens-00000.bin", np.uint16)
         tokens = run["steps"] * run["batch_size"] * model.config.context_size
-        times = training_times(out / "metrics.jsonl")
-        rows.append(row(f"`gpt2 train --config {recipe}`", model, ids, tokens, seconds, *times))
+        training, reached = training_times(out / "metrics.jsonl")
+        share = "" if theirs is None or reached is None else f"{reached / theirs:.2f}x"
+        name = f"`gpt2 train --config {recipe}`"
+        times = (seconds, training, reached, share)
+        rows.append(row(name, seed, model, ids, tokens, times))
     return rows
 
 
@@ -102,7 +102,8 @@ def training_times(metrics: Path) -> tuple[float, float | None]:
     return spent, reached
 
 
-def run_nanogpt(text: Path, clone: Path, folder: Path) -> list[object]:
+def run_nanogpt(text: Path, clone: Path, folder: Path) -> tuple[list[object], float]:
+    """(表里的一行, 各步之和的秒数)。"""
     copy = folder / "nanoGPT"
     shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git"))
     shutil.copy(text, copy / "data" / "shakespeare_char" / "input.txt")
@@ -127,7 +128,9 @@ def run_nanogpt(text: Path, clone: Path, folder: Path) -> list[object]:
     )  # fmt: skip
     model.load_state_dict(renamed(saved["model"]))
     ids = np.fromfile(copy / "data" / "shakespeare_char" / "val.bin", np.uint16)
-    return row("nanoGPT `train.py`", model.eval(), ids, 2000 * 12 * 64, seconds, training, None)
+    times = (seconds, training, None, "")
+    found = row("nanoGPT `train.py`", 1337, model.eval(), ids, 2000 * 12 * 64, times)
+    return found, training
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -140,13 +143,15 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def row(
-    name: str, model: GPT2Model, ids: np.ndarray, tokens: int, seconds: float, training: float,
-    reached: float | None,
+    name: str, seed: int, model: GPT2Model, ids: np.ndarray, tokens: int,
+    times: tuple[float, float, float | None, str],
 ) -> list[object]:  # fmt: skip
+    """times：整个程序、各步之和、到 GOAL 时的各步之和（秒），后者是 nanoGPT 的各步之和的几倍。"""
     loss = validation(model, torch.from_numpy(ids.astype(np.int64)))
+    seconds, training, reached, share = times
     context = model.config.context_size
-    return [name, f"{model.num_parameters():,}", context, f"{tokens:,}", f"{seconds:.0f}",
-            f"{training:.0f}", "not reached" if reached is None else f"{reached:.0f}",
+    return [name, seed, f"{model.num_parameters():,}", context, f"{tokens:,}", f"{seconds:.0f}",
+            f"{training:.0f}", "not reached" if reached is None else f"{reached:.0f}", share,
             f"{loss:.4f}"]  # fmt: skip
 
 

@@ -34,8 +34,6 @@ _LOG = logging.getLogger(__name__)
 _FAILS = (RuntimeError, ValueError, MemoryError, ArithmeticError)
 # 打分的行一步至多这么多词元：logits 是 词元数 x 词表（五万时 13 MB）。
 _SCORED = 64
-# 同来的请求一般在这么多秒之内都到。
-_COMPANY = 0.02
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,10 @@ class Engine:
 
     @property
     def company(self) -> float:
-        """空闲时来了请求，等同来的多久：读它的二十分之一。一起读比先后读快得多（schedule.share）。"""
-        queued = sum(len(run.ask.prompt) for run in self._queue)
-        if not queued or self._running:
+        """空闲时来了请求，至多等同来的多久：读它们的二十分之一。一起读比先后读快得多（share）。"""
+        if self._running or not self._queue:
             return 0.0
-        return min(_COMPANY, self.costs.seconds(min(queued, self.limits.pace.chunk)) / 20)
+        return self.costs.seconds(sum(len(run.ask.prompt) for run in self._queue)) / 20
 
     def submit(self, order: Order) -> None:
         """排进队；满了就在下一步说 full。"""

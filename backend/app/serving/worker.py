@@ -20,6 +20,8 @@ from app.serving.tasks import Tasks
 _LOG = logging.getLogger(__name__)
 # 这么久没有走完一步就是卡住了；步子本来就慢的模型按预计的倍数。
 _HUNG, _TIMES = 10.0, 20
+# 同来的请求，两个之间一般不到这么多秒。
+_NEXT = 0.03
 
 
 class Closing(Exception):
@@ -99,12 +101,18 @@ class Worker:
             self._guarded(act)
 
     def _await_company(self) -> None:
-        """一群请求总有先后：头一个一来就读的话，别的就要等它，再挤在写的旁边慢慢读。"""
-        until = time.monotonic() + max(engine.company for engine in self.engines.values())
-        while not self._stop and (left := until - time.monotonic()) > 0:
+        """一群请求总有先后：头一个一来就读的话，别的就要等它，再挤在写的旁边慢慢读。所以还有人接着来就
+        再等等。"""
+        start = time.monotonic()
+        while not self._stop:
+            left = start + max(e.company for e in self.engines.values()) - time.monotonic()
+            if left <= 0:
+                return
             with self._wake:
                 if not self._inbox:
-                    self._wake.wait(left)
+                    self._wake.wait(min(_NEXT, left))
+                if not self._inbox:
+                    return
             self._read()
 
     def round(self) -> None:

@@ -103,7 +103,7 @@ def test_running_texts_wait_no_longer_than_max_stall() -> None:
 
 def test_requests_that_come_together_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """空闲时头一个来了，等一会儿：第二个晚一点来，也赶得上同一步。"""
-    monkeypatch.setattr("app.serving.engine._COMPANY", 0.5)
+    monkeypatch.setattr("app.serving.worker._NEXT", 0.5)
     engine = make_engine(byte_model(), costs=Costs(((1, 10.0), (2, 20.0))))
     first, told = list[int](), list[Any]()
     step = engine.step
@@ -124,10 +124,9 @@ def test_requests_that_come_together_are_read_together(monkeypatch: pytest.Monke
 def test_nobody_waits_for_company_beside_running_texts() -> None:
     engine = make_engine(byte_model(), 1, costs=Costs(((1, 0.1), (2, 0.2))))
     assert engine.company == 0
-    engine.submit(Order(0, (Ask(prompt=(65, 66), max_tokens=9),)))
-    assert engine.company == pytest.approx(0.01)
-    engine.submit(Order(1, (Ask(prompt=(65,) * 40, max_tokens=9),)))
-    assert engine.company == 0.02
+    for number in range(2):
+        engine.submit(Order(number, (Ask(prompt=(65,) * 4, max_tokens=9),)))
+        assert engine.company == pytest.approx(0.02 * (number + 1))
     engine.step()
     assert engine.waiting == 1 and engine.company == 0
 

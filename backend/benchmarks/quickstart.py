@@ -55,6 +55,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "width 128": {"model.n_embed": 128},
     "width 256": {"model.n_embed": 256},
     "6 layers": {"model.n_layer": 6},
+    "3 layers": {"model.n_layer": 3},
+    "3 layers of 224": {"model.n_layer": 3, "model.n_embed": 224},
+    "2 layers of 256": {"model.n_layer": 2, "model.n_embed": 256},
     "bfloat16": {"precision": "bfloat16"},
 }
 VOCAB = 4096

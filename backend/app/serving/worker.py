@@ -20,8 +20,8 @@ from app.serving.tasks import Tasks
 _LOG = logging.getLogger(__name__)
 # 这么久没有走完一步就是卡住了；步子本来就慢的模型按预计的倍数。
 _HUNG, _TIMES = 10.0, 20
-# 同来的请求，两个之间一般不到这么多秒。
-_NEXT = 0.03
+# 同来的请求，两个之间一般不到这么多秒；已收到、还在分词的，至多等这么多秒。
+_NEXT, _COMING = 0.03, 0.25
 
 
 class Closing(Exception):
@@ -40,6 +40,8 @@ class Worker:
         self._wake = threading.Condition()
         self._stop = False
         self._beat = time.monotonic()
+        # 已经收到、还没有投来的请求数：HTTP 的循环来填。
+        self.coming: Callable[[], int] = lambda: 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -101,17 +103,18 @@ class Worker:
             self._guarded(act)
 
     def _await_company(self) -> None:
-        """一群请求总有先后：头一个一来就读的话，别的就要等它，再挤在写的旁边慢慢读。所以还有人接着来就
-        再等等。"""
+        """一群请求总有先后：头一个一来就读的话，别的就要等它，再挤在写的旁边慢慢读。已在路上的都等，
+        还没有看见的只等一小会儿。"""
         start = time.monotonic()
         while not self._stop:
-            left = start + max(e.company for e in self.engines.values()) - time.monotonic()
+            worth, coming = max(e.company for e in self.engines.values()), self.coming()
+            left = start + (_COMING if worth and coming else worth) - time.monotonic()
             if left <= 0:
                 return
             with self._wake:
                 if not self._inbox:
                     self._wake.wait(min(_NEXT, left))
-                if not self._inbox:
+                if not self._inbox and not coming:
                     return
             self._read()
 

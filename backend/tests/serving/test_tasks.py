@@ -101,14 +101,20 @@ def test_running_texts_wait_no_longer_than_max_stall() -> None:
         assert [e.text for e in mine] == [e.text for e in alone[order.id, 0]]
 
 
-def test_requests_that_come_together_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """空闲时头一个来了，等一会儿：第二个晚一点来，也赶得上同一步。"""
+@pytest.mark.parametrize("coming", [0, 1])
+def test_requests_that_come_together_are_read_together(
+    coming: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """空闲时头一个来了，等一会儿：第二个晚一点来，也赶得上同一步；已在路上的，不值得等也等。"""
     monkeypatch.setattr("app.serving.worker._NEXT", 0.5)
-    engine = make_engine(byte_model(), costs=Costs(((1, 10.0), (2, 20.0))))
+    monkeypatch.setattr("app.serving.worker._COMING", 0.5)
+    each = 1e-6 if coming else 10.0
+    engine = make_engine(byte_model(), costs=Costs(((1, each), (2, 2 * each))))
     first, told = list[int](), list[Any]()
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: first.append(engine.waiting) or step())
     worker = Worker({"one": engine}, told.extend)
+    worker.coming = lambda: coming
     worker.start()
     for number in range(2):
         order = Order(number, (Ask(prompt=(65, 66), max_tokens=2),))

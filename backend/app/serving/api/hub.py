@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from app.serving.api.errors import ApiError, failed
@@ -55,6 +56,17 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tickets: dict[int, Ticket] = {}
         self._ids = itertools.count(1)
+        self._coming = 0
+        worker.coming = lambda: self._coming
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """里面的请求已收齐、还没有 submit：引擎等一等它。"""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
 
     @property
     def open(self) -> int:

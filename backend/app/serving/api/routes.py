@@ -146,13 +146,21 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
-        make = lambda: completion_job(body, pick(self.served, body.model), request.state.space)  # noqa: E731
-        return await self._answer(request, await asyncio.to_thread(make), bool(body.stream), False)
+        space = request.state.space
+        with self.hub.coming():
+            job = await asyncio.to_thread(
+                lambda: completion_job(body, pick(self.served, body.model), space)
+            )
+        return await self._answer(request, job, bool(body.stream), False)
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
-        make = lambda: chat_job(body, pick(self.served, body.model), request.state.space)  # noqa: E731
-        return await self._answer(request, await asyncio.to_thread(make), bool(body.stream), True)
+        space = request.state.space
+        with self.hub.coming():
+            job = await asyncio.to_thread(
+                lambda: chat_job(body, pick(self.served, body.model), space)
+            )
+        return await self._answer(request, job, bool(body.stream), True)
 
     async def _body(self, request: Request, kind: type[T]) -> T:
         return parse(await read_body(request.scope, request.receive), kind)

@@ -57,7 +57,7 @@ PARTS = (
     Part("deep norms", "deep_norms", ("{text}", *DRAWN),
          ("{text}", *DRAWN, "--norms", "keel", "post", "--seeds", "0"), 120, "{text}"),
     Part("shakespeare", "shakespeare", ("{text}",), ("{text}", "--recipes", "shakespeare-char"),
-         240, "{text}"),
+         175, "{text}"),
 )  # fmt: skip
 
 

@@ -47,8 +47,8 @@ ONE = ("--rounds", "1")
 # docs 里的图由 deep_norms 自己画，这里不动它。
 DRAWN = ("--plot", "{folder}/deep.png")
 PARTS = (
-    Part("train 1x1024", "train_step", ("1x1024",), ("1x1024", *ONE), 150),
-    Part("train 4x256", "train_step", ("4x256",), ("4x256", *ONE), 150),
+    Part("train 1x1024", "train_step", ("1x1024",), ("1x1024", *ONE), 300),
+    Part("train 4x256", "train_step", ("4x256",), ("4x256", *ONE), 300),
     Part("head and loss", "head_loss", (), (), 120),
     Part("decode", "decode", (), (*ONE, "--new", "64"), 120, "transformers"),
     Part("int8 decode", "quant_decode", (), (*ONE, "--new", "32"), 180),

@@ -1,4 +1,5 @@
-"""README 的锚点数字，一台机器上一次量完：现有的基准各在自己的子进程里，各有时限，做完一个印一个。
+"""README 的锚点数字，一台机器上一次量完：现有的基准各在自己的子进程里，各有时限（慢的机器也够），
+做完一个印一个。
 
 cd backend && python -m benchmarks.all --quick --text tinyshakespeare.txt --nanogpt ../../nanoGPT
 
@@ -49,15 +50,15 @@ DRAWN = ("--plot", "{folder}/deep.png")
 PARTS = (
     Part("train 1x1024", "train_step", ("1x1024",), ("1x1024", *ONE), 300),
     Part("train 4x256", "train_step", ("4x256",), ("4x256", *ONE), 300),
-    Part("head and loss", "head_loss", (), (), 120),
-    Part("decode", "decode", (), (*ONE, "--new", "64"), 120, "transformers"),
-    Part("int8 decode", "quant_decode", (), (*ONE, "--new", "32"), 180),
-    Part("window 256 decode", "window_decode", (), (*ONE, "--batches", "1"), 120),
-    Part("sparse attention", "sparse_attention", (), ONE, 180),
+    Part("head and loss", "head_loss", (), (), 180),
+    Part("decode", "decode", (), (*ONE, "--new", "64"), 240, "transformers"),
+    Part("int8 decode", "quant_decode", (), (*ONE, "--new", "32"), 360),
+    Part("window 256 decode", "window_decode", (), (*ONE, "--batches", "1"), 240),
+    Part("sparse attention", "sparse_attention", (), ONE, 360),
     Part("deep norms", "deep_norms", ("{text}", *DRAWN),
-         ("{text}", *DRAWN, "--norms", "keel", "post", "--seeds", "0"), 120, "{text}"),
+         ("{text}", *DRAWN, "--norms", "keel", "post", "--seeds", "0"), 240, "{text}"),
     Part("shakespeare", "shakespeare", ("{text}",), ("{text}", "--recipes", "shakespeare-char"),
-         175, "{text}"),
+         240, "{text}"),
 )  # fmt: skip
 
 

@@ -143,11 +143,13 @@ def serve_model(
     kv_dtype: KVDtype = None,
     limits: Limits | None = None,
     guess: Literal["off", "ngram"] | GPT2Model = "off",
-    template: ChatForm | None = None,
     batch_invariant: bool = False,
 ) -> Served:
-    """guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。batch_invariant: 同样的
-    请求连位也相同，见 flat_step.InvariantStep。
+    """没有对话模板，也不属于哪次训练：那两样由调用者补上。
+
+    Args:
+        guess: 怎样猜；给一个小模型，它的分词器要与这个的相同，由调用者查。
+        batch_invariant: 同样的请求连位也相同，见 flat_step.InvariantStep。
 
     Raises:
         ValueError: 行数不对，分词器不是它的，这个模型不能供人用，或做不到批不变。
@@ -175,7 +177,7 @@ def serve_model(
         guess.eval()
         drafter = DraftModel(FlatStep(guess, _cache(guess, rows, None)), tokenizer.vocab_size)
     engine = Engine(flat, tokenizer, limits, drafter=drafter)
-    return Served(name, engine, tokenizer, fingerprint(model, engine), template)
+    return Served(name, engine, tokenizer, fingerprint(model, engine))
 
 
 def _cache(model: GPT2Model, rows: int, kv_dtype: KVDtype) -> RowCache:

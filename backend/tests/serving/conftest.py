@@ -82,7 +82,7 @@ def tiny(name: str = "tiny", **options: Any) -> Served:
 @pytest.fixture(scope="session")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """两个模型：tiny 有对话模板，other 没有；float64，所以文字处处可比。"""
-    with serving([tiny(template=Jinja(CHAT))]) as running:
+    with serving([replace(tiny(), template=Jinja(CHAT))]) as running:
         yield running
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_serve_feeds_the_ids_of_training_and_of_chat(name: str) -> None:
     template = builtin(name, BYTES)
     tokenizer = BYTES.with_special(template.specials())
     model = byte_model(vocab_size=264, context_size=256)
-    served = serve_model("tuned", model, tokenizer, rows=1, template=Own(template))
+    served = replace(serve_model("tuned", model, tokenizer, rows=1), template=Own(template))
     messages = [{"role": role, "content": text} for role, text in SAID]
     job = chat_job(ChatBody.model_validate({"messages": messages, "max_tokens": 4}), served, "")
     (prompt,) = job.prompts

@@ -260,14 +260,15 @@ def _serve(args: Args, name: str, trained: Trained, memory: int) -> Served:
             f"at most {fits} fit; use --rows {fits}, a larger --kv-memory or --kv-dtype int8"
         )
     limits = Limits(queue=args.queue, pace=Pace(max_stall=args.max_stall))
+    template = _chat_form(args, trained.folder, trained.tokenizer)
     served = serve_model(
         name, model, trained.tokenizer, rows=rows, kv_dtype=args.kv_dtype, limits=limits,
-        guess=_guess(args, trained), template=_chat_form(args, trained.folder, trained.tokenizer),
-        batch_invariant=args.batch_invariant,
+        guess=_guess(args, trained), batch_invariant=args.batch_invariant,
     )  # fmt: skip
     # 检查点的上一层就是那次训练；别的文件夹不属于哪次训练。
     in_run = step_of(trained.folder) is not None
-    return dataclasses.replace(served, run=trained.folder.parent if in_run else None)
+    run = trained.folder.parent if in_run else None
+    return dataclasses.replace(served, template=template, run=run)
 
 
 def _chat_form(args: Args, folder: Path, tokenizer: Tokenizer) -> Jinja | Own | None:

@@ -130,9 +130,15 @@ export function percent(p) {
   return p === 0 ? "0%" : `${(100 * p).toExponential(1)}%`;
 }
 
+/** 控制字符（\t、\n 除外）没有宽度：写成它的图形。 @param {string} text */
+export function pictured(text) {
+  const code = (/** @type {string} */ c) => (c > "~" ? 0x2421 : 0x2400 + c.charCodeAt(0));
+  return text.replace(/[\0-\b\v-\x1f\x7f]/g, (c) => String.fromCharCode(code(c)));
+}
+
 /** 空白看得见的一个词元。 @param {string} text */
 export function visible(text) {
-  return text.replace(/ /g, "\u00b7").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
+  return pictured(text).replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
 }
 
 /** @param {number} p 0 到 1 @param {string} kind @returns {HTMLElement} 一根横条。 */

@@ -61,7 +61,7 @@ function askKey() {
 
 const KEYS = [
   ["Ctrl+Enter", "help.continue"], ["Esc", "help.stop"], ["Ctrl+Z", "help.undo"],
-  ["Ctrl+Shift+Z", "help.redo"], ["Tab", "help.tab"], ["\u2190 \u2191 \u2192 \u2193", "help.arrows"],
+  ["Ctrl+Shift+Z", "help.redo"], ["Tab", "help.tab"], ["← ↑ → ↓", "help.arrows"],
   ["Enter", "help.enter"], ["?", "help.help"],
 ];
 
@@ -118,7 +118,7 @@ function described(name, facts) {
   if (facts.parameters) parts.push(`${short(facts.parameters)} ${say("facts.parameters")}`);
   if (facts.layers) parts.push(say("facts.shape", { n: facts.layers, h: facts.heads, d: facts.width }));
   parts.push(say("facts.context", { n: facts.context }), say("facts.vocab", { n: facts.vocab_size }));
-  return parts.join(" \u00b7 ");
+  return parts.join(" · ");
 }
 
 /** @param {number} n */

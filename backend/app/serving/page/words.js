@@ -89,8 +89,8 @@ export const WORDS = {
     "The whole next distribution, and what each knob cuts from it, computed here in the browser from the model's logits. The knobs are the ones that Continue uses.",
     "下一个词元的整个分布，与每个旋钮切掉的，都在浏览器里从模型的 logits 算出。“接着写”用的就是这些旋钮。"],
   "sampling.how": [
-    "The steps run in the order of the table. Bias adds to a logit; the penalties lower tokens that were written (repetition: also those of the prompt); temperature divides the logits: below 1 sharpens, above 1 flattens; top-k keeps the k likeliest; top-p the fewest whose probabilities reach p; min-p those with at least p times the probability of the likeliest. Mass is the share of the model's own probability that is left; entropy is in nats; steps that change nothing are left out. Presence and frequency count only what one Continue writes, as in the API.",
-    "各步按表里的次序走。偏置加在 logit 上；惩罚压低写过的词元（重复惩罚连提示的也算）；温度除 logits：小于 1 更尖，大于 1 更平；top-k 留下最可能的 k 个；top-p 留下概率和达到 p 的最少几个；min-p 留下概率至少是最大者 p 倍的。质量是模型自己的概率还剩多少；熵以 nat 计；什么也没有改变的步不画。出现与频率惩罚只数一次“接着写”写的，与 API 相同。"],
+    "The steps run in the order of the table. Bias adds to a logit; the penalties lower tokens that were written (repetition: also those of the prompt); temperature divides the logits: below 1 sharpens, above 1 flattens; top-k keeps the k likeliest; top-p the fewest whose probabilities reach p; min-p those with at least p times the probability of the likeliest. Mass is the share of the model's own probability that is left; entropy is in nats. Presence and frequency count only what one Continue writes.",
+    "各步按表里的次序走。偏置加在 logit 上；惩罚压低写过的词元（重复惩罚连提示的也算）；温度除 logits：小于 1 更尖，大于 1 更平；top-k 留下最可能的 k 个；top-p 留下概率和达到 p 的最少几个；min-p 留下概率至少是最大者 p 倍的。质量是模型自己的概率还剩多少；熵以 nat 计。出现与频率惩罚只数一次“接着写”写的。"],
   "knobs": ["Sampling knobs", "采样的旋钮"],
   "knob.temperature": ["temperature", "温度"], "knob.top_k": ["top-k", "top-k"],
   "knob.top_p": ["top-p", "top-p"], "knob.min_p": ["min-p", "min-p"],
@@ -140,8 +140,8 @@ export const WORDS = {
     "How much each token looks back at each earlier one, head by head: rows are the looking tokens, columns the ones looked at, in percent; a row sums to 100%.",
     "每个词元往回看前面每一个看了多少，一个头一个头地：一行是看的词元，一列是被看的，以百分之几计，一行加起来是 100%。"],
   "attention.how": [
-    "Choose a layer, then a head; arrow keys move over the large map, and the text is tinted by the chosen row. Typical maps: the diagonal just below (looks at the token before), the first column (a place to rest when there is nothing to say), vertical stripes (one token matters to many), and in repeated text a diagonal further down: an induction head, which looks at what followed the same token last time and so copies it. “Score the heads” measures the three on a random sequence repeated twice: the mean weight on the place to copy from, on the token before, on the first. Striped cells are cut off by the layer's attention pattern, which is not the same as a small weight. The maps come from one extra pass (writing stays on the fast path), in 8 bits: right to 1%.",
-    "先选层，再选头；方向键在大图上走，正文照选中的那一行染色。常见的图：紧挨对角线下面（看前一个词元），第一列（没有什么可说时歇在那里），竖条（一个词元对许多个都要紧），重复的文字里更下面的一条斜线：归纳头，它看上次同一个词元之后是什么，于是抄它。“给各头打分”在一段重复两遍的随机词元上量这三样：落在该抄的地方、前一个、第一个上的平均权重。有斜纹的格子是这层的图样不许看的，不是权重小。图来自另走的一遍（写字仍走快的路），以 8 位送来，准到 1%。"],
+    "Choose a layer, then a head; arrow keys move over the large map, and the text is tinted by the chosen row. Typical maps: the diagonal just below (looks at the token before), the first column (a place to rest when there is nothing to say), vertical stripes (one token matters to many), and in repeated text a diagonal further down: an induction head, which looks at what followed the same token last time and so copies it. “Score the heads” measures the three on a random sequence repeated twice: the mean weight on the place to copy from, on the token before, on the first. Striped cells are cut off by the layer's attention pattern. The maps come from one extra pass, in 8 bits: right to 1%.",
+    "先选层，再选头；方向键在大图上走，正文照选中的那一行染色。常见的图：紧挨对角线下面（看前一个词元），第一列（没有什么可说时歇在那里），竖条（一个词元对许多个都要紧），重复的文字里更下面的一条斜线：归纳头，它看上次同一个词元之后是什么，于是抄它。“给各头打分”在一段重复两遍的随机词元上量这三样：落在该抄的地方、前一个、第一个上的平均权重。有斜纹的格子是这层的图样不许看的。图来自另走的一遍，以 8 位送来，准到 1%。"],
   "attention.layers": ["Layers", "层"], "attention.layer": ["layer {n}", "第 {n} 层"],
   "attention.heads": ["Heads of the layer", "这层的头"], "attention.head": ["head {n}", "头 {n}"],
   "attention.map": ["Layer {layer}, head {head}: map of {n} by {n} tokens; arrow keys move", "第 {layer} 层，头 {head}：{n} 乘 {n} 个词元的图；方向键走动"],
@@ -158,8 +158,8 @@ export const WORDS = {
     "What the model would say after each token if it stopped at that layer: the stream there, put through the final norm (where the model has one) and the output matrix. The top row is what it really says.",
     "如果模型停在那一层，每个词元之后它会说什么：那里的残差流经过最后的归一化（模型有的话）与输出矩阵。最上面一行是它真说的。"],
   "lens.how": [
-    "Read a column from the bottom up: the guess starts near the token itself and is turned into the answer layer by layer. A bold cell has the true next token in first place. Rank is the place of the true next token; KL, in nats, is how far the layer's distribution is from the final one (0 in the top row by definition); entropy, in nats, is how undecided it is. Early layers need not speak the language of the output matrix: take them as a hint (arXiv:2303.08112).",
-    "一列从下往上读：起初的猜离词元自己很近，一层层变成答案。粗体的格子把真的下一个词元放在第一。名次是真的下一个词元排第几；KL 以 nat 计，是这层的分布离最后的有多远（最上面一行按定义是 0）；熵以 nat 计，是它有多拿不定。早的层不一定说输出矩阵的语言，只当线索（arXiv:2303.08112）。"],
+    "Read a column from the bottom up: the guess starts near the token itself and is turned into the answer layer by layer. A bold cell has the true next token in first place. Rank is the place of the true next token; KL, in nats, is how far the layer's distribution is from the final one (0 in the top row); entropy, in nats, is how undecided it is. Early layers need not speak the language of the output matrix: take them as a hint (arXiv:2303.08112).",
+    "一列从下往上读：起初的猜离词元自己很近，一层层变成答案。粗体的格子把真的下一个词元放在第一。名次是真的下一个词元排第几；KL 以 nat 计，是这层的分布离最后的有多远（最上面一行是 0）；熵以 nat 计，是它有多拿不定。早的层不一定说输出矩阵的语言，只当线索（arXiv:2303.08112）。"],
   "lens.label": ["Layers by tokens: the likeliest next token", "层乘词元：最可能的下一个词元"],
   "lens.rank": ["rank of the true next", "真的下一个的名次"], "lens.kl": ["KL to the output (nats)", "到输出的 KL（nat）"],
   "lens.entropy": ["entropy (nats)", "熵（nat）"],
@@ -201,8 +201,8 @@ export const WORDS = {
     "What the server is doing now, asked once a second while you look. A row holds the keys and values of one text.",
     "服务器现在在做什么；看着的时候一秒问一次。一行放着一段文字的键与值。"],
   "engine.how": [
-    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows, on average.",
-    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向，平均的时间。"],
+    "A busy row is being written; a warm one is finished but kept, so that a text with the same beginning starts there (the share of borrowed prompt tokens is “from warm rows”). Drafts are tokens guessed ahead and checked in one step (serve --speculate, --draft). A step is one forward pass over all rows.",
+    "在忙的行正在写；热着的写完了还留着，开头相同的文字就从那里起（借来的提示词元占多少就是“借来的”）。草稿是先猜后验的词元（serve --speculate、--draft）。一步是所有行的一次前向。"],
   "engine.rows": ["Rows", "行"], "engine.busy": ["busy", "忙"], "engine.warm": ["warm", "热"], "engine.free": ["free", "空"],
   "engine.tokens": ["{n} of {context} tokens", "{context} 个词元中的 {n} 个"],
   "engine.rate": ["tokens written", "写词元"], "engine.running": ["texts being written", "在写的文字"],

@@ -112,7 +112,7 @@ export function attention() {
         i: (held.induction[i] ?? 0).toFixed(2), p: (held.previous[i] ?? 0).toFixed(2),
         f: (held.first[i] ?? 0).toFixed(2) }) : "";
       const text = say("attention.head", { n: at + 1 });
-      if (button.lastElementChild) button.lastElementChild.textContent = found ? `${text} \u00b7 ${found}` : text;
+      if (button.lastElementChild) button.lastElementChild.textContent = found ? `${text} · ${found}` : text;
       button.setAttribute("aria-label", `${text} ${found}`);
       button.setAttribute("aria-pressed", String(at === head));
     }

@@ -94,7 +94,7 @@ function twigs(state, tree) {
   /** @param {Branch} one @param {number} depth */
   const grow = (one, depth) => {
     const parent = all.find((other) => other.id === one.parent);
-    const tail = visible(textOf(one.tokens.slice(one.at, one.at + 12))) || "\u2026";
+    const tail = visible(textOf(one.tokens.slice(one.at, one.at + 12))) || "…";
     const made = one.tokens.length - one.at;
     const text = parent
       ? say("twig", { at: one.at + 1, old: visible(parent.tokens[one.at]?.text ?? ""), n: made })

@@ -63,9 +63,9 @@ export function engine() {
     /** @param {string} name */
     const rate = (name) => (before && seconds ? ((x[name] ?? 0) - (before.found[name] ?? 0)) / seconds : 0);
     const share = (/** @type {string} */ part, /** @type {string} */ whole) =>
-      x[whole] ? `${((100 * (x[part] ?? 0)) / x[whole]).toFixed(1)}%` : "\u2013";
+      x[whole] ? `${((100 * (x[part] ?? 0)) / x[whole]).toFixed(1)}%` : "–";
     const steps = x["engine_steps_total"] ?? 0;
-    const ms = steps ? `${((1000 * (x["engine_step_seconds_total"] ?? 0)) / steps).toFixed(1)} ms` : "\u2013";
+    const ms = steps ? `${((1000 * (x["engine_step_seconds_total"] ?? 0)) / steps).toFixed(1)} ms` : "–";
     /** @type {[string, string][]} */
     const figures = [
       ["rate", `${rate("generation_tokens_total").toFixed(1)}/s`],

@@ -127,9 +127,9 @@ function read(answer) {
 
 /** @param {string} by */
 function levels(by) {
-  if (by === "rank") return ["1", "\u226410", "\u2264100", "\u22641000", ">1000"];
+  if (by === "rank") return ["1", "≤10", "≤100", "≤1000", ">1000"];
   const edges = EDGES[by] ?? [];
-  return [...edges.map((edge) => `<${edge}`), `\u2265${edges.at(-1)}`];
+  return [...edges.map((edge) => `<${edge}`), `≥${edges.at(-1)}`];
 }
 
 /** @param {Found} found @param {string} by @param {number} i */

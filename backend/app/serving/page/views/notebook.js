@@ -1,6 +1,6 @@
 // 正文：改它，或者一个个词元地读它，颜色说模型觉得每一个有多意外。
 
-import { byId, el, percent, rove, say, settle, visible } from "../dom.js";
+import { byId, el, percent, pictured, rove, say, settle, visible } from "../dom.js";
 import { amend, branch, focusOn, get, on, separator, set } from "../store.js";
 import { go, stepBack, stepForward, stop, textNow } from "../write.js";
 
@@ -147,9 +147,9 @@ function colours() {
   on(["colour", "lang"], ({ colour }) => {
     choice.value = colour;
     const edges = {
-      probability: ["\u226550%", "\u226510%", "\u22651%", "\u22650.1%", "<0.1%"],
-      rank: ["1", "\u226410", "\u2264100", "\u22641000", ">1000"],
-      entropy: ["<0.5", "<1.5", "<3", "<5", "\u22655"],
+      probability: ["≥50%", "≥10%", "≥1%", "≥0.1%", "<0.1%"],
+      rank: ["1", "≤10", "≤100", "≤1000", ">1000"],
+      entropy: ["<0.5", "<1.5", "<3", "<5", "≥5"],
       none: [],
     }[colour];
     legend.replaceChildren(
@@ -212,7 +212,7 @@ function tinted(tint, i, most) {
 function piece(token, at) {
   const special = token.id === separator();
   const bytes = new Uint8Array(token.bytes);
-  const text = special ? "\u22a3" : drawn.decoder.decode(bytes, { stream: true });
+  const text = special ? "⊣" : drawn.decoder.decode(bytes, { stream: true });
   const item = el("span", { role: "option", tabindex: "-1", "data-at": at, "aria-selected": "false" });
   item.setAttribute("aria-label", told(token, at));
   // 没有约过的数，给要核对的人。
@@ -220,6 +220,6 @@ function piece(token, at) {
     Object.assign(item.dataset, { logprob: token.logprob, rank: token.rank, entropy: token.entropy });
   }
   // 换行既要看得见，也要真的换；没有文字的（半个字符）留一条细的。
-  item.textContent = text === "" ? "\u200a\u22ef" : text.replace(/\n/g, "\u21b5\n");
+  item.textContent = text === "" ? "\u200a⋯" : pictured(text).replace(/\n/g, "↵\n");
   return item;
 }

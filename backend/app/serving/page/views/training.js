@@ -121,7 +121,7 @@ function picture(scores, curve) {
   const reading = el("p", { class: "reading", "aria-live": "polite" });
   const charts = el("div", { class: "charts" });
   const words = tokens.map((token, i) => el("span", { class: "tok", role: "option", tabindex: "-1", "data-at": i,
-    "aria-selected": "false", text: token.text.replace(/\n/g, "\u21b5\n") }));
+    "aria-selected": "false", text: token.text.replace(/\n/g, "↵\n") }));
   text.append(...words);
   rove(text, ".tok", () => 0, (item) => { at = Number(item.dataset.at); draw(); });
   text.addEventListener("click", (event) => {

@@ -79,7 +79,20 @@ static void outer(Step *s, const Own *own, const Norm *norm) {
     }
 }
 
-/* 一行的一个键值头与看它的几个查询头是一件活：前后两处都分给同一个线程。 */
+/* 一行的一个键值头与看它的几个查询头是一件活：写键值与看，两处分给同一个线程。 */
+typedef struct {
+    int64_t r, g, first, start; /* 第几行、哪个键值头、它的头一个查询头、它在缓存里的头一个数 */
+    float *row;                 /* 这一行的 q、k、v */
+} Unit;
+
+static Unit unit(const Step *s, const Layer *l, int64_t u) {
+    const Model *m = s->m;
+    const int64_t r = u / m->kv_heads, g = u % m->kv_heads;
+    return (Unit){.r = r, .g = g, .first = g * (m->heads / m->kv_heads),
+                  .start = s->place[r] * l->row_stride + g * l->head_stride,
+                  .row = s->heads + r * (m->heads + 2 * m->kv_heads) * m->head_dim};
+}
+
 static void my_units(const Step *s, const Own *own, int64_t *from, int64_t *to) {
     const int64_t units = s->rows * s->m->kv_heads;
     *from = units * own->thread / own->threads;
@@ -98,15 +111,14 @@ static void remember(const Step *s, const Own *own, const Layer *l) {
     const int64_t D = m->head_dim, group = m->heads / m->kv_heads;
     int64_t from, to;
     my_units(s, own, &from, &to);
-    for (int64_t u = from; u < to; u++) {
-        const int64_t r = u / m->kv_heads, g = u % m->kv_heads;
-        const int64_t slot = s->place[r] * l->row_stride + g * l->head_stride + (s->keys[r] - 1) * D;
-        float *row = s->heads + r * (m->heads + 2 * m->kv_heads) * D;
-        for (int64_t h = g * group; h < (g + 1) * group; h++) head(s, &l->query, r, row + h * D);
-        head(s, &l->key, r, row + (m->heads + g) * D);
-        memcpy(l->keys + slot, row + (m->heads + g) * D, (size_t)D * sizeof(float));
-        memcpy(l->values + slot, row + (m->heads + m->kv_heads + g) * D,
-               (size_t)D * sizeof(float));
+    for (int64_t i = from; i < to; i++) {
+        const Unit u = unit(s, l, i);
+        float *k = u.row + (m->heads + u.g) * D, *v = k + m->kv_heads * D;
+        const int64_t slot = u.start + (s->keys[u.r] - 1) * D;
+        for (int64_t h = u.first; h < u.first + group; h++) head(s, &l->query, u.r, u.row + h * D);
+        head(s, &l->key, u.r, k);
+        memcpy(l->keys + slot, k, (size_t)D * sizeof(float));
+        memcpy(l->values + slot, v, (size_t)D * sizeof(float));
     }
 }
 
@@ -115,13 +127,11 @@ static void attention(const Step *s, const Own *own, const Layer *l) {
     const int64_t D = m->head_dim, group = m->heads / m->kv_heads;
     int64_t from, to;
     my_units(s, own, &from, &to);
-    for (int64_t u = from; u < to; u++) {
-        const int64_t r = u / m->kv_heads, g = u % m->kv_heads;
-        const int64_t start = s->place[r] * l->row_stride + g * l->head_stride;
-        const float *row = s->heads + r * (m->heads + 2 * m->kv_heads) * D;
-        for (int64_t h = g * group; h < (g + 1) * group; h++)
-            gpt2_attend(row + h * D, l->keys + start, l->values + start,
-                        s->mixed + (r * m->heads + h) * D, own->scores, s->keys[r], D);
+    for (int64_t i = from; i < to; i++) {
+        const Unit u = unit(s, l, i);
+        for (int64_t h = u.first; h < u.first + group; h++)
+            gpt2_attend(u.row + h * D, l->keys + u.start, l->values + u.start,
+                        s->mixed + (u.r * m->heads + h) * D, own->scores, s->keys[u.r], D);
     }
 }
 

@@ -297,6 +297,27 @@ def test_natively_a_text_has_the_same_bits_whatever_is_fed_beside_it(kind: str, 
 
 @needs_native
 @torch.inference_mode()
+def test_threads_see_the_keys_that_others_wrote() -> None:
+    """一行的几个词元分给几个线程：后面的要看前面的键，所以写完要等齐。"""
+    model = narrow("modern")
+    ids, flat = tokens(1, CONTEXT)[0].tolist(), warmed(model)
+    wanted = flat(ids, [Span(0, CONTEXT)], range(CONTEXT))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(200):
+            for keys, values in flat.cache.stores:
+                for part in (*keys.parts, *values.parts):
+                    part.fill_(float("nan"))
+            flat.cache.reset(0)
+            found = flat(ids, [Span(0, CONTEXT)], range(CONTEXT))
+            assert found is not None and wanted is not None and torch.equal(found, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@torch.inference_mode()
 def test_only_the_logits_that_are_wanted_are_made() -> None:
     flat = warmed(narrow("learned"))
     assert flat([1, 2, 3], [Span(0, 3)], []) is None

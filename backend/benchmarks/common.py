@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def write_result(name: str, command: str, body: str) -> None:
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+    lines: list[Sequence[object]] = [header, ["---"] * len(header), *rows]
     # 图样的文本里有竖线。
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)

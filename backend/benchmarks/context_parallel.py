@@ -139,7 +139,7 @@ def one_step(way: str, shape: dict[str, Any]) -> dict[str, float]:
     batch = torch.randint(VOCAB, (1, shape["context_size"] + 1))
     x, y = batch[:, :-1], batch[:, 1:]
     if ranks.size > 1:
-        split = split_context(model, ranks, way)  # type: ignore[arg-type]
+        split = split_context(model, ranks, way)
         x, y = split.batch(x), split.batch(y)
     before, start = resident_memory(), time.perf_counter()
     loss = model(x, targets=y)["loss"] / ranks.size

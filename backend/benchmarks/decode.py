@@ -71,7 +71,7 @@ def batch_jobs(
 ) -> dict[str, Callable[[], object]]:
     def transformers_generate(**kwargs: object) -> object:
         with torch.inference_mode():
-            return theirs.generate(
+            return theirs.generate(  # type: ignore[operator]
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
                 do_sample=False, pad_token_id=0, **kwargs,
             )  # fmt: skip

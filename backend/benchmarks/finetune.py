@@ -166,7 +166,7 @@ def _train_trl(size: Size, steps: int, go: Any, done: Any) -> None:
     rows = [{"input_ids": ids.tolist(), "completion_mask": scored.astype(int).tolist()}
             for ids, scored in found]  # fmt: skip
 
-    class Gate(TrainerCallback):  # type: ignore[misc]
+    class Gate(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             go.get()
 
@@ -174,7 +174,7 @@ def _train_trl(size: Size, steps: int, go: Any, done: Any) -> None:
             if logs and "loss" in logs:
                 done.put(float(logs["loss"]))
 
-    class InOrder(SFTTrainer):  # type: ignore[misc]
+    class InOrder(SFTTrainer):
         def _get_train_sampler(self, *given: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 

@@ -102,7 +102,7 @@ def main() -> None:
         model = random_model(tokenizer.vocab_size, **changes)
         config = ", ".join(f"{k}={v}" for k, v in changes.items())
         with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
-            done = export(model, tokenizer, target, Path(place) / "out", **options)  # type: ignore[arg-type]
+            done = export(model, tokenizer, target, Path(place) / "out", **options)
         assert isinstance(done.checked, Comparison), done.checked
         what = " ".join([target, *options.values()])
         rows.append(row(config, what, done.checked))

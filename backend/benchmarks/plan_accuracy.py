@@ -23,6 +23,7 @@ from app.models.transformer import GPT2Config
 from app.planning.fit import probe_rows, training_footprint
 from app.planning.probe import probe
 from app.planning.sizes import parameters_by_part
+from app.planning.tuned import ALONE
 from app.training.config import DataConfig, ScheduleConfig, TrainConfig
 from app.training.machine.runtime import choose_runtime
 from benchmarks.common import table, write_result
@@ -57,7 +58,7 @@ def planned(config: TrainConfig) -> tuple[float, int, int]:
     parameters = sum(parameters_by_part(config.model).values())
     found = probe(config, parameters, rows=probe_rows(config, runtime), limit=150)
     assert found.peak is not None and found.base is not None
-    guess = training_footprint(config, runtime)
+    guess = training_footprint(config, runtime, ALONE)
     return found.seconds, found.peak + found.base, guess.peak + found.base
 
 

@@ -67,7 +67,7 @@ def float_products() -> dict[str, list[Product]]:
 
 def quantized_products() -> dict[str, tuple[list[Product], int]]:
     """{名字: (49 个乘法, 权重的字节数)}，每种格式能用的每个内核。"""
-    found = {}
+    found: dict[str, tuple[list[Product], int]] = {}
     for label, bits in FORMATS.items():
         codes = matrices(*bits)
         size = sum(t.numel() * t.element_size() for c in codes for t in c.tensors().values())

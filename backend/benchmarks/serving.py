@@ -258,7 +258,8 @@ class Bench:
 
     def prefix(self) -> str:
         server, size = self.servers["ours"], min(768, self.model.config.context_size - 64)
-        cold, warm = [], []
+        cold: list[float] = []
+        warm: list[float] = []
         for _ in range(self.args.rounds):
             shared = self._ids(size)
             for where in (cold, warm):

@@ -85,7 +85,7 @@ def mistral(length: int) -> Run:
 
     config = MistralConfig(
         hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, num_key_value_heads=HEADS,
-        sliding_window=WINDOW, attn_implementation="sdpa",
+        sliding_window=WINDOW, attn_implementation="sdpa",  # type: ignore[call-arg]
     )  # fmt: skip
     mask = create_sliding_window_causal_mask(
         config, torch.empty(1, length, 1), None, None, torch.arange(length)[None]

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import card, worker
 from benchmarks.gpu.log import Log, Row, Skip
-from benchmarks.gpu.parts import PARTS, Part, Place, chosen, run_part
+from benchmarks.gpu.parts import PARTS, Part, Place, chosen, lanes, run_part
 from benchmarks.gpu.report import failures, markdown
 from benchmarks.gpu.worker import Watch
 
@@ -189,3 +189,30 @@ def test_the_command_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert code == 0 and "there is no GPU here" in out
     assert (tmp_path / "gpu-no-gpu.md").exists()
+
+
+def test_checks_side_by_side_are_all_of_them_and_keep_their_order() -> None:
+    checks = [part for part in PARTS if part.kind == "check"]
+    for jobs in (1, 3, 6):
+        shares = lanes(checks, jobs)
+        assert sorted(p.name for share in shares for p in share) == sorted(p.name for p in checks)
+        assert len(shares) == jobs and all(share for share in shares)
+        for share in shares:
+            assert share == [part for part in checks if part in share]
+        most = max(sum(part.seconds for part in share) for share in shares)
+        longest = max(part.seconds for part in checks)
+        assert most <= sum(part.seconds for part in checks) / jobs + longest
+
+
+def test_rows_come_in_the_order_of_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """并排的核对先后不定，表却总是同一个次序；量的最后独占着跑。"""
+    ran: list[list[str]] = []
+
+    def run(self: Watch, parts: Sequence[Part], until: float) -> None:
+        ran.append([part.name for part in parts])
+        self.rows += [Row(part.name, part.kind, "x", "1") for part in parts]
+
+    monkeypatch.setattr(Watch, "run", run)
+    rows = program.everything(PARTS, Place(CPU, "", 0.0), 3)
+    assert [row.part for row in rows] == [part.name for part in PARTS]
+    assert ran[-1] == [part.name for part in PARTS if part.kind == "figure"]

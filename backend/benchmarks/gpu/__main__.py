@@ -6,9 +6,11 @@ cd backend && python -m benchmarks.gpu
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ import torch
 from ..common import RESULTS
 from .card import facts
 from .log import Row
-from .parts import PARTS, Place, chosen
+from .parts import PARTS, Part, Place, chosen, lanes
 from .report import failures, line, write
 from .worker import Watch, command, default_device, work
 
@@ -31,6 +33,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts alone")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all of it")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), metavar="N",
+        help="checks run in N processes at once (default: half the cores, at most 6); "
+        "what is measured runs alone afterwards",
+    )  # fmt: skip
     parser.add_argument("--nanogpt", default="", help="a clone of nanoGPT to be measured beside")
     parser.add_argument("--out", type=Path, help="folder of the table; on a GPU benchmarks/results")
     parser.add_argument("--device", default="", help="default: cuda if there is one, else cpu")
@@ -57,9 +64,26 @@ def main(argv: Sequence[str]) -> int:
             "there is no GPU here (device=cpu): the same logic runs at toy size; its figures mean "
             "nothing"
         )
-    watch = Watch(command(place), lambda row: print(line(row), flush=True))
-    watch.run(parts, place.until)
-    return finish(args, known, watch.rows, time.monotonic() - start)
+    rows = everything(parts, place, max(1, args.jobs))
+    return finish(args, known, rows, time.monotonic() - start)
+
+
+def everything(parts: Sequence[Part], place: Place, jobs: int) -> list[Row]:
+    """核对分几个进程一起走（编译占的是 CPU），之后独占着量；各行按部分的次序。"""
+    checks = [part for part in parts if part.kind == "check"]
+    figures = [part for part in parts if part.kind == "figure"]
+    rows: list[Row] = []
+
+    def run(some: Sequence[Part]) -> None:
+        watch = Watch(command(place), lambda row: print(line(row) + "\n", end="", flush=True))
+        watch.run(some, place.until)
+        rows.extend(watch.rows)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, lanes(checks, jobs)))
+    run(figures)
+    order = [part.name for part in PARTS]
+    return sorted(rows, key=lambda row: order.index(row.part))
 
 
 def finish(args: argparse.Namespace, known: dict[str, str], rows: list[Row], took: float) -> int:

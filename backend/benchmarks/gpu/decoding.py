@@ -27,12 +27,12 @@ CHOICE = "app.generation.context.choose_graph"
 
 
 def decode(log: Log) -> None:
-    """Small、bfloat16、贪心；提示 128 个词元，再写 256 个。"""
+    """Small、bfloat16、贪心；提示 128 个词元，再写 128 个。"""
     shape = tiny() if log.toy else GPT2Config(vocab_size=50304, norm="pre", **PRESETS["small"])
     dtype = log.pick(torch.bfloat16, torch.float32)
     torch.manual_seed(0)
     model = GPT2Model(shape).to(log.device, dtype).eval()
-    new, prompt = log.pick(256, 8), log.pick(128, 8)
+    new, prompt = log.pick(128, 8), log.pick(128, 8)
     weights = sum(p.nbytes for p in model.parameters())
     floor = read_bandwidth(log.device) / weights
     log.figure("bandwidth floor, one row", f"{floor:,.0f} tokens/s")
@@ -41,14 +41,14 @@ def decode(log: Log) -> None:
         prompts = ids(rows, prompt, shape.vocab_size).tolist()
         found: dict[str, float] = {}
         with mock.patch(CHOICE, lambda model, tokens: (False, "eager")):
-            found["eager"] = _speed(log, rows, new, lambda n, p=prompts: _ours(model, p, n))  # type: ignore[misc]
+            found["eager"] = _speed(log, rows, new, lambda n, p=prompts: _ours(model, p, n))
         used, why = choose_graph(model, new)
         if used:
-            found["CUDA graphs"] = _speed(log, rows, new, lambda n, p=prompts: _ours(model, p, n))  # type: ignore[misc]
+            found["CUDA graphs"] = _speed(log, rows, new, lambda n, p=prompts: _ours(model, p, n))
         else:
             log.skip(f"{rows} rows: CUDA graphs", why)
         if theirs is not None:
-            found["transformers"] = _speed(log, rows, new, lambda n, p=prompts: theirs(p, n))  # type: ignore[misc]
+            found["transformers"] = _speed(log, rows, new, lambda n, p=prompts: theirs(p, n))
         for name, speed in found.items():
             part = f", {speed / floor:.0%} of the floor" if rows == 1 else ""
             log.figure(f"{rows} rows: {name}", f"{speed:,.0f} tokens/s{part}")
@@ -66,7 +66,7 @@ def _speed(log: Log, rows: int, new: int, run: Callable[[int], object]) -> float
 
     def took(count: int) -> float:
         times = []
-        for _ in range(log.pick(3, 1)):
+        for _ in range(log.pick(2, 1)):
             synchronize(log.device)
             start = time.perf_counter()
             run(count)
@@ -98,7 +98,7 @@ def _transformers(
     def run(prompts: list[list[int]], new: int) -> object:
         x = torch.tensor(prompts, device=log.device)
         mask = torch.ones_like(x)
-        return model.generate(  # type: ignore[operator]
+        return model.generate(
             x, attention_mask=mask, do_sample=False, min_new_tokens=new, max_new_tokens=new
         )
 
@@ -119,7 +119,7 @@ def interop(log: Log) -> None:
             log.skip(f"export --to {target}", f"{needs} is not installed")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            done = export(model, None, target, Path(folder) / target)  # type: ignore[arg-type]
+            done = export(model, None, target, Path(folder) / target)
         same = not isinstance(done.checked, str) and done.checked.same
         log.holds(f"export --to {target}", same, str(done.checked)[:90], "the same")
         model.to(log.device)

@@ -20,11 +20,18 @@ from app.models.transformer.backends.mask_plan import MaskPlan
 from app.models.transformer.experts.moe import MoE
 from app.models.transformer.factory import PRESETS
 from app.models.transformer.layers.context import Context, Note
+from app.models.transformer.layers.loss import (
+    Chunk,
+    cross_entropy,
+    cross_entropy_fused,
+    head_cross_entropy,
+)
 from app.models.transformer.mlp import MLP
 from app.models.transformer.visibility.pattern_text import parse
 from app.models.transformer.visibility.positions import Positions
 from app.planning.fit import training_footprint
 from app.planning.flops import flops_per_token
+from app.planning.tuned import ALONE
 from app.training.config import OptimConfig, TrainConfig
 from app.training.machine.runtime import choose_runtime, compile_blocks
 from app.training.optim.build import build_optimizer
@@ -67,7 +74,7 @@ def _training(log: Log, size: str, goal: float) -> None:
         else:
             log.figure(f"{shown}, {how}: MFU of {known}", f"{used:.3f}")
         if peak:
-            planned = training_footprint(config, choose_runtime(config)).peak
+            planned = training_footprint(config, choose_runtime(config), ALONE).peak
             sizes = f"{peak / 2**30:.2f} GiB of the {planned / 2**30:.2f} planned"
             log.near(f"{shown}, {how}: peak {sizes}", peak / planned, within=0.15)
 
@@ -79,8 +86,8 @@ def _one(log: Log, size: str, optim: str, compiling: str) -> tuple[float, TrainC
         vocab_size=50304, norm="pre", dropout=0.0, context_size=1024, **PRESETS[size]
     )  # fmt: skip
     config = TrainConfig(
-        model=shape, batch_size=rows, device=str(log.device), optim=OptimConfig(name=optim),  # type: ignore[arg-type]
-        precision="float32" if log.toy else "bfloat16", compile=compiling,  # type: ignore[arg-type]
+        model=shape, batch_size=rows, device=str(log.device), optim=OptimConfig(name=optim),
+        precision="float32" if log.toy else "bfloat16", compile=compiling,
     )  # fmt: skip
     config = _fitting(config)
     _clear(log.device)
@@ -120,7 +127,7 @@ def _fitting(config: TrainConfig) -> TrainConfig:
     if not config.device.startswith("cuda"):
         return config
     room, runtime = 0.85 * torch.cuda.mem_get_info()[1], choose_runtime(config)
-    while config.batch_size > 1 and training_footprint(config, runtime).peak > room:
+    while config.batch_size > 1 and training_footprint(config, runtime, ALONE).peak > room:
         config = config.replace(batch_size=config.batch_size // 2)
     return config
 
@@ -164,7 +171,7 @@ def sparse(log: Log) -> None:
     if log.device.type == "cuda" and torch.cuda.get_device_capability()[0] < 8:
         raise Skip("this card has no bfloat16")
     dtype, heads = log.pick(torch.bfloat16, torch.float32), 12
-    for length in log.pick((4096, 16384, 65536, 131072), (128,)):
+    for length in log.pick((131072, 16384, 4096, 65536), (128,)):
         full = _attention_time(log, "causal", length, heads, dtype)
         log.figure(f"{length:,} tokens: full", f"{1e3 * full:.2f} ms")
         for text in SPARSE if not log.toy else ("local(16)",):
@@ -205,28 +212,31 @@ def experts(log: Log) -> None:
     where = Positions.plain(0, tokens // 8, log.device)
     ctx = Context(where, MaskPlan.build(where, where), Note())
     times: dict[str, float] = {}
-    for name, run in {"dense": lambda: dense(x), "experts": lambda: moe(x, ctx)}.items():
+    ways = {"dense": (dense, ()), "experts": (moe, (ctx,))}
+    for how in log.pick(("eager", "compiled"), ("eager",)):
+        for name, (module, rest) in ways.items():
+            if how == "compiled":
+                module.compile()
 
-        def job(run: Callable[[], Tensor] = run) -> None:
-            with torch.autocast(log.device.type, dtype) if not log.toy else nullcontext():
-                y = run()
-            y.float().sum().backward()
+            def job(module: nn.Module = module, rest: tuple[Context, ...] = rest) -> None:
+                with torch.autocast(log.device.type, dtype) if not log.toy else nullcontext():
+                    y = module(x, *rest)
+                y.float().sum().backward()
 
-        times[name] = seconds(log.device, job, 7)
-        log.figure(f"{name}, {tokens:,} tokens forward and backward", f"{1e3 * times[name]:.2f} ms")
-    log.figure("experts over dense of equal work", f"{times['experts'] / times['dense']:.2f}x")
+            times[name] = seconds(log.device, job, 7)
+            what = f"{name}, {how}, {tokens:,} tokens forward and backward"
+            log.figure(what, f"{1e3 * times[name]:.2f} ms")
+        ratio = times["experts"] / times["dense"]
+        log.figure(f"experts over dense of equal work, {how}", f"{ratio:.2f}x")
 
 
 def head(log: Log) -> None:
-    """输出头与损失：分块的大小与融合各买到什么。"""
-    from app.models.transformer.layers.loss import (
-        Chunk,
-        cross_entropy,
-        cross_entropy_fused,
-        head_cross_entropy,
-    )
+    """输出头与损失：融合买到什么；补齐的词表与 GPT-2 本来的。"""
+    for vocab in log.pick((50304, 50257), (211,)):
+        _head(log, vocab, log.pick(16384, 64))
 
-    vocab, tokens = log.pick(50304, 211), log.pick(16384, 64)
+
+def _head(log: Log, vocab: int, tokens: int) -> None:
     weight = torch.randn(vocab, 768, device=log.device, requires_grad=True)
     hidden = torch.randn(1, tokens, 768, device=log.device, requires_grad=True)
     labels = torch.randint(0, vocab, (1, tokens), device=log.device)
@@ -240,14 +250,18 @@ def head(log: Log) -> None:
             with torch.autocast(log.device.type, torch.bfloat16):
                 head_cross_entropy(hidden, weight, labels, chunk).backward()
 
-        log.figure(f"head and loss, {name}", f"{1e3 * seconds(log.device, job, 5):.2f} ms")
+        log.figure(
+            f"head and loss of {vocab:,} words, {name}",
+            f"{1e3 * seconds(log.device, job, 5):.2f} ms",
+        )
 
     def whole() -> None:
         with torch.autocast(log.device.type, torch.bfloat16):
             logits = F.linear(hidden, weight)
             F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()).backward()
 
-    log.figure("head and loss, all logits at once", f"{1e3 * seconds(log.device, whole, 5):.2f} ms")
+    took = seconds(log.device, whole, 5)
+    log.figure(f"head and loss of {vocab:,} words, all logits at once", f"{1e3 * took:.2f} ms")
 
 
 def _clear(device: torch.device) -> None:

@@ -34,7 +34,7 @@ PARTS = (
     Part("sdpa", "check", 20, checks.sdpa),
     Part("loss", "check", 40, checks.loss),
     Part("optimizers", "check", 20, checks.optimizers),
-    Part("generate", "check", 40, runs.generate),
+    Part("generate", "check", 90, runs.generate),
     Part("autocast", "check", 20, checks.autocast),
     Part("syncs", "check", 30, runs.syncs),
     Part("resume", "check", 45, runs.resume),
@@ -45,15 +45,16 @@ PARTS = (
     Part("recompute", "check", 10, runs.recompute),
     Part("quantized", "check", 15, runs.quantized),
     Part("memory", "check", 10, runs.memory),
-    Part("flex", "check", 90, checks.flex),
+    Part("flex", "check", 120, checks.flex),
+    Part("flex-rows", "check", 75, checks.flex_rows),
     Part("train-small", "figure", 90, figures.train_small),
     Part("decode", "figure", 60, decoding.decode),
     Part("nanogpt", "figure", 120, figures.nanogpt),
     Part("train-medium", "figure", 75, figures.train_medium),
-    Part("sparse", "figure", 70, figures.sparse),
     Part("head", "figure", 25, figures.head),
     Part("experts-speed", "figure", 20, figures.experts),
     Part("muon-speed", "figure", 60, figures.train_muon),
+    Part("sparse", "figure", 120, figures.sparse),
     Part("interop", "check", 40, decoding.interop),
     Part("ranks", "check", 120, runs.ranks),
 )
@@ -69,6 +70,14 @@ def chosen(only: Sequence[str]) -> list[Part]:
         if name not in names:
             raise ValueError(f"--only {name} is no part; the parts are {', '.join(names)}")
     return [part for part in PARTS if not only or part.name in only]
+
+
+def lanes(parts: Sequence[Part], jobs: int) -> list[list[Part]]:
+    """分成 jobs 份，时限之和相近；每份里仍按原来的次序。"""
+    shares: list[list[Part]] = [[] for _ in range(jobs)]
+    for part in sorted(parts, key=lambda part: -part.seconds):
+        min(shares, key=lambda share: sum(one.seconds for one in share)).append(part)
+    return [sorted(share, key=parts.index) for share in shares]
 
 
 @dataclass(frozen=True)

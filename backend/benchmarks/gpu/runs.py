@@ -115,7 +115,7 @@ def syncs(log: Log) -> None:
         found = []
         for new in (40, 60):
             options = Options(max_new_tokens=new, sampling=sampling)
-            found.append(_waits(lambda o=options: complete(model, [[1, 2]], o, seeds=[0])))  # type: ignore[misc]
+            found.append(_waits(lambda o=options: complete(model, [[1, 2]], o, seeds=[0])))
         each = (found[1] - found[0]) / 20
         log.holds(f"waits in a decoding step, {name}", each <= 1, f"{each:g}", "<= 1")
 
@@ -184,9 +184,9 @@ def caches(log: Log) -> None:
         ("whole", {}, {"ring": False}, 1e-4),
         ("int8", {}, {"kv_dtype": "int8"}, 5e-2),
     ):
-        model, exact = pair(shape(**changes), log.device)  # type: ignore[arg-type]
+        model, exact = pair(shape(**changes), log.device)
         rows = ids(2, 60, 211)
-        cache = model.eval().new_cache(2, **options)  # type: ignore[arg-type]
+        cache = model.eval().new_cache(2, **options)
         found = []
         with torch.no_grad():
             for part in rows.to(log.device).split(1, 1):

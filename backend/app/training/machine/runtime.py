@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -144,7 +145,9 @@ def compile_blocks(
     devices = [device] if on_card else []
     failed = None
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            # float32 的乘法怎样算是定好并说过的（_products），编译器不必再劝。
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
             probe()
     # 编译器的失败种类繁多且随版本变；任何一种都退回，真错误会在随后的训练里照样抛出。
     except Exception as error:

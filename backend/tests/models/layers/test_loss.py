@@ -87,6 +87,50 @@ def test_the_chunk_written_for_the_compiler_is_the_same() -> None:
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_padded_vocabulary_is_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPU 上半精度的词表补到 16 字节的整数倍；补出的词既不在损失里，也不在梯度里。"""
+    hidden, weight = torch.randn(2, 5, 8).double(), torch.randn(37, 8).double()
+    targets = torch.randint(0, 37, (2, 5))
+    wanted = with_gradients(head_cross_entropy, hidden, weight, targets, 1.0)
+    seen: list[tuple[int, ...]] = []
+
+    def plain(logits: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        seen.append((*logits.shape, *logits.stride()))
+        return cross_entropy(logits, labels, rows)
+
+    def fused(logits: Tensor, labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return cross_entropy_fused(logits, labels)
+
+    monkeypatch.setattr(loss_module, "padded_vocab", lambda weight: 64)
+    close = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"atol": 1e-5}
+    for chunk in (plain, fused):
+        got = with_gradients(
+            lambda *one, chunk=chunk: head_cross_entropy(*one, chunk),
+            hidden.to(dtype), weight.to(dtype), targets, 1.0,
+        )  # fmt: skip
+        for a, b in zip(got, wanted, strict=True):
+            assert torch.allclose(a.double(), b, **close)
+    assert seen == [(10, 37, 64, 1)]
+
+
+def test_what_a_gpu_pads() -> None:
+    """只看形状与设备：没有显卡，meta 也走那一支。"""
+    for dtype, vocab, wanted in (
+        (torch.bfloat16, 50257, 50304), (torch.bfloat16, 50304, 50304), (torch.float16, 65, 128),
+        (torch.bfloat16, 64, 64), (torch.float32, 50257, 50257),
+    ):  # fmt: skip
+        weight = torch.empty(vocab, 4, dtype=dtype, device="meta")
+        assert loss_module.padded_vocab(weight) == wanted
+    assert loss_module.padded_vocab(torch.empty(65, 4, dtype=torch.bfloat16)) == 65
+    labels = torch.empty(32768, dtype=torch.int64, device="meta")
+    sizes = [rows.stop - rows.start for rows in loss_module.row_chunks(labels, 50257)]
+    assert sum(sizes) == 32768 and len(sizes) > 1
+    assert not any(size % loss_module.GPU_ROWS for size in sizes)
+
+
 def test_autocast_agrees_with_its_plain_twin() -> None:
     hidden, weight = torch.randn(2, 16, 32), 0.1 * torch.randn(100, 32)
     targets = torch.randint(0, 100, (2, 16))

@@ -62,11 +62,30 @@ def grouped_linear(
     outside = None if complete else (row >= ends[-1])[:, None]
     if outside is not None:
         x = x.masked_fill(outside, 0.0)
-    y = F.grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
+    y: Tensor = F.grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
     if bias is not None:
-        expert = torch.searchsorted(ends, row, right=True)
-        y = y + bias[expert.clamp(max=ends.shape[0] - 1)]
+        y = _Bias.apply(y, bias, torch.searchsorted(ends, row, right=True))
     return y if outside is None else y.masked_fill(outside, 0.0)
+
+
+class _Bias(torch.autograd.Function):
+    """y (R, O) + bias[expert]；expert == E 的行不归任何专家，调用者随后盖成零。
+
+    梯度写成一次乘法：取下标的反向把几万行挤进 E 行相加，H100 上占整层时间的大半
+    （docs/decisions/026）。
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, expert: Tensor) -> Tensor:
+        ctx.save_for_backward(expert)
+        ctx.experts = bias.shape[0]
+        return y + bias[expert.clamp(max=bias.shape[0] - 1)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (expert,), g = ctx.saved_tensors, grads[0]
+        mine = expert == torch.arange(ctx.experts, device=g.device)[:, None]  # (E, R)
+        return g, mine.to(g.dtype) @ g, None
 
 
 def _as_computed(

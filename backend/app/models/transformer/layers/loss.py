@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..visibility.inputs import check_like, readable
@@ -17,8 +18,10 @@ from .cpu_products import product
 IGNORE = -100
 # 一块 logits 的上限：够大使矩阵乘吃满，又只占峰值内存的一小部分。
 CHUNK_BYTES = 50 * 2**20
-# GPU 上每块另要读写一遍 (V, C) 的梯度（GPT-2 的 154 MB），块小了时间全在那里；512 MB 约 2,600 行。
-GPU_CHUNK_BYTES = 512 * 2**20
+# GPU 上每块另要读写一遍 (V, C) 的梯度（GPT-2 的 154 MB），块小了时间全在那里。
+GPU_CHUNK_BYTES = 2**30
+# 一块的行数与补过的词表都是它的倍数：矩阵的步长不是 16 字节的倍数，cuBLAS 就退到上两代的核。
+GPU_ROWS = 128
 
 
 def check_targets(targets: Tensor, input_ids: Tensor, vocab_size: int, use_cache: bool) -> None:
@@ -181,25 +184,48 @@ def _chunks(
     hidden, weight = given
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.empty_like(weight) if needs[1] else None
-    losses = []
+    losses, vocab = [], weight.shape[0]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        extra = padded_vocab(w) - vocab
+        wide = F.pad(w, (0, 0, 0, extra)) if extra else w
         shared = (hidden * share).to(h.dtype) if needs[1] else h
-        for rows in row_chunks(labels, weight.shape[0]):
-            loss, grad = chunk(product(h[rows], w), labels[rows], rows)
+        for rows in row_chunks(labels, vocab):
+            logits = product(h[rows], wide)
+            loss, grad = chunk(logits[:, :vocab], labels[rows], rows)
             losses.append(loss)
             if not (needs[0] or needs[1]):
                 continue
-            grad = grad.to(h.dtype)
+            grad = _widened(grad, logits)
             if grad_hidden is not None:
                 # 权重放在左边：行数远少于词表时快一些（docs/decisions/003）。
-                grad_hidden[rows] = (w.t() @ grad.t()).t()
+                grad_hidden[rows] = (wide.t() @ grad.t()).t()
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), shared[rows], first=rows.start == 0)
             # 放掉再算下一块：同时只有一块。
-            del grad
+            del grad, logits
         if grad_hidden is not None:
             grad_hidden *= share
     return losses, grad_hidden, grad_weight
+
+
+def padded_vocab(weight: Tensor) -> int:
+    """GPU 上半精度的 (V, C) 补几行零成 (V', C)，返回 V'。
+
+    一行 logits 不是 16 字节的整数倍（GPT-2 的 50257），三次乘法就都退到上两代的核，慢四倍
+    （docs/decisions/026）。
+    """
+    vocab = weight.shape[0]
+    if weight.device.type == "cpu" or weight.itemsize > 2 or vocab * weight.itemsize % 16 == 0:
+        return vocab
+    return -(-vocab // GPU_ROWS) * GPU_ROWS
+
+
+def _widened(grad: Tensor, logits: Tensor) -> Tensor:
+    """(R, V) 的梯度，精度与宽同 logits (R, V')；补出的列是 0：它们的权重是 0，logits 也就是 0。"""
+    if grad.shape == logits.shape:
+        return grad.to(logits.dtype)
+    logits[:, : grad.shape[1]] = grad
+    return logits
 
 
 def _is_one(scale: Tensor) -> bool:
@@ -224,17 +250,22 @@ def chunk_bytes(device: torch.device) -> int:
 
 def row_chunks(labels: Tensor, vocab: int) -> Iterator[slice]:
     """差不多一样大的块：最后剩下的小块最慢。"""
-    n = labels.shape[0]
+    n, unit = labels.shape[0], 1 if labels.device.type == "cpu" else GPU_ROWS
     most = max(1, chunk_bytes(labels.device) // (vocab * 4))
     size = -(-n // -(-n // most)) if n else 1
+    size = -(-size // unit) * unit
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out += a @ b，第一次是 out = a @ b；精度相同时一步写入，不另占一份 (V, C)。"""
-    if a.dtype != out.dtype:
-        out.copy_(a @ b) if first else out.add_(a @ b)
+    """out += a @ b，第一次是 out = a @ b；精度相同时一步写入，不另占一份 (V, C)。
+
+    a 可以多几行（补出的词），不要它们。
+    """
+    if a.dtype != out.dtype or len(a) != len(out):
+        found = (a @ b)[: len(out)]
+        out.copy_(found) if first else out.add_(found)
     elif first:
         torch.mm(a, b, out=out)
     else:

@@ -42,7 +42,7 @@ def configurations(data: str) -> dict[str, TrainConfig]:
     small = GPT2Config(n_layer=12, n_head=12, n_embed=768, context_size=256, **shape)
     small = small.replace(vocab_size=50304)
     return {
-        "quickstart: 4 layers x 192, 8 x 128 tokens": dataclasses.replace(
+        "quickstart: 2 layers x 192, 8 x 128 tokens": dataclasses.replace(
             quick, **quiet, steps=60, model=quick.model.replace(vocab_size=4096)
         ),
         "4 layers x 256, 16 x 256 tokens in two passes": TrainConfig(

@@ -31,8 +31,9 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 BEFORE = "AdamW, learned positions, GELU"
 BEFORE_STEPS = 900
 PLAIN = {
-    "optim.name": "adamw", "optim.lr": 3e-3, "model.position": "learned", "model.qk_norm": False,
-    "model.activation": "gelu_tanh", "model.bias": True, "schedule.kind": "cosine",
+    "model.n_layer": 4, "model.position": "learned", "model.qk_norm": False, "model.bias": True,
+    "model.activation": "gelu_tanh", "optim.name": "adamw", "optim.lr": 3e-3,
+    "schedule.kind": "cosine",
     "schedule.warmup_steps": 100, "schedule.min_lr_ratio": 0.05,
 }  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
@@ -54,10 +55,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "vocabulary 2,048": {"vocab": 2048},
     "width 128": {"model.n_embed": 128},
     "width 256": {"model.n_embed": 256},
-    "6 layers": {"model.n_layer": 6},
+    "1 layer": {"model.n_layer": 1},
     "3 layers": {"model.n_layer": 3},
-    "3 layers of 224": {"model.n_layer": 3, "model.n_embed": 224},
-    "2 layers of 256": {"model.n_layer": 2, "model.n_embed": 256},
+    "4 layers": {"model.n_layer": 4},
     "bfloat16": {"precision": "bfloat16"},
 }
 VOCAB = 4096

@@ -221,9 +221,12 @@ def padded_vocab(weight: Tensor) -> int:
 
 
 def _widened(grad: Tensor, logits: Tensor) -> Tensor:
-    """(R, V) 的梯度，精度与宽同 logits (R, V')；补出的列是 0：它们的权重是 0，logits 也就是 0。"""
-    if grad.shape == logits.shape:
-        return grad.to(logits.dtype)
+    """(R, V) 的梯度，精度与宽同 logits (R, V')，不同就写进它用过的内存。
+
+    补出的列是 0：它们的权重是 0，logits 也就是 0。
+    """
+    if grad.shape == logits.shape and grad.dtype == logits.dtype:
+        return grad
     logits[:, : grad.shape[1]] = grad
     return logits
 

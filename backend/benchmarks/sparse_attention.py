@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def main() -> None:
         return
     timed = [timing(4096, args.rounds), timing(16_384, args.rounds)]
     write_result("sparse_attention", command, "\n\n".join([*timed, memory(16_384)]))
+
+
+def present() -> tuple[str, ...]:
+    """装了的同类；没装的说一声，不比。"""
+    needs = dict(zip(PEERS, ("transformers", "local_attention"), strict=True))
+    for name in PEERS:
+        if importlib.util.find_spec(needs[name]) is None:
+            print(f"{needs[name]} is not installed: {name} is left out", file=sys.stderr)
+    return tuple(name for name in PEERS if importlib.util.find_spec(needs[name]) is not None)
 
 
 def job(name: str, length: int) -> Run:
@@ -139,7 +149,7 @@ def timing(length: int, rounds: int) -> str:
     qkv = inputs(length, True)
     dy = torch.randn(1, HEADS, length, WIDTH)
     rows: list[list[object]] = []
-    for names, times in (((FULL, *PATTERNS), rounds), ((FULL, *PEERS), 1)):
+    for names, times in (((FULL, *PATTERNS), rounds), ((FULL, *present()), 1)):
         jobs = {name: job(name, length) for name in names}
         check(jobs)
         once = interleaved({n: forward(run, qkv) for n, run in jobs.items()}, times)
@@ -194,14 +204,14 @@ def peak(name: str, length: int) -> float:
 def memory(length: int) -> str:
     rows: list[list[object]] = [
         [f"`{name}`" if name in PATTERNS else name, f"{peak(name, length):.2f}"]
-        for name in (FULL, *PATTERNS, *PEERS)
+        for name in (FULL, *PATTERNS, *present())
     ]
     return table([f"T = {length:,}, forward", "peak memory (q, k, v and output = 1)"], rows)
 
 
 def curve(rounds: int) -> str:
     lengths = [512 * 2**i for i in range(8)]
-    names = (FULL, *PATTERNS, *PEERS)
+    names = (FULL, *PATTERNS, *present())
     seconds: dict[str, dict[int, float]] = {name: {} for name in names}
     bytes_: dict[str, dict[int, float]] = {name: {} for name in names}
     for length in lengths:

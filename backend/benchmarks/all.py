@@ -48,8 +48,9 @@ ONE = ("--rounds", "1")
 # docs 里的图由 deep_norms 自己画，这里不动它。
 DRAWN = ("--plot", "{folder}/deep.png")
 PARTS = (
-    Part("train 1x1024", "train_step", ("1x1024",), ("1x1024", *ONE), 300),
-    Part("train 4x256", "train_step", ("4x256",), ("4x256", *ONE), 300),
+    # 一步有七八秒，机器快慢在其间变：快的时候也走三步，一步一个数会连次序都错。
+    Part("train 1x1024", "train_step", ("1x1024",), ("1x1024",), 480),
+    Part("train 4x256", "train_step", ("4x256",), ("4x256",), 480),
     Part("head and loss", "head_loss", (), (), 180),
     Part("decode", "decode", (), (*ONE, "--new", "64"), 240, "transformers"),
     Part("int8 decode", "quant_decode", (), (*ONE, "--new", "32"), 360),

@@ -181,9 +181,9 @@ def experts(log: Log) -> None:
             y.float().square().sum().backward()
             wanted.square().sum().backward()
             log.agrees(f"{way}, {kind}: forward", y, wanted, limit)
-            found, right = mine.c_fc.weight.grad, twin.c_fc.weight.grad
-            assert found is not None and right is not None
-            log.agrees(f"{way}, {kind}: gradient", found, right, 2 * limit)
+            for name in ("weight", "bias"):
+                found, right = (getattr(one.c_fc, name).grad for one in (mine, twin))
+                log.agrees(f"{way}, {kind}: gradient of the {name}", found, right, 2 * limit)
 
 
 def loss(log: Log) -> None:

@@ -82,8 +82,10 @@ class _Bias(torch.autograd.Function):
         return y + bias[expert.clamp(max=bias.shape[0] - 1)]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (expert,), g = ctx.saved_tensors, grads[0]
+        if not ctx.needs_input_grad[1]:
+            return g, None, None
         mine = expert == torch.arange(ctx.experts, device=g.device)[:, None]  # (E, R)
         return g, mine.to(g.dtype) @ g, None
 

@@ -194,6 +194,7 @@ def _chunks(
             loss, grad = chunk(logits[:, :vocab], labels[rows], rows)
             losses.append(loss)
             if not (needs[0] or needs[1]):
+                del grad, logits
                 continue
             grad = _widened(grad, logits)
             if grad_hidden is not None:

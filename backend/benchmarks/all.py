@@ -95,9 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes.append(outcome)
         print(f"{outcome.kind:8} {part.name}, {outcome.seconds:.0f} s {outcome.why}", flush=True)
         print(outcome.body, flush=True)
-    path = write(args.out, outcomes, "--quick" if args.quick else "")
+    path = write(args.out, outcomes, shown(args))
     print(f"wrote {path}")
     return 1 if any(one.kind == "failed" for one in outcomes) else 0
+
+
+def shown(args: argparse.Namespace) -> str:
+    """表里的那一行：给了什么就写什么，文件的地方换成 README 里的。"""
+    only = " ".join(f'"{name}"' for name in args.only)
+    parts = {
+        "--quick": args.quick, f"--only {only}": args.only,
+        "--text tinyshakespeare.txt": args.text, "--nanogpt ../../nanoGPT": args.nanogpt,
+    }  # fmt: skip
+    return " ".join(word for word, given in parts.items() if given)
 
 
 def chosen(names: Sequence[str]) -> list[Part]:

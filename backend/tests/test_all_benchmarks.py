@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -52,3 +53,12 @@ def test_every_part_is_a_benchmark() -> None:
     assert [one.name for one in benchmark.chosen(["decode"])] == ["decode"]
     with pytest.raises(ValueError, match="only='decod' is not one of"):
         benchmark.chosen(["decod"])
+
+
+def test_the_table_names_what_it_was_given() -> None:
+    """照着表里的命令再跑，得到的是同样的几部分；自己机器上的地方不写进去。"""
+    args = argparse.Namespace(quick=True, only=["decode"], text="/home/me/x", nanogpt="/home/me/n")
+    line = '--quick --only "decode" --text tinyshakespeare.txt --nanogpt ../../nanoGPT'
+    assert benchmark.shown(args) == line
+    args = argparse.Namespace(quick=False, only=[], text="", nanogpt="")
+    assert benchmark.shown(args) == ""
